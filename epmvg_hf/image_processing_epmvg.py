@@ -1,0 +1,194 @@
+# Copyright 2026 The EpmVG HF authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Image processor class for EpmVG (torchvision backend)."""
+
+import numpy as np
+import torch
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import TensorType
+
+from .letterbox import Letterbox
+
+
+class EpmVGImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    pad_offset (`float`, *optional*, defaults to 0.5):
+        Share of the free canvas that lies before the picture, in both directions: 0.0 puts it into the top-left
+        corner, 0.5 into the centre.
+    placements (`list[tuple[int, float, float]]`, *optional*):
+        For a call only, one for each image: longer side of the picture in canvas pixels, share of the free height
+        above it, share of the free width left of it. Training uses it for random scale and translation.
+    """
+
+    pad_offset: float | int | None
+    placements: list[tuple[int, float | int, float | int]] | None
+
+
+class EpmVGImageProcessorMixin:
+    """Settings and geometry that both backends share."""
+
+    valid_kwargs = EpmVGImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask", "original_sizes"]  # noqa: RUF012
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 640, "width": 640}  # noqa: RUF012
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_pad = True
+    pad_offset = 0.5
+
+    def _standardize_kwargs(self, size=None, pad_offset=None, **kwargs) -> dict:
+        """Also checks what must hold both for saved settings and for those of a call."""
+        kwargs = super()._standardize_kwargs(size=size, **kwargs)
+        size = kwargs["size"]
+        if size is None or size.height is None or size.height != size.width or size.height < 1:
+            given = size if size is None else dict(size)
+            raise ValueError(f'`size` must be a square canvas {{"height": S, "width": S}}, but it is {given}.')
+        if pad_offset is None or not 0.0 <= pad_offset <= 1.0:
+            raise ValueError(f"`pad_offset` must be a share from 0 to 1, but it is {pad_offset}.")
+        return {**kwargs, "pad_offset": pad_offset}
+
+    def letterbox(
+        self, image_sizes: torch.Tensor | list[tuple[int, int]], **kwargs: EpmVGImageProcessorKwargs
+    ) -> Letterbox:
+        """
+        The geometry that a call with the same keyword arguments gives to images of these sizes.
+
+        Args:
+            image_sizes (`torch.LongTensor` of shape `(B, 2)` or list of `(height, width)`): image sizes in pixels.
+            kwargs: any of `size`, `do_resize`, `do_pad`, `pad_offset` and `placements` that differ from the settings
+                of this image processor; other keyword arguments of the image processor do not move the picture.
+
+        Returns:
+            [`Letterbox`]: the places of the B pictures.
+
+        Raises:
+            ValueError: an image cannot be placed, see [`Letterbox.place`]; or `do_pad=False` and it leaves padding.
+        """
+        settings = {"do_resize": self.do_resize, "do_pad": self.do_pad, "size": self.size}
+        settings |= {"pad_offset": self.pad_offset, "default_to_square": self.default_to_square, **kwargs}
+        settings = self._standardize_kwargs(**settings)
+        canvas = settings["size"].height
+        letterbox = Letterbox.place(
+            image_sizes, canvas, settings["pad_offset"], settings.get("placements"), settings["do_resize"]
+        )
+        if not settings["do_pad"]:
+            for index, (_, _, height, width) in enumerate(letterbox.windows()):
+                if (height, width) != (canvas, canvas):
+                    raise ValueError(
+                        f"With do_pad=False every picture must fill the canvas of {canvas} x {canvas}, but that of "
+                        f"image {index} has {height} x {width} pixels (height x width)."
+                    )
+        return letterbox
+
+
+def count_channels(images: list) -> int:
+    """
+    Number of channels of channels-first images.
+
+    Raises:
+        ValueError: there is no image, or the images differ in it (possible only with `do_convert_rgb=False`).
+    """
+    channels = {image.shape[0] for image in images}
+    if not channels:
+        raise ValueError("`images` is empty, expected at least one image.")
+    if len(channels) > 1:
+        raise ValueError(f"The images of a batch differ in their numbers of channels: {sorted(channels)}.")
+    return channels.pop()
+
+
+def zeros(shape: tuple[int, ...], dtype: type[np.generic], device: torch.device) -> torch.Tensor:
+    """Zeros; on the CPU, `torch.zeros` writes them all, with which a batch of 640 x 640 would take twice as long."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, dtype))
+    return torch.zeros(shape, dtype=torch.int64 if dtype is np.int64 else torch.float32, device=device)
+
+
+class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
+    r"""
+    Letterbox for visual grounding: the longer side is resized to the canvas, the aspect is kept, and the picture lies
+    on a fixed square canvas, which is padded with 0 after normalisation. With the default settings this is the
+    evaluation transform of TransVG (djiajunustc/TransVG, `utils/transforms.py`).
+
+    Images are PIL images, arrays or tensors (channels first or last; gray ones with a channel axis), or paths. EXIF
+    orientation is **not** applied: boxes refer to the pixels as they are stored. An array as small as 3 x W or H x 3
+    pixels with 3 channels is ambiguous: pass `input_data_format` for it.
+
+    Args:
+        size (`dict[str, int]`, *optional*, defaults to `{"height": 640, "width": 640}`):
+            The canvas, which must be square.
+        pad_offset (`float`, *optional*, defaults to 0.5):
+            Share of the free canvas that lies before the picture: 0.0 = top-left corner, 0.5 = centred.
+        do_resize (`bool`, *optional*, defaults to `True`):
+            If `False`, pictures keep their sizes and must fit the canvas.
+        do_pad (`bool`, *optional*, defaults to `True`):
+            If `False`, pictures must fill the canvas.
+        kwargs:
+            The other common options (`resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
+            `image_std`, `do_convert_rgb`), by default bilinear with antialias and ImageNet statistics.
+
+    A call returns a `BatchFeature` with
+
+    - **pixel_values** (`torch.FloatTensor` of shape `(B, 3, S, S)`),
+    - **pixel_mask** (`torch.LongTensor` of shape `(B, S, S)`) -- 1 on the picture, 0 on padding,
+    - **original_sizes** (`torch.LongTensor` of shape `(B, 2)`) -- (height, width) of the images as given.
+
+    It raises a `ValueError` for images without pixels and for settings that place a picture off the canvas.
+    """
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        do_resize: bool,
+        resample: "PILImageResampling | int | None",
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...] | None,
+        image_std: float | tuple[float, ...] | None,
+        return_tensors: str | TensorType | None,
+        **kwargs,
+    ) -> BatchFeature:
+        channels = count_channels(images)
+        original_sizes = torch.tensor([image.shape[-2:] for image in images])
+        letterbox = self.letterbox(original_sizes, do_resize=do_resize, **kwargs)
+
+        side, device = letterbox.canvas, images[0].device
+        pixel_values = zeros((len(images), channels, side, side), np.float32, device)
+        pixel_mask = zeros((len(images), side, side), np.int64, device)
+        for index, (top, left, height, width) in enumerate(letterbox.windows()):
+            image = images[index]
+            if do_resize:
+                image = self.resize(image, SizeDict(height=height, width=width), resample)
+            image = self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+            pixel_values[index, :, top : top + height, left : left + width] = image
+            pixel_mask[index, top : top + height, left : left + width] = 1
+
+        data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "original_sizes": original_sizes}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+__all__ = ["EpmVGImageProcessor", "EpmVGImageProcessorKwargs"]

@@ -1,0 +1,580 @@
+# Copyright 2026 The EpmVG HF authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch EpmVG: a TransVG-compatible grounding student that reads B images and N expressions."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING, AutoModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import load_backbone
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_epmvg import EpmVGConfig
+from .losses import box_loss, box_map_target, map_loss
+
+
+@dataclass
+class EpmVGModelOutput(ModelOutput):
+    """
+    Outputs of [`EpmVGModel`] for B images, N expressions of L tokens and V visual tokens.
+
+    Args:
+        reg_state (`torch.FloatTensor` of shape `(N, d_model)`):
+            Last state of the `[REG]` token, one per expression.
+        consistency_map (`torch.FloatTensor` of shape `(N, V)`):
+            Score (a logit) of every visual token for the expression, row-major over the feature grid. Padding is not
+            masked: see `visual_mask`.
+        visual_tokens (`torch.FloatTensor` of shape `(B, V, d_model)`):
+            Visual tokens before fusion.
+        visual_mask (`torch.BoolTensor` of shape `(B, grid_height, grid_width)`):
+            True where a visual token lies on the picture, False on padding. V is `grid_height * grid_width`.
+        text_tokens (`torch.FloatTensor` of shape `(N, L, d_model)`):
+            Text tokens before fusion.
+        image_embeds (`torch.FloatTensor` of shape `(B, teacher_projection_dim)`, *optional*):
+            Normalised image embedding in the teacher's space, taken before fusion.
+        text_embeds (`torch.FloatTensor` of shape `(N, teacher_projection_dim)`, *optional*):
+            Normalised expression embedding in the teacher's space, taken before fusion.
+        last_hidden_state (`torch.FloatTensor` of shape `(N, 1 + L + V, d_model)`):
+            Fused states of `[REG] . text . visual`.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            States of the fusion transformer, its input first.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Attention weights `(N, heads, 1 + L + V, 1 + L + V)` of the fusion transformer; empty unless the attention
+            implementation is `"eager"`.
+    """
+
+    reg_state: torch.FloatTensor | None = None
+    consistency_map: torch.FloatTensor | None = None
+    visual_tokens: torch.FloatTensor | None = None
+    visual_mask: torch.BoolTensor | None = None
+    text_tokens: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class EpmVGGroundingOutput(ModelOutput):
+    """
+    Outputs of [`EpmVGForVisualGrounding`]; the fields it shares with [`EpmVGModelOutput`] mean the same.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Weighted sum of `loss_dict`, a mean over expressions; only with `labels`.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
+            Unweighted terms: `loss_bbox`, `loss_giou` and, with `box_head="map"`, `loss_map`.
+        pred_boxes (`torch.FloatTensor` of shape `(N, 4)`):
+            (cx, cy, w, h) in [0, 1] of the padded canvas. `EpmVGProcessor.post_process_grounding` turns them into
+            pixels of the original image.
+        reg_state, consistency_map, visual_mask, image_embeds, text_embeds, hidden_states, attentions:
+            See [`EpmVGModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    reg_state: torch.FloatTensor | None = None
+    consistency_map: torch.FloatTensor | None = None
+    visual_mask: torch.BoolTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class EpmVGAttention(nn.Module):
+    """Self-attention in which positions are added to queries and keys, not to values (DETR)."""
+
+    def __init__(self, config: EpmVGConfig, num_attention_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.d_model // num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.o_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        positioned = hidden_states + position_embeddings
+        query = self.q_proj(positioned).view(hidden_shape).transpose(1, 2)
+        key = self.k_proj(positioned).view(hidden_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(*input_shape, -1)), weights
+
+
+class EpmVGEncoderLayer(GradientCheckpointingLayer):
+    """Post-norm transformer encoder layer of DETR, used by the visual encoder and by the fusion transformer."""
+
+    def __init__(self, config: EpmVGConfig, num_attention_heads: int, ffn_dim: int):
+        super().__init__()
+        self.self_attn = EpmVGAttention(config, num_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.activation_fn = ACT2FN[config.activation_function]
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states, attention_mask, position_embeddings, **kwargs)
+        attended = nn.functional.dropout(attended, p=self.dropout, training=self.training)
+        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
+
+        expanded = self.activation_fn(self.fc1(hidden_states))
+        expanded = nn.functional.dropout(expanded, p=self.dropout, training=self.training)
+        contracted = nn.functional.dropout(self.fc2(expanded), p=self.dropout, training=self.training)
+        return self.final_layer_norm(hidden_states + contracted)
+
+
+class EpmVGPreTrainedModel(PreTrainedModel):
+    config: EpmVGConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EpmVGEncoderLayer"]  # noqa: RUF012 (read by transformers, never changed)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # The loss is a mean over this batch's expressions; EpmVGTrainer rescales it over accumulated batches.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            # DETR and TransVG initialise their transformers with Xavier; the towers initialise themselves.
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, EpmVGModel):
+            init.normal_(module.reg_token)
+            # TransVG draws the whole table from N(0, 1), noise as loud as the tokens themselves. Rows that start
+            # small, and a grid that starts with the encoder's sine positions, learn several times faster from scratch.
+            init.normal_(module.fusion_positions, std=0.1)
+            side = self.config.image_size // self.config.backbone_stride
+            grid = torch.ones(1, side, side, dtype=torch.bool, device=module.fusion_positions.device)
+            sine = module.sine_positions((1, 1, side, side), grid.device, torch.float32, grid).flatten(2)[0].T
+            rows = torch.cat([module.fusion_positions[: 1 + self.config.max_text_length], sine.to(self.dtype)])
+            init.copy_(module.fusion_positions, rows)
+
+
+class EpmVGEncoder(EpmVGPreTrainedModel):
+    """Stack of [`EpmVGEncoderLayer`]; `attention_mask` is `(batch, length)`, True on tokens that may be attended to."""
+
+    _can_record_outputs = {"hidden_states": EpmVGEncoderLayer, "attentions": EpmVGAttention}  # noqa: RUF012
+
+    def __init__(self, config: EpmVGConfig, num_layers: int, num_attention_heads: int, ffn_dim: int):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            [EpmVGEncoderLayer(config, num_attention_heads, ffn_dim) for _ in range(num_layers)]
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class EpmVGModel(EpmVGPreTrainedModel):
+    """
+    The bare grounding student: vision backbone and DETR encoder, text tower, and a fusion transformer over
+    `[REG] . text . visual` (TransVG). The visual branch runs once per image, however many expressions it has.
+    """
+
+    def __init__(self, config: EpmVGConfig):
+        super().__init__(config)
+        self.vision_model = load_backbone(config)
+        self.input_projection = nn.Conv2d(self.vision_model.channels[-1], config.d_model, kernel_size=1)
+        self.sine_positions = DetrSinePositionEmbedding(config.d_model // 2, normalize=True)
+        self.encoder = EpmVGEncoder(
+            config, config.encoder_layers, config.encoder_attention_heads, config.encoder_ffn_dim
+        )
+        self.visual_projection = nn.Linear(config.d_model, config.d_model)
+
+        self.text_model = _build_text_model(config.text_config)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.d_model)
+
+        grid = config.image_size // config.backbone_stride
+        self.reg_token = nn.Parameter(torch.empty(config.d_model))
+        # Rows: [REG], max_text_length text tokens, then the grid row by row; so text padding never shifts the grid.
+        self.fusion_positions = nn.Parameter(torch.empty(1 + config.max_text_length + grid * grid, config.d_model))
+        self.fusion = EpmVGEncoder(config, config.fusion_layers, config.fusion_attention_heads, config.fusion_ffn_dim)
+
+        if config.teacher_projection_dim is not None:
+            width = config.teacher_projection_dim
+            self.teacher_image_projection = nn.Linear(self.vision_model.channels[-1], width, bias=False)
+            self.teacher_text_projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
+
+        if config.frozen_batch_norm:
+            for norm in self._batch_norms():
+                norm.requires_grad_(False)
+        self.post_init()
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.vision_model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for norm in self._batch_norms():
+            if not norm.weight.requires_grad:
+                norm.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_mask: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EpmVGModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`):
+                Normalised images on their canvas.
+            input_ids (`torch.LongTensor` of shape `(N, L)`):
+                Tokens of N expressions, L at most `max_text_length`.
+            attention_mask (`torch.LongTensor` of shape `(N, L)`, *optional*):
+                1 on tokens, 0 on padding; without it every token counts.
+            pixel_mask (`torch.LongTensor` of shape `(B, height, width)`, *optional*):
+                1 on the picture, 0 on padding; without it the picture fills the canvas.
+            image_index (`torch.LongTensor` of shape `(N,)`, *optional*):
+                The image that each expression belongs to; without it N must be B and they are paired in order.
+            original_sizes (`torch.LongTensor` of shape `(B, 2)`, *optional*):
+                Not used: accepted so that `model(**processor(...))` works, since post-processing needs it.
+        """
+        _check_inputs(pixel_values, input_ids, image_index, self.config.max_text_length)
+        # Recorded states are those of the fusion transformer; the towers before it must not record theirs.
+        tower_kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+
+        backbone_map, visual_mask = self._encode_pixels(pixel_values, pixel_mask)
+        visual_tokens = self._encode_visual(backbone_map, visual_mask, **tower_kwargs)
+        text_states = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, **tower_kwargs
+        ).last_hidden_state
+        text_tokens = self.text_projection(text_states)
+        text_mask = (
+            torch.ones(input_ids.shape, dtype=torch.bool, device=input_ids.device)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
+
+        own_visual, own_mask = visual_tokens, visual_mask.flatten(1)
+        if image_index is not None:
+            own_visual, own_mask = own_visual[image_index], own_mask[image_index]
+        count, length = input_ids.shape
+        reg = self.reg_token.expand(count, 1, -1)
+        fused = self.fusion(
+            torch.cat([reg, text_tokens, own_visual], dim=1),
+            attention_mask=torch.cat([text_mask.new_ones(count, 1), text_mask, own_mask], dim=1),
+            position_embeddings=self._fusion_positions(length, visual_mask.shape[1:]),
+            **kwargs,
+        )
+        reg_state, fused_visual = fused.last_hidden_state[:, 0], fused.last_hidden_state[:, 1 + length :]
+        # What the two branches agree on before fusion, and what fusion adds to it. The first term learns which words
+        # name which looks long before the fusion transformer does.
+        before_fusion = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), own_visual)
+        after_fusion = torch.einsum("nd,nvd->nv", reg_state, fused_visual)
+        consistency_map = (before_fusion + after_fusion) * self.config.d_model**-0.5
+
+        image_embeds = text_embeds = None
+        if self.config.teacher_projection_dim is not None:
+            pooled_image = _masked_mean(backbone_map.flatten(2).transpose(1, 2), visual_mask.flatten(1))
+            pooled_text = _masked_mean(text_states, text_mask)
+            image_embeds = nn.functional.normalize(self.teacher_image_projection(pooled_image), dim=-1)
+            text_embeds = nn.functional.normalize(self.teacher_text_projection(pooled_text), dim=-1)
+
+        return EpmVGModelOutput(
+            reg_state=reg_state,
+            consistency_map=consistency_map,
+            visual_tokens=visual_tokens,
+            visual_mask=visual_mask,
+            text_tokens=text_tokens,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            last_hidden_state=fused.last_hidden_state,
+            hidden_states=fused.hidden_states,
+            attentions=fused.attentions,
+        )
+
+    def _encode_pixels(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backbone's last map `(B, C, grid_height, grid_width)` and the mask of its cells."""
+        feature_map = self.vision_model(pixel_values.to(self.dtype)).feature_maps[-1]
+        grid = feature_map.shape[-2:]
+        stride = self.config.backbone_stride
+        for cells, pixels in zip(grid, pixel_values.shape[-2:], strict=True):
+            if cells not in (pixels // stride, -(-pixels // stride)):
+                raise ValueError(
+                    f"the backbone maps {pixels} pixels to {cells} cells, but config.backbone_stride is {stride}"
+                )
+        if pixel_mask is None:
+            return feature_map, torch.ones(
+                (pixel_values.shape[0], *grid), dtype=torch.bool, device=pixel_values.device
+            )
+        pixel_mask = pixel_mask[:, None].float()
+        nearest = nn.functional.interpolate(pixel_mask, size=grid)[:, 0].bool()
+        # DETR's nearest sampling can miss a picture thinner than the stride; then every cell it touches counts.
+        touched = nn.functional.adaptive_max_pool2d(pixel_mask, grid)[:, 0].bool()
+        return feature_map, torch.where(nearest.any(dim=(1, 2), keepdim=True), nearest, touched)
+
+    def _encode_visual(
+        self, backbone_map: torch.Tensor, visual_mask: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """Visual tokens `(B, V, d_model)` from the backbone's map: 1x1 convolution, DETR encoder, projection."""
+        projected = self.input_projection(backbone_map)
+        # Cumulative sums over the grid want full precision, whatever the model runs in.
+        positions = self.sine_positions(projected.shape, projected.device, torch.float32, visual_mask)
+        encoded = self.encoder(
+            projected.flatten(2).transpose(1, 2),
+            attention_mask=visual_mask.flatten(1),
+            position_embeddings=positions.flatten(2).transpose(1, 2).to(projected.dtype),
+            **kwargs,
+        )
+        return self.visual_projection(encoded.last_hidden_state)
+
+    def _fusion_positions(self, text_length: int, grid: tuple[int, int]) -> torch.Tensor:
+        """Rows of the position table for `text_length` tokens and this grid, interpolated if it is another one."""
+        first_visual = 1 + self.config.max_text_length
+        before_visual, visual = self.fusion_positions[: 1 + text_length], self.fusion_positions[first_visual:]
+        side = self.config.image_size // self.config.backbone_stride
+        if tuple(grid) != (side, side):
+            table = visual.view(1, side, side, -1).permute(0, 3, 1, 2)
+            table = nn.functional.interpolate(table.float(), size=tuple(grid), mode="bicubic", align_corners=False)
+            visual = table.to(visual.dtype).flatten(2)[0].T
+        return torch.cat([before_visual, visual])[None]
+
+
+class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
+    """[`EpmVGModel`] with a box head: one box per expression, and the grounding loss when `labels` are given."""
+
+    def __init__(self, config: EpmVGConfig):
+        super().__init__(config)
+        self.model = EpmVGModel(config)
+        # TransVG's head reads [REG] alone; the map head also reads what the map points at.
+        head_input = config.d_model if config.box_head == "reg" else 2 * config.d_model
+        self.box_head = nn.Sequential(
+            nn.Linear(head_input, config.d_model),
+            nn.ReLU(),
+            nn.Linear(config.d_model, config.d_model),
+            nn.ReLU(),
+            nn.Linear(config.d_model, 4),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_mask: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EpmVGGroundingOutput:
+        r"""
+        Args:
+            pixel_values, input_ids, attention_mask, pixel_mask, image_index, original_sizes:
+                See [`EpmVGModel.forward`].
+            labels (`torch.FloatTensor` of shape `(N, 4)`, *optional*):
+                True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, as the processor makes them from `boxes=`.
+
+        Example:
+
+        ```python
+        inputs = processor(images=image, text=["the man in blue", "the door"], return_tensors="pt")
+        boxes = processor.post_process_grounding(model(**inputs), inputs)
+        ```
+        """
+        outputs = self.model(
+            pixel_values=pixel_values,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_mask=pixel_mask,
+            image_index=image_index,
+            **kwargs,
+        )
+        visual_mask = outputs.visual_mask if image_index is None else outputs.visual_mask[image_index]
+        if self.config.box_head == "reg":
+            pred_boxes = self.box_head(outputs.reg_state).sigmoid()
+        else:
+            pred_boxes = self._boxes_from_map(outputs, visual_mask)
+
+        loss = loss_dict = None
+        if labels is not None:
+            loss_dict = box_loss(pred_boxes, labels)
+            loss = (
+                self.config.bbox_loss_coefficient * loss_dict["loss_bbox"]
+                + self.config.giou_loss_coefficient * loss_dict["loss_giou"]
+            )
+            if self.config.box_head == "map":
+                target = box_map_target(labels, visual_mask)
+                loss_dict["loss_map"] = map_loss(outputs.consistency_map, target, visual_mask.flatten(1))
+                loss = loss + self.config.map_loss_coefficient * loss_dict["loss_map"]
+
+        return EpmVGGroundingOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            pred_boxes=pred_boxes,
+            reg_state=outputs.reg_state,
+            consistency_map=outputs.consistency_map,
+            visual_mask=outputs.visual_mask,
+            image_embeds=outputs.image_embeds,
+            text_embeds=outputs.text_embeds,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _boxes_from_map(self, outputs: EpmVGModelOutput, visual_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Centre: soft-argmax of the consistency map plus an offset of at most one cell; size: regressed from `[REG]`
+        and the visual tokens that the map points at.
+        """
+        grid_height, grid_width = visual_mask.shape[1:]
+        scores = outputs.consistency_map.float()
+        scores = scores.masked_fill(~visual_mask.flatten(1), torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+
+        x = (torch.arange(grid_width, device=scores.device) + 0.5) / grid_width
+        y = (torch.arange(grid_height, device=scores.device) + 0.5) / grid_height
+        per_cell = weights.view(-1, grid_height, grid_width)
+        centre = torch.stack([per_cell.sum(1) @ x, per_cell.sum(2) @ y], dim=-1)
+
+        fused_visual = outputs.last_hidden_state[:, -visual_mask[0].numel() :]
+        pointed_at = torch.einsum("nv,nvd->nd", weights.to(fused_visual.dtype), fused_visual)
+        offset, size = self.box_head(torch.cat([outputs.reg_state, pointed_at], dim=-1)).float().split(2, dim=-1)
+        cell = torch.tensor([1 / grid_width, 1 / grid_height], device=scores.device)
+        return torch.cat([(centre + offset.tanh() * cell).clamp(0, 1), size.sigmoid()], dim=-1)
+
+
+def _build_text_model(text_config) -> PreTrainedModel:
+    """The text tower, without the pooling layer that some towers have and that would never get a gradient."""
+    signature = inspect.signature(MODEL_MAPPING[type(text_config)].__init__)
+    pooling = {"add_pooling_layer": False} if "add_pooling_layer" in signature.parameters else {}
+    return AutoModel.from_config(text_config, **pooling)
+
+
+def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `states` `(batch, length, width)` over the True positions of `mask` `(batch, length)`."""
+    weights = mask.to(states.dtype)[..., None]
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def _check_inputs(
+    pixel_values: torch.Tensor, input_ids: torch.Tensor, image_index: torch.Tensor | None, max_text_length: int
+):
+    count, length = input_ids.shape
+    if length > max_text_length:
+        raise ValueError(f"input_ids hold {length} tokens per expression, config.max_text_length is {max_text_length}")
+    if image_index is None and count != pixel_values.shape[0]:
+        raise ValueError(
+            f"{count} expressions for {pixel_values.shape[0]} images: pass image_index, which says the image of each"
+        )
+    if image_index is not None and image_index.shape != (count,):
+        raise ValueError(f"image_index has shape {tuple(image_index.shape)}, expected ({count},): one per expression")
+
+
+__all__ = ["EpmVGForVisualGrounding", "EpmVGModel", "EpmVGPreTrainedModel"]

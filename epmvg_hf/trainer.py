@@ -1,0 +1,246 @@
+"""`transformers.Trainer` for B images and N expressions."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+from .augmentation import GroundingAugmentation
+from .collator import EpmVGDataCollator, ImageGroups
+from .grounding_accuracy import GroundingAccuracy
+from .modeling_epmvg import EpmVGForVisualGrounding
+from .processing_epmvg import EpmVGProcessor
+from .training_args import EpmVGTrainingArguments
+
+_VISION_MODULES = ("vision_model", "input_projection", "encoder", "visual_projection")
+
+
+class EpmVGTrainer(Trainer):
+    """
+    Trains and evaluates [`EpmVGForVisualGrounding`] on datasets with one row per expression, as
+    [`load_grounding_dataset`] gives them. Map-style datasets are batched by image; streamed ones by row, and rows of
+    one image that meet in a batch share its visual pass.
+
+    Metrics are `acc@0.5`, `acc@0.7` and `mean_iou` of boxes in pixels of the original images, every expression
+    counted once on any number of processes. `predict` gives `predictions` and `label_ids`, xyxy pixel boxes `(N, 4)`
+    in the order of the dataset's rows.
+
+    Args:
+        model ([`EpmVGForVisualGrounding`]): the student.
+        args ([`EpmVGTrainingArguments`]): the arguments.
+        train_dataset, eval_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
+            Rows with `image`, `image_id`, `expression` and `box` (xyxy pixels of that image).
+        processing_class ([`EpmVGProcessor`]): makes tensors and undoes the letterbox; saved with every checkpoint.
+        augmentation ([`GroundingAugmentation`], *optional*):
+            For training images when `args.augment`; the defaults when not given.
+        kwargs: further arguments of `transformers.Trainer`.
+    """
+
+    # compute_loss divides by the expressions of the whole step, all accumulated batches and processes.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: EpmVGForVisualGrounding,
+        args: EpmVGTrainingArguments,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: EpmVGProcessor | None = None,
+        augmentation: GroundingAugmentation | None = None,
+        **kwargs,
+    ):
+        if processing_class is None:
+            raise ValueError("EpmVGTrainer needs processing_class, an EpmVGProcessor: it makes the model's inputs")
+        augmentation = (augmentation or GroundingAugmentation()) if args.augment else None
+        self.train_collator = EpmVGDataCollator(processing_class, augmentation, args.max_expressions_per_image)
+        self._metric = GroundingAccuracy(keep_in_memory=True)
+        self._loss_terms: dict[str, torch.Tensor] = {}
+        self._evaluated: list[dict[str, Any]] = []
+        kwargs.setdefault("compute_metrics", self._compute_accuracy)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=EpmVGDataCollator(processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if args.freeze_backbone_epochs > 0:
+            self.add_callback(FreezeBackbonesCallback(self.model, args.freeze_backbone_epochs))
+
+    # Data ------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        train_dataset, collator = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = _by_image(train_dataset), self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = train_dataset, collator
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        return super().get_eval_dataloader(_by_image(self.eval_dataset if eval_dataset is None else eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(_by_image(test_dataset))
+
+    # Training --------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = defaultdict(list)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups[self._learning_rate_of(name), name in decayed].append(parameter)
+            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {"params": parameters, "lr": lr, "weight_decay": self.args.weight_decay if decay else 0.0}
+                    for (lr, decay), parameters in groups.items()
+                ],
+                **optimizer_kwargs,
+            )
+        return self.optimizer
+
+    def _learning_rate_of(self, parameter_name: str) -> float:
+        modules = parameter_name.split(".")
+        rate = None
+        if "text_model" in modules:
+            rate = self.args.text_learning_rate
+        elif any(name in modules for name in _VISION_MODULES):
+            rate = self.args.vision_learning_rate
+        return self.args.learning_rate if rate is None else rate
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The batches of one optimizer step, and the number of expressions in them over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        expressions = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(expressions, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("boxes", "row_index")})
+        if "labels" not in inputs:
+            return (None, outputs) if return_outputs else None
+        loss, expressions = outputs["loss"], len(inputs["labels"])
+        if num_items_in_batch is not None:
+            # Summed over accumulated batches and averaged over processes (DDP), this is the mean over expressions.
+            loss = loss * (expressions * self.accelerator.num_processes / num_items_in_batch)
+            self._add_loss_terms(outputs["loss_dict"], expressions)
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_loss_terms(self, loss_dict: dict[str, torch.Tensor], expressions: int):
+        for name, term in loss_dict.items():
+            weighted = torch.stack([term.detach().float() * expressions, term.new_tensor(expressions).float()])
+            self._loss_terms[name] = self._loss_terms.get(name, 0) + weighted
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Training logs carry "loss", evaluation logs "eval_loss" with its own terms.
+        if "loss" in logs:
+            for name, weighted in self._loss_terms.items():
+                total, expressions = self.accelerator.reduce(weighted, reduction="sum").tolist()
+                logs[name] = total / expressions
+            self._loss_terms = {}
+        super().log(logs, start_time)
+
+    # Evaluation ------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Keeps the results of the batch: processes hold different N, which the Trainer's own gathering cannot take."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        boxes = self.processing_class.post_process_grounding(outputs, inputs)
+        rows = {
+            "row_index": inputs["row_index"].tolist(),
+            "predictions": torch.stack([result["box"] for result in boxes]).float().cpu().numpy(),
+        }
+        if loss is not None:
+            rows["references"] = inputs["boxes"].float().cpu().numpy()
+            rows["losses"] = {"loss": loss.item(), **{k: v.item() for k, v in outputs["loss_dict"].items()}}
+        self._evaluated.append(rows)
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._evaluated = []
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        batches = gather_object(self._evaluated)
+        self._evaluated = []
+
+        predictions, references, losses = {}, {}, defaultdict(float)
+        for batch in batches:
+            # Accelerate fills up the last batches with images from the start; those rows count only once.
+            new = [position for position, row in enumerate(batch["row_index"]) if row not in predictions]
+            for position in new:
+                predictions[batch["row_index"][position]] = batch["predictions"][position]
+                if "references" in batch:
+                    references[batch["row_index"][position]] = batch["references"][position]
+            for name, value in batch.get("losses", {}).items():
+                losses[name] += value * len(new)
+
+        order = sorted(predictions)
+        predicted = np.array([predictions[row] for row in order]).reshape(-1, 4)
+        true = np.array([references[row] for row in order]) if references else None
+        metrics = {name: total / len(order) for name, total in losses.items()}
+        if true is not None and self.compute_metrics is not None:
+            metrics.update(self.compute_metrics(EvalPrediction(predictions=predicted, label_ids=true)))
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(
+            predictions=predicted, label_ids=true, metrics={**output.metrics, **prefixed}, num_samples=len(order)
+        )
+
+    def _compute_accuracy(self, evaluated: EvalPrediction) -> dict[str, float]:
+        return self._metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
+
+
+class FreezeBackbonesCallback(TrainerCallback):
+    """Keeps the vision backbone and the text tower as they are for the first `epochs` epochs."""
+
+    def __init__(self, model: EpmVGForVisualGrounding, epochs: int):
+        self.epochs = epochs
+        towers = (model.model.vision_model, model.model.text_model)
+        # Only what is trained at all: frozen batch norms stay frozen.
+        self.parameters = [p for tower in towers for p in tower.parameters() if p.requires_grad]
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        for parameter in self.parameters:
+            parameter.requires_grad_(state.epoch >= self.epochs)
+
+
+def _by_image(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda row, index: {"row_index": index}, with_indices=True)
+    return ImageGroups(dataset)

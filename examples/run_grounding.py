@@ -1,0 +1,192 @@
+#!/usr/bin/env python
+"""Train, evaluate and look at a visual grounding model.
+
+    accelerate launch examples/run_grounding.py                                   # configs/shapes.yaml: no data needed
+    accelerate launch examples/run_grounding.py --learning_rate 3e-4              # the same with one change
+    accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my   # all arguments from a YAML or JSON file
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from epmvg_hf import (
+    EpmVGConfig,
+    EpmVGForVisualGrounding,
+    EpmVGImageProcessor,
+    EpmVGProcessor,
+    EpmVGTrainer,
+    EpmVGTrainingArguments,
+    load_grounding_dataset,
+)
+from epmvg_hf.blind import blind_accuracy
+from epmvg_hf.visualization import draw_grid
+
+HERE = Path(__file__).parent
+logger = logging.getLogger("run_grounding")
+
+
+@dataclass
+class ModelArguments:
+    """What to train: a saved model, or a new one from a configuration."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model and processor to start from; without it a new model is made."}
+    )
+    config_name: str = field(
+        default=str(HERE / "configs" / "tiny.json"), metadata={"help": "JSON file with the new model's EpmVGConfig."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; without it transformers chooses."}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer of a new model; without it one is trained on the training expressions."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """What to train on; see `load_grounding_dataset`."""
+
+    dataset_name: str = field(default="shapes", metadata={"help": "shapes or flickr30k_entities."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with the benchmark's files."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split that chooses the best checkpoint."})
+    test_split: str = field(default="test", metadata={"help": "Split for --do_predict."})
+    missing_images: str = field(default="error", metadata={"help": "error, skip or keep."})
+    num_train_images: int | None = field(default=None, metadata={"help": "How many training scenes shapes draws."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    picture_rows: int = field(default=24, metadata={"help": "Expressions in the picture of --do_predict."})
+
+
+def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, EpmVGTrainingArguments]:
+    """Defaults come from one YAML or JSON file, the first argument if it is one; flags override them."""
+    file = HERE / "configs" / "shapes.yaml"
+    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
+        file, arguments = Path(arguments[0]), arguments[1:]
+    defaults = yaml.safe_load(file.read_text())  # JSON is YAML
+    parser = HfArgumentParser((ModelArguments, DataArguments, EpmVGTrainingArguments), description=__doc__)
+    unknown = sorted(set(defaults) - {action.dest for action in parser._actions})
+    if unknown:
+        raise ValueError(f"{file}: unknown argument(s) {', '.join(unknown)}; --help lists them all")
+    # transformers takes bf16 on a machine without accelerator only if it is told that the CPU is meant.
+    parser.set_defaults(**{"use_cpu": not torch.accelerator.is_available(), **defaults})
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def make_model(arguments: ModelArguments, expressions: list[str]) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
+    """The model and its processor, saved ones or new ones."""
+    if arguments.model_name_or_path is not None:
+        model = EpmVGForVisualGrounding.from_pretrained(
+            arguments.model_name_or_path, attn_implementation=arguments.attn_implementation
+        )
+        return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
+
+    config = EpmVGConfig.from_json_file(arguments.config_name)
+    if arguments.tokenizer_name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
+    else:
+        # Lower-cases and splits as BERT does; the vocabulary is learned from the expressions.
+        special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+        template = BertTokenizer(vocab={token: index for index, token in enumerate(special)})
+        tokenizer = template.train_new_from_iterator(expressions, vocab_size=config.text_config.vocab_size)
+    config.text_config.vocab_size = len(tokenizer)
+    image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
+    config._attn_implementation = arguments.attn_implementation
+    return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
+
+
+def main():
+    model_arguments, data_arguments, training_arguments = parse_arguments(sys.argv[1:])
+    logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.WARNING)
+    set_seed(training_arguments.seed)
+
+    def load(split: str):
+        with training_arguments.main_process_first(desc=f"preparing {split}"):
+            return load_grounding_dataset(
+                data_arguments.dataset_name,
+                data_dir=data_arguments.data_dir,
+                split=split,
+                missing_images=data_arguments.missing_images,
+                num_images=data_arguments.num_train_images if split == data_arguments.train_split else None,
+            )
+
+    def load_evaluation(split: str):
+        dataset = load(split)
+        limit = data_arguments.max_eval_rows
+        return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+    # The training expressions also give a new model its vocabulary, and the blind predictors their boxes.
+    train_dataset = load(data_arguments.train_split)
+    model, processor = make_model(model_arguments, train_dataset["expression"])
+    trainer = EpmVGTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=train_dataset,
+        eval_dataset=load_evaluation(data_arguments.eval_split) if training_arguments.do_eval else None,
+        processing_class=processor,
+    )
+    logger.info("%d training expressions, %.1f M parameters", len(train_dataset), model.num_parameters() / 1e6)
+
+    if training_arguments.do_train:
+        checkpoint = training_arguments.resume_from_checkpoint
+        if checkpoint in ("true", "True"):
+            checkpoint = get_last_checkpoint(training_arguments.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()  # the best checkpoint, with load_best_model_at_end
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+
+    if training_arguments.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    if training_arguments.do_predict:
+        test_dataset = load_evaluation(data_arguments.test_split)
+        output = trainer.predict(test_dataset)
+        metrics = dict(output.metrics)
+        if trainer.is_world_process_zero():
+            blind = blind_accuracy(train_dataset, test_dataset)
+            metrics.update({f"test_blind_{name}": value for name, value in blind.items()})
+            write_predictions(Path(training_arguments.output_dir), test_dataset, output, data_arguments.picture_rows)
+            print(f"\nAcc@0.5 on {data_arguments.dataset_name} {data_arguments.test_split}")
+            print(f"{output.metrics['test_acc@0.5']:8.3f}  this model")
+            for name, value in blind.items():
+                print(f"{value:8.3f}  no eyes: {name.replace('_', ' ')}")
+        trainer.log_metrics("test", metrics)
+        trainer.save_metrics("test", metrics)
+
+
+def write_predictions(folder: Path, dataset, output, picture_rows: int) -> None:
+    """`predictions.jsonl` with every expression, and `predictions.png` with some, spread over the dataset."""
+    with (folder / "predictions.jsonl").open("w") as file:
+        for row, box, true_box in zip(
+            dataset.remove_columns("image"), output.predictions, output.label_ids, strict=True
+        ):
+            line = {key: row[key] for key in ("image_id", "expression")}
+            file.write(json.dumps({**line, "box": box.tolist(), "true_box": true_box.tolist()}) + "\n")
+    chosen = np.linspace(0, len(dataset) - 1, min(picture_rows, len(dataset))).astype(int)
+    rows = [dataset[int(row)] for row in chosen]
+    draw_grid(
+        folder / "predictions.png",
+        images=[row["image"] for row in rows],
+        expressions=[row["expression"] for row in rows],
+        boxes=output.predictions[chosen],
+        true_boxes=output.label_ids[chosen],
+    )
+    logger.info("wrote %s and predictions.jsonl", folder / "predictions.png")
+
+
+if __name__ == "__main__":
+    main()

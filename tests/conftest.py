@@ -1,0 +1,72 @@
+"""Tiny, offline, deterministic: every test builds what it needs, nothing is downloaded."""
+
+import os
+
+# Before transformers and datasets are imported: no test may look at the Hub.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from transformers import BertTokenizer
+
+from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
+
+WORDS = "the a red green blue left right small large leftmost circle square star of man dog on in".split()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Prepared datasets go to the test session's folder, not to the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / "datasets-cache"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+
+
+@pytest.fixture
+def tokenizer() -> BertTokenizer:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+
+
+@pytest.fixture
+def processor(tokenizer) -> EpmVGProcessor:
+    return EpmVGProcessor(EpmVGImageProcessor(size={"height": 64, "width": 64}), tokenizer, max_text_length=12)
+
+
+def tiny_config(**changes) -> EpmVGConfig:
+    settings = {
+        "backbone_config": {
+            "model_type": "resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "layer_type": "basic",
+            "out_features": ["stage2"],
+        },
+        "backbone_stride": 8,
+        "text_config": {
+            "model_type": "bert",
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "max_position_embeddings": 32,
+        },
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "fusion_layers": 2,
+        "fusion_attention_heads": 2,
+        "fusion_ffn_dim": 32,
+        "dropout": 0.0,
+        "image_size": 64,
+        "max_text_length": 12,
+        "frozen_batch_norm": False,
+    }
+    return EpmVGConfig(**{**settings, **changes})
+
+
+def tiny_model(seed: int = 0, **changes) -> EpmVGForVisualGrounding:
+    torch.manual_seed(seed)
+    return EpmVGForVisualGrounding(tiny_config(**changes)).eval()

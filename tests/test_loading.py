@@ -1,0 +1,81 @@
+"""Tests of the one call that gives any of the benchmarks."""
+
+import sys
+
+import pytest
+from PIL import Image
+
+from epmvg_hf import load_grounding_dataset
+
+XML = (
+    "<annotation><size><width>8</width><height>6</height></size><object><name>3</name><bndbox>"
+    "<xmin>2</xmin><ymin>1</ymin><xmax>8</xmax><ymax>6</ymax></bndbox></object></annotation>"
+)
+
+
+@pytest.fixture
+def flickr(tmp_path) -> str:
+    for name in ("Annotations", "Sentences", "flickr30k_images"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "val.txt").write_text("7\n")
+    (tmp_path / "Annotations" / "7.xml").write_text(XML)
+    (tmp_path / "Sentences" / "7.txt").write_text("[/EN#3/animals A dog] .\n" * 5)
+    Image.new("RGB", (8, 6)).save(tmp_path / "flickr30k_images" / "7.jpg")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_flickr30k_entities(flickr, streaming):
+    rows = list(load_grounding_dataset("flickr30k_entities", flickr, split="val", streaming=streaming))
+    assert len(rows) == 5
+    assert rows[0]["expression"] == "A dog" and rows[0]["box"] == [1, 0, 8, 6] and rows[0]["image"].size == (8, 6)
+
+
+def test_missing_images_reach_the_reader(flickr, tmp_path):
+    (tmp_path / "flickr30k_images" / "7.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 1 images"):
+        load_grounding_dataset("flickr30k_entities", flickr, split="val")
+    kept = load_grounding_dataset("flickr30k_entities", flickr, split="val", missing_images="keep")
+    assert kept["image"][:] == [None] * 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shapes(streaming):
+    dataset = load_grounding_dataset("shapes", split="val", num_images=3, streaming=streaming)
+    rows = list(dataset)
+    assert str(dataset.split) == "validation"
+    assert len({row["image_id"] for row in rows}) == 3
+    assert {"image", "image_id", "expression", "box"} <= set(rows[0])
+    other = load_grounding_dataset("shapes", split="validation", num_images=3, streaming=streaming, seed=1)
+    assert [row["box"] for row in other] != [row["box"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "refcoco3"}, 'name must be "shapes" or "flickr30k_entities", not \'refcoco3\''),
+        ({"name": "shapes", "split": "testA"}, "train, validation, test, test_composition"),
+        ({"name": "shapes", "data_dir": "x"}, 'data_dir does not apply to "shapes"; of its own it takes seed and num'),
+        ({"name": "shapes", "split_by": "umd"}, 'split_by does not apply to "shapes"'),
+        ({"name": "shapes", "missing_images": "skip"}, 'missing_images does not apply to "shapes"'),
+        ({"name": "flickr30k_entities"}, 'data_dir is needed for "flickr30k_entities"'),
+        ({"name": "flickr30k_entities", "data_dir": "x", "num_images": 3}, "num_images does not apply to"),
+        ({"name": "flickr30k_entities", "data_dir": "x", "split_by": "umd"}, "split_by does not apply to"),
+        ({"name": "flickr30k_entities", "data_dir": "x", "seed": 1}, "takes data_dir and missing_images"),
+        ({"name": "flickr30k_entities", "data_dir": "x", "split": "test_composition"}, "train, validation, test, not"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_grounding_dataset(**arguments)
+
+
+def test_bad_missing_images(flickr):
+    with pytest.raises(ValueError, match='"error", "skip" or "keep"'):
+        load_grounding_dataset("flickr30k_entities", flickr, split="val", missing_images="drop")
+
+
+def test_datasets_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "epmvg_hf\[train\]"'):
+        load_grounding_dataset("shapes")

@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from epmvg_hf import EpmVGTrainingArguments
+
+
+def test_raw_columns_must_stay(tmp_path):
+    with pytest.raises(ValueError, match="remove_unused_columns must be False"):
+        EpmVGTrainingArguments(output_dir=tmp_path, remove_unused_columns=True)
+
+
+def test_freezing_needs_unused_parameters(tmp_path):
+    assert EpmVGTrainingArguments(output_dir=tmp_path, freeze_backbone_epochs=1).ddp_find_unused_parameters
+    with pytest.raises(ValueError, match="freeze_backbone_epochs needs ddp_find_unused_parameters"):
+        EpmVGTrainingArguments(output_dir=tmp_path, freeze_backbone_epochs=1, ddp_find_unused_parameters=False)
+
+
+def test_plain_python_on_many_gpus_does_not_split_the_batch(tmp_path, monkeypatch):
+    arguments = EpmVGTrainingArguments(output_dir=tmp_path, per_device_train_batch_size=3, use_cpu=True)
+    # What transformers finds on a machine with four GPUs, started without a launcher.
+    monkeypatch.setattr(arguments, "_n_gpu", 4)
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 3 and arguments.eval_batch_size == arguments.per_device_eval_batch_size
+
+
+def test_streamed_rows_are_collated_where_they_are_used(tmp_path):
+    arguments = EpmVGTrainingArguments(output_dir=tmp_path, use_cpu=True)
+    assert arguments.accelerator_config.dispatch_batches is False
+    assert arguments.device == torch.device("cpu")
