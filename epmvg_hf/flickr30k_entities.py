@@ -26,8 +26,7 @@ SPLIT_LISTS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"
 ANNOTATION_FOLDERS = ("Annotations", "Sentences")
 IMAGE_FOLDERS = ("flickr30k_images", "flickr30k-images")
 
-# Bounds on files of unknown origin. Real annotations have up to 17 kB.
-MAX_ANNOTATION_BYTES = 2**20
+MAX_ANNOTATION_BYTES = 2**20  # bounds on files of unknown origin; real annotations have up to 17 kB
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own default
 
 MENTION = re.compile(r"\[/EN#([0-9]+)((?:/[a-z]+)+) +([^\[\] ][^\[\]]*)\]")
@@ -140,14 +139,13 @@ class Flickr30kEntities(datasets.GeneratorBasedBuilder):
         present = {image_id: entry.path for image_id, entry in files.images.items() if entry}
         image_ids = present if missing_images == "skip" else files.images
         images = [(image_id, present.get(image_id)) for image_id in image_ids]
-        gen_kwargs = {"images": images, "annotations": files.annotations}
-        return [datasets.SplitGenerator(name=files.split, gen_kwargs=gen_kwargs)]
+        return [datasets.SplitGenerator(files.split, {"images": images, "annotations": files.annotations})]
 
     def _generate_examples(self, images: list[tuple[str, str | None]], annotations: "AnnotationFiles") -> Iterator:
         for image_id, path in images:
-            (xml_width, xml_height), rows = read_rows(annotations, image_id)
-            width, height = (xml_width, xml_height) if path is None else stored_size(path)
-            scale_x, scale_y = width / xml_width, height / xml_height
+            xml_size, rows = read_rows(annotations, image_id)
+            size = xml_size if path is None else stored_size(path)
+            scale_x, scale_y = size[0] / xml_size[0], size[1] / xml_size[1]
             image = None if path is None else {"bytes": None, "path": path}
             for index, row in enumerate(rows):
                 xmin, ymin, xmax, ymax = row["box"]

@@ -142,7 +142,7 @@ def test_open_zip_is_not_shared_between_processes(folder, monkeypatch):
     first = annotations._open_zip()
     assert annotations._open_zip() is first
     assert pickle.loads(pickle.dumps(annotations)).read("Sentences/11.txt") == TEXT_11  # as for a spawned worker
-    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked one
+    monkeypatch.setattr(flickr30k_entities.os, "getpid", lambda: -1)  # as in a forked one
     assert annotations._open_zip() is not first
 
 
