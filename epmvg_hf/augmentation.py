@@ -119,9 +119,7 @@ class GroundingAugmentation:
         return start, start + length
 
 
-def mirror(
-    image: Image.Image, expressions: list[str], boxes: np.ndarray
-) -> tuple[Image.Image, list[str], np.ndarray]:
+def mirror(image: Image.Image, expressions: list[str], boxes: np.ndarray) -> tuple[Image.Image, list[str], np.ndarray]:
     """Mirror the image left to right, and with it the boxes and the words left and right of the expressions."""
     mirrored = np.stack(
         [image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], axis=-1

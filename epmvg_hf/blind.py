@@ -22,8 +22,8 @@ def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: flo
     the image's size.
 
     Args:
-        train_dataset (`datasets.Dataset`): rows with `image`, `image_id`, `expression`, `box`; the boxes are fitted here.
-        eval_dataset (`datasets.Dataset`): likewise; the predictors are measured here.
+        train_dataset (`datasets.Dataset`): rows with `image`, `image_id`, `expression`, `box`, to fit on.
+        eval_dataset (`datasets.Dataset`): likewise, to measure on.
         threshold (`float`, *optional*, defaults to 0.5): IoU from which a box counts as right.
 
     Returns:

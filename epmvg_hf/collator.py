@@ -30,7 +30,8 @@ class ImageGroups(Dataset):
         missing = {"image", "image_id", "expression"} - set(dataset.column_names)
         if missing:
             raise ValueError(
-                f"the dataset lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(dataset.column_names)}"
+                f"the dataset lacks the column(s) {', '.join(sorted(missing))}; "
+                f"it has {', '.join(dataset.column_names)}"
             )
         self.images = dataset.select_columns(["image"])
         self.rows = dataset.select_columns([c for c in ("image_id", "expression", "box") if c in dataset.column_names])

@@ -236,7 +236,7 @@ class EpmVGPreTrainedModel(PreTrainedModel):
 
 
 class EpmVGEncoder(EpmVGPreTrainedModel):
-    """Stack of [`EpmVGEncoderLayer`]; `attention_mask` is `(batch, length)`, True on tokens that may be attended to."""
+    """Stack of [`EpmVGEncoderLayer`]; `attention_mask` is `(batch, length)`, True where attention may go."""
 
     _can_record_outputs = {"hidden_states": EpmVGEncoderLayer, "attentions": EpmVGAttention}  # noqa: RUF012
 

@@ -172,7 +172,7 @@ class EpmVGTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
-        """Keeps the results of the batch: processes hold different N, which the Trainer's own gathering cannot take."""
+        """Keeps the batch's results: processes hold different N, which the Trainer's own gathering cannot take."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)

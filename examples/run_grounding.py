@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train, evaluate and look at a visual grounding model.
 
-    accelerate launch examples/run_grounding.py                                   # configs/shapes.yaml: no data needed
-    accelerate launch examples/run_grounding.py --learning_rate 3e-4              # the same with one change
-    accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my   # all arguments from a YAML or JSON file
+accelerate launch examples/run_grounding.py                                 # configs/shapes.yaml: needs no data
+accelerate launch examples/run_grounding.py --learning_rate 3e-4            # the same with one change
+accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my # all arguments from a YAML or JSON file
 """
 
 import json

@@ -11,7 +11,7 @@ from transformers import BertTokenizer
 
 from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
 
-WORDS = "the a red green blue left right small large leftmost circle square star of man dog on in".split()
+WORDS = ["the", "a", "red", "green", "blue", "left", "right", "small", "large", "circle", "star", "man", "dog", "on"]
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,8 @@ def tiny_config(**changes) -> EpmVGConfig:
             "num_attention_heads": 2,
             "intermediate_size": 32,
             "max_position_embeddings": 32,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
         },
         "d_model": 16,
         "encoder_layers": 1,

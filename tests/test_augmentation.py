@@ -44,7 +44,13 @@ def test_mirror_swaps_words_not_substrings(expression, mirrored):
 
 @pytest.mark.parametrize(
     "expression",
-    ["the cat right behind the man", "right next to the door", "slice left over", "player number 7", "sign that says go"],
+    [
+        "the cat right behind the man",
+        "right next to the door",
+        "slice left over",
+        "player number 7",
+        "sign that says go",
+    ],
 )
 def test_what_cannot_be_mirrored_is_not(expression):
     augmentation = GroundingAugmentation(flip=1, crop=0, color_jitter_probability=0)
@@ -125,7 +131,7 @@ def test_placement_stays_on_the_canvas():
     placements = [GroundingAugmentation().placement(640) for _ in range(500)]
     long_sides, tops, lefts = map(np.array, zip(*placements, strict=True))
     assert long_sides.min() >= 448 and long_sides.max() <= 640 and len(set(long_sides.tolist())) > 100
-    assert 0 <= tops.min() and tops.max() <= 1 and 0 <= lefts.min() and lefts.max() <= 1
+    assert tops.min() >= 0 and tops.max() <= 1 and lefts.min() >= 0 and lefts.max() <= 1
 
 
 def test_draws_depend_on_the_random_state_alone():

@@ -99,7 +99,7 @@ def test_augmented_labels_lie_where_the_augmented_picture_shows_the_target(proce
         batch = collator(rows)
         for label, image in zip(batch["labels"], batch["image_index"], strict=True):
             cx, cy, w, h = (label * 64).tolist()
-            assert 0 <= cx - w / 2 and cx + w / 2 <= 64 and 0 <= cy - h / 2 and cy + h / 2 <= 64
+            assert cx - w / 2 >= 0 and cx + w / 2 <= 64 and cy - h / 2 >= 0 and cy + h / 2 <= 64
             places.add(round(cx))
             middle = (batch["pixel_values"][image] * std + mean)[:, int(cy), int(cx)] * 255
             background = batch["pixel_mask"][image].bool()

@@ -7,7 +7,7 @@ from epmvg_hf import EpmVGConfig
 
 def test_default_is_transvg():
     config = EpmVGConfig()
-    assert config.backbone_config.depths == [3, 4, 6, 3]  # ResNet-50
+    assert list(config.backbone_config.depths) == [3, 4, 6, 3]  # ResNet-50
     assert config.backbone_config.out_features == ["stage4"]
     assert (config.text_config.num_hidden_layers, config.text_config.hidden_size) == (12, 768)  # BERT-base
     assert (config.encoder_layers, config.fusion_layers, config.d_model) == (6, 6, 256)
@@ -20,7 +20,7 @@ def test_saved_configuration_loads_with_its_towers(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, EpmVGConfig)
     assert isinstance(loaded.backbone_config, ResNetConfig) and isinstance(loaded.text_config, BertConfig)
-    assert loaded.to_dict() == config.to_dict()
+    assert loaded.to_diff_dict() == config.to_diff_dict()
 
 
 @pytest.mark.parametrize(

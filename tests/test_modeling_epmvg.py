@@ -245,7 +245,7 @@ def test_bad_inputs_are_named(change, message):
 
 
 def test_wrong_stride_is_named():
-    with pytest.raises(ValueError, match="maps 64 pixels to 8 cells, but config.backbone_stride is 16"):
+    with pytest.raises(ValueError, match=r"maps 64 pixels to 8 cells, but config\.backbone_stride is 16"):
         tiny_model(backbone_stride=16)(**_inputs())
 
 
@@ -254,7 +254,10 @@ _RENAMES = [
     (r"^visumodel\.backbone\.0\.body\.conv1\.", "model.vision_model.embedder.embedder.convolution."),
     (r"^visumodel\.backbone\.0\.body\.bn1\.", "model.vision_model.embedder.embedder.normalization."),
     (r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.0\.", r"STAGE\1.layers.\2.shortcut.convolution."),
-    (r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.1\.", r"STAGE\1.layers.\2.shortcut.normalization."),
+    (
+        r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.1\.",
+        r"STAGE\1.layers.\2.shortcut.normalization.",
+    ),
     (r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.conv(\d)\.", r"STAGE\1.layers.\2.BLOCK\3.convolution."),
     (r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.bn(\d)\.", r"STAGE\1.layers.\2.BLOCK\3.normalization."),
     (r"STAGE(\d)", lambda match: f"model.vision_model.encoder.stages.{int(match[1]) - 1}"),

@@ -1,0 +1,62 @@
+"""One optimizer step and one evaluation, for `test_trainer.py` to run on one and on two processes."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+from conftest import WORDS, tiny_model
+from transformers import BertTokenizer
+
+from epmvg_hf import (
+    EpmVGImageProcessor,
+    EpmVGProcessor,
+    EpmVGTrainer,
+    EpmVGTrainingArguments,
+    load_grounding_dataset,
+)
+
+
+def main(folder: Path, batch_size: int):
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+    processor = EpmVGProcessor(EpmVGImageProcessor(size={"height": 64, "width": 64}), tokenizer, max_text_length=12)
+    args = EpmVGTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2,
+        augment=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    with args.main_process_first():
+        dataset = load_grounding_dataset("shapes", split="train", num_images=5)
+    # Images have 8, 1, 5, 8 and 3 expressions.
+    keep = [row for row, image in enumerate(dataset["image_id"]) if row % 8 < [8, 1, 5, 8, 3][int(image[-6:])]]
+    dataset = dataset.select(keep)
+    train = dataset.filter(lambda image_id: not image_id.endswith("4"), input_columns="image_id")
+
+    model = tiny_model(box_head="map", frozen_batch_norm=True)
+    trainer = EpmVGTrainer(model, args, train_dataset=train, eval_dataset=dataset, processing_class=processor)
+    trainer.train()
+    output = trainer.predict(dataset)
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        log = trainer.state.log_history[0]
+        result = {
+            "processes": args.world_size,
+            "log": {name: log[name] for name in ("loss", "grad_norm", "loss_bbox", "loss_giou", "loss_map")},
+            "predictions": output.predictions.tolist(),
+            "references": output.label_ids.tolist(),
+            "metrics": metrics,
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,98 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example():
+    spec = importlib.util.spec_from_file_location("run_grounding", EXAMPLES / "run_grounding.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_grounding"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["run_grounding"]
+
+
+def _environment(tmp_path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+
+
+def test_defaults_files_and_flags(example, tmp_path):
+    model, data, training = example.parse_arguments(["--learning_rate", "0.5", "--use_cpu", "true"])
+    assert (data.dataset_name, training.output_dir, training.learning_rate) == ("shapes", "outputs/demo", 0.5)
+    assert training.do_train and training.do_predict and model.model_name_or_path is None
+
+    settings = {"dataset_name": "flickr30k_entities", "output_dir": str(tmp_path), "learning_rate": "3e-4"}
+    for name, text in (
+        ("a.json", json.dumps(settings)),
+        ("a.yaml", "\n".join(f"{k}: {v}" for k, v in settings.items())),
+    ):
+        (tmp_path / name).write_text(text)
+        _, data, training = example.parse_arguments([str(tmp_path / name), "--seed", "7"])
+        assert (data.dataset_name, training.learning_rate, training.seed) == ("flickr30k_entities", 3e-4, 7)
+        assert not training.do_train
+
+
+def test_an_unknown_argument_in_a_file_is_named(example, tmp_path):
+    (tmp_path / "a.yaml").write_text("learnin_rate: 0.1\noutput_dir: x\n")
+    with pytest.raises(ValueError, match=r"a\.yaml: unknown argument\(s\) learnin_rate"):
+        example.parse_arguments([str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses(example, config):
+    example.parse_arguments([str(config)])
+
+
+def test_main_job_and_prediction(tmp_path):
+    """What the README starts: train, evaluate and draw; then boxes for one picture from the saved folder."""
+    output = tmp_path / "out"
+    command = [
+        str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", str(EXAMPLES / "run_grounding.py"),
+        "--output_dir", str(output), "--num_train_images", "24", "--max_eval_rows", "40", "--num_train_epochs", "1",
+        "--eval_steps", "2", "--save_steps", "2", "--picture_rows", "3", "--bf16", "false", "--use_cpu", "true",
+    ]  # fmt: skip
+    result = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in (
+        "this model",
+        "no eyes: whole image",
+        "no eyes: best constant box",
+        "no eyes: best box per expression",
+    ):
+        assert name in result.stdout
+
+    results = json.loads((output / "all_results.json").read_text())
+    assert {"train_loss", "eval_acc@0.5", "test_acc@0.5", "test_blind_best_box_per_expression"} <= set(results)
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    rows = load_grounding_dataset("shapes", split="test", num_images=10)
+    assert [(line["expression"], line["true_box"]) for line in lines] == [
+        (row["expression"], row["box"]) for row in rows.select(range(40))
+    ]
+    assert Image.open(output / "predictions.png").size[0] > 500
+    assert EpmVGForVisualGrounding.from_pretrained(output).config.box_head == "map"
+
+    rows[0]["image"].save(tmp_path / "scene.png")
+    command = [
+        sys.executable, str(EXAMPLES / "predict.py"), str(output), str(tmp_path / "scene.png"), "the circle", "the star",
+        "--output", str(tmp_path / "prediction.png"),
+    ]  # fmt: skip
+    result = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    printed = [line for line in result.stdout.splitlines() if line.startswith("the ")]
+    assert [line.split(":")[0] for line in printed] == ["the circle", "the star"]
+    for line in printed:
+        x1, y1, x2, y2 = json.loads(line.split(":")[1])
+        assert 0 <= x1 <= x2 <= rows[0]["image"].width and 0 <= y1 <= y2 <= rows[0]["image"].height
+    assert Image.open(tmp_path / "prediction.png").size[0] > 100
