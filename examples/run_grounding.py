@@ -8,6 +8,7 @@ accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my # al
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,13 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
     return parser.parse_args_into_dataclasses(arguments)
 
 
+def use_all_cores(arguments: EpmVGTrainingArguments) -> None:
+    """On a CPU, share its cores among the local processes: `accelerate launch` gives each of them one thread."""
+    if arguments.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, os.cpu_count() // local_processes))
+
+
 def make_model(arguments: ModelArguments, expressions: list[str]) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
     """The model and its processor, saved ones or new ones."""
     if arguments.model_name_or_path is not None:
@@ -109,6 +117,7 @@ def main():
     model_arguments, data_arguments, training_arguments = parse_arguments(sys.argv[1:])
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.WARNING)
     set_seed(training_arguments.seed)
+    use_all_cores(training_arguments)
 
     def load(split: str):
         with training_arguments.main_process_first(desc=f"preparing {split}"):
