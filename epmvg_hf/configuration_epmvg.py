@@ -57,7 +57,7 @@ class EpmVGConfig(PreTrainedConfig):
             Largest number of text tokens, special tokens included.
         box_head (`str`, *optional*, defaults to `"reg"`):
             `"reg"` regresses the box from the `[REG]` token (TransVG). `"map"` takes the box's centre from a
-            soft-argmax over the consistency map plus a bounded offset, which converges much faster.
+            sharpened soft-argmax over the consistency map plus a bounded offset, which converges much faster.
         frozen_batch_norm (`bool`, *optional*, defaults to `True`):
             Whether the batch norms of the vision backbone keep their statistics and weights, as in DETR and TransVG.
             Set it to `False` for a backbone that is trained from scratch.

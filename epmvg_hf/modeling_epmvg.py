@@ -14,6 +14,7 @@
 """PyTorch EpmVG: a TransVG-compatible grounding student that reads B images and N expressions."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -233,6 +234,10 @@ class EpmVGPreTrainedModel(PreTrainedModel):
             sine = module.sine_positions((1, 1, side, side), grid.device, torch.float32, grid).flatten(2)[0].T
             rows = torch.cat([module.fusion_positions[: 1 + self.config.max_text_length], sine.to(self.dtype)])
             init.copy_(module.fusion_positions, rows)
+        elif isinstance(module, EpmVGForVisualGrounding) and self.config.box_head == "map":
+            init.constant_(module.log_map_sharpness, math.log(2))
+            # Start from the soft-argmax itself: no offset.
+            init.zeros_(module.box_head[-1].weight)
 
 
 class EpmVGEncoder(EpmVGPreTrainedModel):
@@ -461,6 +466,8 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
             nn.ReLU(),
             nn.Linear(config.d_model, 4),
         )
+        if config.box_head == "map":
+            self.log_map_sharpness = nn.Parameter(torch.empty(()))
         self.post_init()
 
     @can_return_tuple
@@ -530,11 +537,12 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
 
     def _boxes_from_map(self, outputs: EpmVGModelOutput, visual_mask: torch.Tensor) -> torch.Tensor:
         """
-        Centre: soft-argmax of the consistency map plus an offset of at most one cell; size: regressed from `[REG]`
-        and the visual tokens that the map points at.
+        Centre: soft-argmax of the consistency map plus an offset of at most half the canvas; offset and size are
+        regressed from `[REG]` and the visual tokens that the map points at.
         """
         grid_height, grid_width = visual_mask.shape[1:]
-        scores = outputs.consistency_map.float()
+        # Two candidates that share the map would put the soft-argmax between them; sharper scores take a side.
+        scores = outputs.consistency_map.float() * self.log_map_sharpness.float().exp()
         scores = scores.masked_fill(~visual_mask.flatten(1), torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1)
 
@@ -546,8 +554,7 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
         fused_visual = outputs.last_hidden_state[:, -visual_mask[0].numel() :]
         pointed_at = torch.einsum("nv,nvd->nd", weights.to(fused_visual.dtype), fused_visual)
         offset, size = self.box_head(torch.cat([outputs.reg_state, pointed_at], dim=-1)).float().split(2, dim=-1)
-        cell = torch.tensor([1 / grid_width, 1 / grid_height], device=scores.device)
-        return torch.cat([(centre + offset.tanh() * cell).clamp(0, 1), size.sigmoid()], dim=-1)
+        return torch.cat([(centre + 0.5 * offset.tanh()).clamp(0, 1), size.sigmoid()], dim=-1)
 
 
 def _build_text_model(text_config) -> PreTrainedModel:
