@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time of one batch as B images with k expressions each, and as B * k image-expression pairs; and that the boxes agree.
+"""Time of one batch as B images with k expressions each, and as B * k image-expression pairs; the boxes must agree.
 
 python examples/benchmark_grouping.py                       # the default model (TransVG's size), random weights
 python examples/benchmark_grouping.py --model outputs/demo
@@ -61,4 +61,5 @@ count = len(pair_boxes)
 print(f"{arguments.images} images x {arguments.expressions} expressions on {device}")
 print(f"grouped: {grouped_seconds:.3f} s, {1000 * grouped_seconds / count:.1f} ms per expression")
 print(f"pairs:   {pair_seconds:.3f} s, {1000 * pair_seconds / count:.1f} ms per expression")
-print(f"{pair_seconds / grouped_seconds:.1f} times faster, largest difference of a box {(grouped_boxes - pair_boxes).abs().max():.1e}")
+difference = (grouped_boxes - pair_boxes).abs().max()
+print(f"{pair_seconds / grouped_seconds:.1f} times faster, largest difference of a box {difference:.1e}")

@@ -85,8 +85,8 @@ def test_main_job_and_prediction(tmp_path):
 
     rows[0]["image"].save(tmp_path / "scene.png")
     command = [
-        sys.executable, str(EXAMPLES / "predict.py"), str(output), str(tmp_path / "scene.png"), "the circle", "the star",
-        "--output", str(tmp_path / "prediction.png"),
+        sys.executable, str(EXAMPLES / "predict.py"), str(output), str(tmp_path / "scene.png"),
+        "the circle", "the star", "--output", str(tmp_path / "prediction.png"),
     ]  # fmt: skip
     result = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
