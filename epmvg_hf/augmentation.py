@@ -8,42 +8,49 @@ import numpy as np
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import ColorJitter
 
-_MIRRORED = {
-    "left": "right",
-    "right": "left",
-    "leftmost": "rightmost",
-    "rightmost": "leftmost",
-    "lefthand": "righthand",
-    "righthand": "lefthand",
-}
+_PAIRS = (
+    ("left", "right"),
+    ("leftmost", "rightmost"),
+    ("leftest", "rightest"),
+    ("lefthand", "righthand"),
+    ("leftside", "rightside"),
+    ("lft", "rt"),  # as players of ReferItGame wrote
+)
+_MIRRORED = dict(_PAIRS) | {right: left for left, right in _PAIRS}
 _MIRRORED_WORD = re.compile(rf"\b({'|'.join(_MIRRORED)})\b", re.IGNORECASE)
 
 # A mirror image shows these wrongly, whatever is done to the words: "right behind the car" means no direction, "left
 # over" no side, and letters, numbers and clocks come out reversed.
 _UNMIRRORABLE = re.compile(
     r"(?<!\bthe )(?<!\bon )(?<!\bfar )(?<!\bto )\bright[ -]"
-    r"(above|after|angled?|at|before|behind|below|beside|between|by|down|handed|here|in|inside|near|next|on|out|outside"
-    r"|over|there|through|under|up|way)\b"
-    r"|\bleft[ -](alone|behind|handed|out|over|to)\b|\ball right\b|\bright side up\b"
-    r"|\d|\b(clock|clockwise|counterclockwise|east|initials?|letters?|logo|numbers?|reading|reads|says|spells|text"
-    r"|west|words?|writing)\b",
+    r"(above|across|after|against|along|angled?|at|before|behind|below|beneath|beside|between|beyond|by|down|handed|here"
+    r"|in|inside|near|next|off|on|out|outside|over|past|there|through|under|underneath|up|way|where)\b"
+    r"|\bleft[ -](alone|behind|handed|out|over|to)\b|\b(are|had|has|have|is|just|that|was|were|who) left\b"
+    r"|\ball right\b|\bright side up\b|\b(lefty|leftie|righty|rgt)\b"
+    r"|\d|\b(clocks?|clockwise|counterclockwise|initials?|labell?ed|letters?|logos?|numbers?|read|reading|reads|say"
+    r"|saying|says|spell|spelled|spelling|spells|text|words?|writing|written)\b"
+    r"|\b(north|south)?(east|west)(ern)?\b",
     re.IGNORECASE,
 )
 
 # A crop can make these false, or take away the object that they refer to.
 _UNCROPPABLE = re.compile(
-    r"\b(above|across|after|against|among|around|back|background|before|behind|below|beneath|beside|besides|between"
-    r"|bottom|bottommost|by|cent(?:er|re)|close|closer|closest|corner|edge|end|far|farther|farthest|fifth|first"
-    r"|foreground|fourth|from|front|furthest|highest|inside|last|left|lefthand|leftmost|lower|lowest|middle|near|nearer"
-    r"|nearest|next|opposite|outside|over|right|righthand|rightmost|second|side|sixth|third|top|topmost|toward|towards"
-    r"|under|underneath|upper|[1-9](?:st|nd|rd|th))\b",
+    r"\b(above|across|adjacent|after|against|ahead|along|alongside|among|around|back|background|backmost|before|behind"
+    r"|below|beneath|beside|besides|between|beyond|bottom|bottommost|btm|by|cent(?:er|re)|central|close|closer|closest"
+    r"|corner|ctr|distance|distant|edge|eighth|end|facing|far|farther|farthest|fifth|final|first|following|foreground"
+    r"|fourth|frame|from|front|frontmost|furthest|half|highest|inner|innermost|inside|last|leading|left\w*|lft|looking"
+    r"|lower|lowest|mid|middle|near|nearby|nearer|nearest|next|ninth|only|opposite|outer|outermost|outside|over"
+    r"|partial|partially|rear|rearmost|rgt|right\w*|rt|second|seventh|side|sixth|tenth|third|top|topmost|toward|towards"
+    r"|under|underneath|upper|visible|\d+(?:st|nd|rd|th))\b",
     re.IGNORECASE,
 )
 
 # Jitter can turn gray into white, or orange into brown.
 _COLOUR = re.compile(
-    r"\b(beige|black|blond|blonde|blue|bright|brown|colou?r(?:ed|ful)?|cyan|dark|darker|gold|golden|gr[ae]y|green"
-    r"|light|lighter|maroon|navy|orange|pale|pink|purple|red|silver|tan|teal|violet|white|yellow)\b",
+    r"\b(beige|black(?:ish)?|blonde?|blu(?:e|ish)|bright(?:er|est)?|bronze|brown(?:ish)?|brunette|burgundy"
+    r"|colou?r(?:ed|ful)?|cream|cyan|dark(?:er|est)?|gold(?:en)?|gr[ae]y(?:ish)?|green(?:ish)?|khaki|light(?:er|est)?"
+    r"|magenta|maroon|navy|orange|pale|pink(?:ish)?|purple|red(?:dish)?|silver|tan(?:ned)?|teal|turquoise|violet|white"
+    r"|yellow(?:ish)?)\b",
     re.IGNORECASE,
 )
 
@@ -52,7 +59,7 @@ _COLOUR = re.compile(
 class GroundingAugmentation:
     """
     Random crop, mirror and colour jitter of one image with all its expressions and boxes, and its random scale and
-    place on the canvas. It draws from Python's `random`, which the Trainer seeds, restores and seeds in the workers.
+    place on the canvas. It draws from the global random states of Python and PyTorch, which the Trainer seeds.
 
     What TransVG (djiajunustc/TransVG: datasets/transforms.py) does and this does not: crop the target away, swap
     `left` inside `bleft`, crop or mirror what an expression then describes wrongly.

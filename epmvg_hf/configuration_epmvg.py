@@ -28,7 +28,8 @@ class EpmVGConfig(PreTrainedConfig):
         backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a ResNet-50 with its last stage):
             Vision backbone, any configuration that `AutoBackbone` accepts. The last feature map is used.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BERT-base):
-            Text tower, any configuration that `AutoModel` turns into a text encoder.
+            Text tower, any configuration that `AutoModel` turns into a text encoder (`input_ids` to
+            `last_hidden_state`; no encoder-decoder).
         backbone_stride (`int`, *optional*, defaults to 32):
             Pixels per cell of the backbone's last feature map. With `image_size` it sets the number of visual rows
             of the position table.

@@ -301,9 +301,6 @@ class EpmVGModel(EpmVGPreTrainedModel):
             self.teacher_image_projection = nn.Linear(self.vision_model.channels[-1], width, bias=False)
             self.teacher_text_projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
 
-        if config.frozen_batch_norm:
-            for norm in self._batch_norms():
-                norm.requires_grad_(False)
         self.post_init()
 
     def _batch_norms(self) -> list[nn.Module]:
@@ -312,6 +309,9 @@ class EpmVGModel(EpmVGPreTrainedModel):
     def train(self, mode: bool = True):
         super().train(mode)
         for norm in self._batch_norms():
+            # Here, not in __init__: from_pretrained makes every parameter anew, and ends in eval().
+            if self.config.frozen_batch_norm:
+                norm.requires_grad_(False)
             if not norm.weight.requires_grad:
                 norm.eval()
         return self
@@ -373,6 +373,7 @@ class EpmVGModel(EpmVGPreTrainedModel):
             torch.cat([reg, text_tokens, own_visual], dim=1),
             attention_mask=torch.cat([text_mask.new_ones(count, 1), text_mask, own_mask], dim=1),
             position_embeddings=self._fusion_positions(length, visual_mask.shape[1:]),
+            return_dict=True,
             **kwargs,
         )
         reg_state, fused_visual = fused.last_hidden_state[:, 0], fused.last_hidden_state[:, 1 + length :]
@@ -435,6 +436,7 @@ class EpmVGModel(EpmVGPreTrainedModel):
             projected.flatten(2).transpose(1, 2),
             attention_mask=visual_mask.flatten(1),
             position_embeddings=positions.flatten(2).transpose(1, 2).to(projected.dtype),
+            return_dict=True,
             **kwargs,
         )
         return self.visual_projection(encoded.last_hidden_state)
@@ -502,11 +504,12 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
             attention_mask=attention_mask,
             pixel_mask=pixel_mask,
             image_index=image_index,
+            return_dict=True,
             **kwargs,
         )
         visual_mask = outputs.visual_mask if image_index is None else outputs.visual_mask[image_index]
         if self.config.box_head == "reg":
-            pred_boxes = self.box_head(outputs.reg_state).sigmoid()
+            pred_boxes = self.box_head(outputs.reg_state).float().sigmoid()
         else:
             pred_boxes = self._boxes_from_map(outputs, visual_mask)
 
@@ -549,7 +552,8 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
         x = (torch.arange(grid_width, device=scores.device) + 0.5) / grid_width
         y = (torch.arange(grid_height, device=scores.device) + 0.5) / grid_height
         per_cell = weights.view(-1, grid_height, grid_width)
-        centre = torch.stack([per_cell.sum(1) @ x, per_cell.sum(2) @ y], dim=-1)
+        # Sums of products, not matrix products, which autocast would round to bfloat16: pixels of error.
+        centre = torch.stack([(per_cell.sum(1) * x).sum(-1), (per_cell.sum(2) * y).sum(-1)], dim=-1)
 
         fused_visual = outputs.last_hidden_state[:, -visual_mask[0].numel() :]
         pointed_at = torch.einsum("nv,nvd->nd", weights.to(fused_visual.dtype), fused_visual)

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
@@ -31,7 +31,11 @@ class EpmVGTrainer(Trainer):
 
     Metrics are `acc@0.5`, `acc@0.7` and `mean_iou` of boxes in pixels of the original images, every expression
     counted once on any number of processes. `predict` gives `predictions` and `label_ids`, xyxy pixel boxes `(N, 4)`
-    in the order of the dataset's rows.
+    in the order of the dataset's rows (of a stream read by several workers: in an order of their own). `eval_loss` on
+    several processes weighs a batch that was filled up by its new rows.
+
+    A run resumed at the end of an epoch is bit-equal to one that was not interrupted; within an epoch it continues
+    with other random augmentation.
 
     Args:
         model ([`EpmVGForVisualGrounding`]): the student.
@@ -59,6 +63,8 @@ class EpmVGTrainer(Trainer):
     ):
         if processing_class is None:
             raise ValueError("EpmVGTrainer needs processing_class, an EpmVGProcessor: it makes the model's inputs")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("EpmVGTrainer takes no compute_loss_func: override compute_loss")
         augmentation = (augmentation or GroundingAugmentation()) if args.augment else None
         self.train_collator = EpmVGDataCollator(processing_class, augmentation, args.max_expressions_per_image)
         self._metric = GroundingAccuracy(keep_in_memory=True)
@@ -80,22 +86,24 @@ class EpmVGTrainer(Trainer):
     # Data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        train_dataset, collator = self.train_dataset, self.data_collator
-        self.train_dataset, self.data_collator = _by_image(train_dataset), self.train_collator
+        evaluation_collator, self.data_collator = self.data_collator, self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
-            self.train_dataset, self.data_collator = train_dataset, collator
+            self.data_collator = evaluation_collator
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        return super().get_eval_dataloader(_by_image(self.eval_dataset if eval_dataset is None else eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return super().get_test_dataloader(_by_image(test_dataset))
+    def _get_dataloader(self, dataset: Dataset | IterableDataset, *args, **kwargs) -> DataLoader:
+        return super()._get_dataloader(_by_image(dataset), *args, **kwargs)
 
     # Training --------------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        self._loss_terms = {}
+        return super().train(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # A scale is no weight: decay would pull it to 1.
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_map_sharpness")]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -227,7 +235,7 @@ class EpmVGTrainer(Trainer):
 
 
 class FreezeBackbonesCallback(TrainerCallback):
-    """Keeps the vision backbone and the text tower as they are for the first `epochs` epochs."""
+    """Keeps the vision backbone and the text tower as they are for the first `epochs` passes over the data."""
 
     def __init__(self, model: EpmVGForVisualGrounding, epochs: int):
         self.epochs = epochs
@@ -235,12 +243,29 @@ class FreezeBackbonesCallback(TrainerCallback):
         # Only what is trained at all: frozen batch norms stay frozen.
         self.parameters = [p for tower in towers for p in tower.parameters() if p.requires_grad]
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Passes are counted: on a stream, state.epoch is a share of max_steps.
+        self.passes = int(state.epoch or 0)
+
     def on_epoch_begin(self, args, state, control, **kwargs):
+        self._train_towers(self.passes >= self.epochs)
+        self.passes += 1
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._train_towers(True)
+
+    def _train_towers(self, trained: bool):
         for parameter in self.parameters:
-            parameter.requires_grad_(state.epoch >= self.epochs)
+            parameter.requires_grad_(trained)
 
 
 def _by_image(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row, index: {"row_index": index}, with_indices=True)
-    return ImageGroups(dataset)
+    return (
+        dataset.map(_number_row, with_indices=True) if isinstance(dataset, IterableDataset) else ImageGroups(dataset)
+    )
+
+
+def _number_row(row: dict[str, Any], index: int) -> dict[str, int]:
+    """Each data loader worker streams shards of its own and counts from 0; their numbers must not collide."""
+    worker = get_worker_info()
+    return {"row_index": index if worker is None else index * worker.num_workers + worker.id}

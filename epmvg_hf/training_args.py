@@ -49,10 +49,14 @@ class EpmVGTrainingArguments(TrainingArguments):
                     "freeze_backbone_epochs needs ddp_find_unused_parameters: frozen parameters get no gradient"
                 )
             self.ddp_find_unused_parameters = True
-        if self.accelerator_config is None:
+        if self.batch_eval_metrics:
+            raise ValueError(
+                "batch_eval_metrics is not supported: every expression is counted once, after all batches"
+            )
+        if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
             # Accelerate would collate streamed rows on one process and cut the batch by its first dimension, which
             # is B for some tensors and N for others.
-            self.accelerator_config = {"dispatch_batches": False}
+            self.accelerator_config = {"dispatch_batches": False, **(self.accelerator_config or {})}
         super().__post_init__()
 
     @property

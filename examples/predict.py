@@ -8,7 +8,7 @@ import argparse
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGProcessor
 from epmvg_hf.visualization import draw_grid
@@ -23,7 +23,7 @@ arguments = parser.parse_args()
 model = EpmVGForVisualGrounding.from_pretrained(arguments.model).eval()
 processor = EpmVGProcessor.from_pretrained(arguments.model)
 
-image = Image.open(arguments.image)
+image = ImageOps.exif_transpose(Image.open(arguments.image))  # upright, as `datasets` decodes it
 inputs = processor(images=image, text=arguments.expressions, return_tensors="pt")
 with torch.no_grad():
     outputs = model(**inputs)

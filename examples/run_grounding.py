@@ -43,10 +43,14 @@ class ModelArguments:
         default=None, metadata={"help": "Model and processor to start from; without it a new model is made."}
     )
     config_name: str = field(
-        default=str(HERE / "configs" / "tiny.json"), metadata={"help": "JSON file with the new model's EpmVGConfig."}
+        default="tiny.json",
+        metadata={"help": "JSON file with the new model's EpmVGConfig, or the name of one in examples/configs."},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; without it transformers chooses."}
+        default=None,
+        metadata={
+            "help": "Attention of text tower and transformers: eager, sdpa, ...; without it transformers chooses."
+        },
     )
     tokenizer_name: str | None = field(
         default=None,
@@ -64,7 +68,7 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split that chooses the best checkpoint."})
     test_split: str = field(default="test", metadata={"help": "Split for --do_predict."})
     missing_images: str = field(default="error", metadata={"help": "error, skip or keep."})
-    num_train_images: int | None = field(default=None, metadata={"help": "How many training scenes shapes draws."})
+    num_train_images: int | None = field(default=None, metadata={"help": "How many training scenes `shapes` draws."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
     picture_rows: int = field(default=24, metadata={"help": "Expressions in the picture of --do_predict."})
 
@@ -93,13 +97,17 @@ def use_all_cores(arguments: EpmVGTrainingArguments) -> None:
 
 def make_model(arguments: ModelArguments, expressions: list[str]) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
     """The model and its processor, saved ones or new ones."""
+    attention = None
+    if arguments.attn_implementation is not None:
+        # A convolutional backbone has no attention and refuses all but eager.
+        name = arguments.attn_implementation
+        attention = {"": name, "text_config": name, "backbone_config": "eager"}
     if arguments.model_name_or_path is not None:
-        model = EpmVGForVisualGrounding.from_pretrained(
-            arguments.model_name_or_path, attn_implementation=arguments.attn_implementation
-        )
+        model = EpmVGForVisualGrounding.from_pretrained(arguments.model_name_or_path, attn_implementation=attention)
         return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
 
-    config = EpmVGConfig.from_json_file(arguments.config_name)
+    file = Path(arguments.config_name)
+    config = EpmVGConfig.from_json_file(file if file.exists() else HERE / "configs" / file)
     if arguments.tokenizer_name is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
     else:
@@ -109,7 +117,7 @@ def make_model(arguments: ModelArguments, expressions: list[str]) -> tuple[EpmVG
         tokenizer = template.train_new_from_iterator(expressions, vocab_size=config.text_config.vocab_size)
     config.text_config.vocab_size = len(tokenizer)
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
-    config._attn_implementation = arguments.attn_implementation
+    config._attn_implementation = attention
     return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
 
 
@@ -149,7 +157,10 @@ def main():
     if training_arguments.do_train:
         checkpoint = training_arguments.resume_from_checkpoint
         if checkpoint in ("true", "True"):
-            checkpoint = get_last_checkpoint(training_arguments.output_dir)
+            folder = Path(training_arguments.output_dir)
+            checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+            if checkpoint is None:
+                raise ValueError(f"there is no checkpoint in {folder} to resume from")
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()  # the best checkpoint, with load_best_model_at_end
         trainer.log_metrics("train", result.metrics)

@@ -198,6 +198,72 @@ def test_another_canvas_interpolates_the_visual_positions():
     outputs = model(**inputs)
     assert outputs.visual_mask.shape == (1, 12, 8) and outputs.pred_boxes.isfinite().all()
 
+    # A table that grows with the row and falls with the column still does on the finer grid, between the same ends.
+    row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    bare = model.model
+    bare.fusion_positions[13:] = (row - 10 * column).flatten()[:, None]
+    table = bare._fusion_positions(5, (16, 8))[0]
+    assert torch.equal(table[:6], bare.fusion_positions[:6])
+    grid = table[6:, 0].view(16, 8)
+    assert (grid.diff(dim=0) > 0).all() and (grid.diff(dim=1) < 0).all()
+    torch.testing.assert_close(grid.mean(0), (row - 10 * column).mean(0), atol=1e-3, rtol=0)
+
+
+@both_heads
+@torch.no_grad()
+def test_mixed_and_half_precision_keep_the_box(box_head):
+    """Boxes are float32 under autocast: bfloat16 has steps of 2.5 pixels at the far end of a 640 pixel canvas."""
+    model, inputs = tiny_model(box_head=box_head), _inputs()
+    boxes = model(**inputs).pred_boxes
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(**inputs).pred_boxes
+    half = model.to(torch.bfloat16)(**inputs).pred_boxes
+    assert mixed.dtype == half.dtype == torch.float32
+    torch.testing.assert_close(mixed, boxes, atol=0.02, rtol=0)
+    torch.testing.assert_close(half, boxes, atol=0.02, rtol=0)
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_the_soft_argmax():
+    model, inputs = tiny_model(box_head="map"), _inputs()
+    outputs = model.model(**inputs)
+    visual_mask = outputs.visual_mask[inputs["image_index"]]
+    boxes = model._boxes_from_map(outputs, visual_mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model._boxes_from_map(outputs, visual_mask)
+    torch.testing.assert_close(mixed[:, :2], boxes[:, :2], atol=1e-5, rtol=0)  # no offset yet: the centre is all map
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    inputs, labels = _inputs(), torch.full((5, 4), 0.4)
+    plain, checkpointed = tiny_model(box_head="map").train(), tiny_model(box_head="map").train()
+    checkpointed.gradient_checkpointing_enable()
+    for model in (plain, checkpointed):
+        model(**inputs, labels=labels).loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=0, msg=name)
+
+
+def test_missing_weights_start_as_in_a_new_model(tmp_path):
+    """A checkpoint without some weights: these are drawn anew, the loaded ones are kept."""
+    saved = tiny_model(box_head="map")
+    weights = {n: v for n, v in saved.state_dict().items() if not n.endswith(("fusion_positions", "map_sharpness"))}
+    saved.save_pretrained(tmp_path, state_dict=weights)
+    loaded = EpmVGForVisualGrounding.from_pretrained(tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in weights.items())
+    assert loaded.log_map_sharpness.exp().item() == pytest.approx(2)
+    # The sine rows of the grid are no draw: they equal those of any new model.
+    assert torch.equal(loaded.model.fusion_positions[13:], saved.model.fusion_positions[13:])
+    assert 0.05 < loaded.model.fusion_positions[:13].std() < 0.2
+
+
+def test_tuples_instead_of_outputs():
+    model, inputs = tiny_model(), _inputs()
+    boxes = model(**inputs).pred_boxes
+    assert torch.equal(model(**inputs, return_dict=False)[0], boxes)
+    model.config.return_dict = False
+    assert torch.equal(model(**inputs)[0], boxes)
+
 
 @pytest.mark.parametrize(
     ("vision", "text", "stride"),
@@ -222,8 +288,9 @@ def test_any_backbone_and_text_tower(vision, text, stride):
     assert model.model.text_projection.weight.grad.abs().sum() > 0
 
 
-def test_frozen_batch_norm_stays_as_loaded():
-    model = tiny_model(frozen_batch_norm=True).train()
+def test_frozen_batch_norm_stays_as_loaded(tmp_path):
+    tiny_model(frozen_batch_norm=True).save_pretrained(tmp_path)
+    model = EpmVGForVisualGrounding.from_pretrained(tmp_path).train()
     before = {name: value.clone() for name, value in model.state_dict().items() if "normalization" in name}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model(**_inputs(), labels=torch.full((5, 4), 0.4)).loss.backward()

@@ -61,6 +61,7 @@ def test_main_job_and_prediction(tmp_path):
         str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", str(EXAMPLES / "run_grounding.py"),
         "--output_dir", str(output), "--num_train_images", "24", "--max_eval_rows", "40", "--num_train_epochs", "1",
+        "--attn_implementation", "sdpa",
         "--eval_steps", "2", "--save_steps", "2", "--picture_rows", "3", "--bf16", "false", "--use_cpu", "true",
     ]  # fmt: skip
     result = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=300)

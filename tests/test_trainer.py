@@ -116,6 +116,42 @@ def test_streamed_rows_train_and_evaluate_alike(tmp_path, processor, dataset):
     assert trainer.state.global_step == 1
 
 
+def test_stream_workers_lose_no_row(tmp_path, processor):
+    """Several shards, read by two workers that each count from 0."""
+    dataset = load_grounding_dataset("shapes", split="train", num_images=110)
+    streamed = load_grounding_dataset("shapes", split="train", num_images=110, streaming=True)
+    assert streamed.num_shards > 2
+    model = tiny_model(box_head="map")
+    whole = _trainer(tmp_path, processor, dataset, model=model).predict(dataset)
+    by_workers = _trainer(tmp_path, processor, dataset, model=model, dataloader_num_workers=2).predict(streamed)
+    assert len(by_workers.predictions) == len(dataset)
+    assert by_workers.metrics["test_mean_iou"] == pytest.approx(whole.metrics["test_mean_iou"], rel=1e-5)
+
+
+def test_several_evaluation_sets_with_persistent_workers(tmp_path, processor, dataset):
+    sets = {"a": dataset.select(range(40)), "b": dataset.select(range(64, 128))}
+    trainer = _trainer(tmp_path, processor, dataset, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    trainer.eval_dataset = sets
+    together = trainer.evaluate()
+    alone = _trainer(tmp_path, processor, dataset, model=trainer.model)
+    for name, part in sets.items():
+        expected = alone.evaluate(part)["eval_mean_iou"]
+        assert together[f"eval_{name}_mean_iou"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_without_boxes_are_predicted(tmp_path, processor, dataset):
+    trainer = _trainer(tmp_path, processor, dataset)
+    output = trainer.predict(dataset.remove_columns("box"))
+    np.testing.assert_allclose(output.predictions, trainer.predict(dataset).predictions, atol=1e-4)
+    assert output.label_ids is None and "test_acc@0.5" not in output.metrics
+
+
+def test_own_loss_function_is_refused(processor, dataset):
+    with pytest.raises(ValueError, match="takes no compute_loss_func"):
+        _arguments = EpmVGTrainingArguments(use_cpu=True)
+        EpmVGTrainer(tiny_model(), _arguments, processing_class=processor, compute_loss_func=lambda *_: 0)
+
+
 def test_learning_rates_per_part(tmp_path, processor, dataset):
     trainer = _trainer(
         tmp_path, processor, dataset, vision_learning_rate=1e-5, text_learning_rate=2e-5, weight_decay=0.1
@@ -155,11 +191,12 @@ def test_backbones_freeze_for_the_first_epochs(tmp_path, processor, dataset):
     ).train()  # fmt: skip
 
     def changed(before, after) -> set[str]:
-        return {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+        return {name.removeprefix("model.").split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
+    assert all(parameter.requires_grad for parameter in model.parameters())
     first, second = snapshots.states
     assert not {"vision_model", "text_model"} & changed(start, first)
-    assert {"fusion", "encoder", "reg_token"} <= changed(start, first)
+    assert {"fusion", "encoder", "reg_token", "box_head"} <= changed(start, first)
     assert {"vision_model", "text_model"} <= changed(first, second)
 
 

@@ -26,4 +26,6 @@ def test_plain_python_on_many_gpus_does_not_split_the_batch(tmp_path, monkeypatc
 def test_streamed_rows_are_collated_where_they_are_used(tmp_path):
     arguments = EpmVGTrainingArguments(output_dir=tmp_path, use_cpu=True)
     assert arguments.accelerator_config.dispatch_batches is False
+    own = EpmVGTrainingArguments(output_dir=tmp_path, use_cpu=True, accelerator_config={"even_batches": True})
+    assert own.accelerator_config.dispatch_batches is False
     assert arguments.device == torch.device("cpu")
