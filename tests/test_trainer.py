@@ -191,7 +191,9 @@ def test_backbones_freeze_for_the_first_epochs(tmp_path, processor, dataset):
     ).train()  # fmt: skip
 
     def changed(before, after) -> set[str]:
-        return {name.removeprefix("model.").split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        return {
+            name.removeprefix("model.").split(".")[0] for name in before if not torch.equal(before[name], after[name])
+        }
 
     assert all(parameter.requires_grad for parameter in model.parameters())
     first, second = snapshots.states
