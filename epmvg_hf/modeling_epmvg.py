@@ -226,8 +226,8 @@ class EpmVGPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
         if isinstance(module, EpmVGModel):
             init.normal_(module.reg_token)
-            # TransVG draws the whole table from N(0, 1), noise as loud as the tokens themselves. Rows that start
-            # small, and a grid that starts with the encoder's sine positions, learn several times faster from scratch.
+            # TransVG draws the whole table from N(0, 1), noise as loud as the tokens themselves. Here rows
+            # start small, and the grid with the encoder's sine positions.
             init.normal_(module.fusion_positions, std=0.1)
             side = self.config.image_size // self.config.backbone_stride
             grid = torch.ones(1, side, side, dtype=torch.bool, device=module.fusion_positions.device)
@@ -377,8 +377,8 @@ class EpmVGModel(EpmVGPreTrainedModel):
             **kwargs,
         )
         reg_state, fused_visual = fused.last_hidden_state[:, 0], fused.last_hidden_state[:, 1 + length :]
-        # What the two branches agree on before fusion, and what fusion adds to it. The first term learns which words
-        # name which looks long before the fusion transformer does.
+        # What the two branches agree on before fusion, and what fusion adds to it. The first term is a short
+        # way for words to find what they name.
         before_fusion = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), own_visual)
         after_fusion = torch.einsum("nd,nvd->nv", reg_state, fused_visual)
         consistency_map = (before_fusion + after_fusion) * self.config.d_model**-0.5
