@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .collator import EpmVGDataCollator, ImageGroups
     from .grounding_accuracy import GroundingAccuracy
     from .loading import load_grounding_dataset
+    from .teacher import ClipTeacher, TeacherOutput
     from .trainer import EpmVGTrainer
     from .training_args import EpmVGTrainingArguments
 
@@ -28,16 +29,19 @@ __version__ = "0.1.0"
 
 # Training and data need extras (`pip install "epmvg_hf[train]"`) and are imported when first used.
 _LAZY = {
+    "ClipTeacher": "teacher",
     "EpmVGDataCollator": "collator",
     "EpmVGTrainer": "trainer",
     "EpmVGTrainingArguments": "training_args",
     "GroundingAccuracy": "grounding_accuracy",
     "GroundingAugmentation": "augmentation",
     "ImageGroups": "collator",
+    "TeacherOutput": "teacher",
     "load_grounding_dataset": "loading",
 }
 
 __all__ = [
+    "ClipTeacher",
     "EpmVGConfig",
     "EpmVGDataCollator",
     "EpmVGForVisualGrounding",
@@ -51,6 +55,7 @@ __all__ = [
     "GroundingAccuracy",
     "GroundingAugmentation",
     "ImageGroups",
+    "TeacherOutput",
     "load_grounding_dataset",
 ]
 

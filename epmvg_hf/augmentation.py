@@ -95,12 +95,14 @@ class GroundingAugmentation:
         Args:
             image (`PIL.Image.Image`): the image.
             expressions (`list[str]`): its expressions.
-            boxes (`np.ndarray` of shape `(len(expressions), 4)`): xyxy pixels of the image, 0-based, half-open.
+            boxes (`np.ndarray` of shape `(len(expressions), 4)`): xyxy pixels of the image, 0-based, half-open; NaN
+                for an expression without a box. An image with such a one is not cropped.
 
         Returns:
             The image, the expressions and the boxes, changed alike.
         """
-        if random.random() < self.crop and not any(map(_UNCROPPABLE.search, expressions)):
+        croppable = not np.isnan(boxes).any() and not any(map(_UNCROPPABLE.search, expressions))
+        if random.random() < self.crop and croppable:
             image, boxes = self._crop(image, boxes)
         if random.random() < self.flip and not any(map(_UNMIRRORABLE.search, expressions)):
             image, expressions, boxes = mirror(image, expressions, boxes)

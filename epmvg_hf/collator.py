@@ -12,13 +12,15 @@ from torch.utils.data import Dataset
 from transformers import BatchFeature
 
 from .augmentation import GroundingAugmentation
-from .processing_epmvg import EpmVGProcessor
+from .processing_epmvg import NO_BOX, EpmVGProcessor
+from .teacher_cache import TeacherCache
 
 
 class ImageGroups(Dataset):
     """
     A dataset of expressions seen image by image: its length counts images, and fetching some images gives the rows
-    of all their expressions, each image decoded once. A batch of b images so needs b visual passes.
+    of all their expressions, each image decoded once. A batch of b images so needs b visual passes. A `box` that is
+    `None` means that the expression has none: it takes part in distillation only.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -36,7 +38,7 @@ class ImageGroups(Dataset):
         self.images = dataset.select_columns(["image"])
         self.rows = dataset.select_columns([c for c in ("image_id", "expression", "box") if c in dataset.column_names])
         by_image = defaultdict(list)
-        for index, image_id in enumerate(self.rows.select_columns(["image_id"])["image_id"]):
+        for index, image_id in enumerate(self.rows.select_columns(["image_id"])[:]["image_id"]):
             by_image[image_id].append(index)
         self.groups = list(by_image.values())
 
@@ -44,17 +46,66 @@ class ImageGroups(Dataset):
         return len(self.groups)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows of the images at `indices`, for PyTorch's batch fetching; `row_index` is the row in the dataset."""
-        return [row for index in indices for row in self._rows_of(self.groups[index])]
+        """
+        The rows of the images at `indices`, for PyTorch's batch fetching; `row_index` is the row in the dataset,
+        `group` the index of its image.
+        """
+        return [row for index in indices for row in self._rows_of(index)]
 
-    def _rows_of(self, row_indices: list[int]) -> list[dict[str, Any]]:
+    def _rows_of(self, group: int) -> list[dict[str, Any]]:
+        row_indices = self.groups[group]
         image = self.images[row_indices[0]]["image"]
         columns = self.rows[row_indices]
         values = zip(*columns.values(), strict=True)
         return [
-            {"image": image, "row_index": row_index, **dict(zip(columns, row, strict=True))}
+            {"image": image, "row_index": row_index, "group": group, **dict(zip(columns, row, strict=True))}
             for row_index, row in zip(row_indices, values, strict=True)
         ]
+
+
+class CaptionedGroups(Dataset):
+    """
+    Labelled images, and `ratio` captioned images for each of them, as one dataset of [`ImageGroups`]. An epoch shows
+    every labelled image once; the captioned ones take turns, in an order of their own, and go on where the epoch
+    before stopped. Rows of captioned images have the box `None`.
+
+    Args:
+        labelled (`ImageGroups`): images with boxes.
+        captioned (`ImageGroups`): images with expressions or sentences; boxes, if there are any, are not read.
+        ratio (`float`): captioned images for each labelled image.
+        seed (`int`): sets the order of the captioned images.
+    """
+
+    def __init__(self, labelled: ImageGroups, captioned: ImageGroups, ratio: float, seed: int):
+        self.labelled, self.captioned = labelled, captioned
+        self.num_captioned = max(1, round(ratio * len(labelled)))
+        self.order = np.random.default_rng(seed).permutation(len(captioned)).tolist()
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int):
+        """Called by accelerate's data loader; the epoch decides whose turn it is."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labelled) + self.num_captioned
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of the images at `indices`; `group` counts labelled images first, then captioned ones."""
+        first_captioned = len(self.labelled)
+        rows = self.labelled.__getitems__([index for index in indices if index < first_captioned])
+        turns = [self.epoch * self.num_captioned + index - first_captioned for index in indices]
+        groups = [
+            self.order[turn % len(self.order)] for turn, i in zip(turns, indices, strict=True) if i >= first_captioned
+        ]
+        for row in self.captioned.__getitems__(groups):
+            # The two sets may give the same id to different images.
+            changes = {
+                "image_id": ("captioned", row["image_id"]),
+                "group": first_captioned + row["group"],
+                "box": None,
+            }
+            rows.append({**row, **changes})
+        return rows
 
 
 @dataclass
@@ -69,33 +120,47 @@ class EpmVGDataCollator:
             For training; one draw per image, shared by its expressions.
         max_expressions_per_image (`int`, *optional*):
             Keep a random choice of this many expressions of each image, for training on images with very many.
+        keep_expressions (`bool`, *optional*, defaults to `False`):
+            Whether the batch also has the texts, which a teacher reads with a tokenizer of its own.
+        teacher_cache ([`TeacherCache`], *optional*):
+            Adds the teacher's outputs to the batch; its rows are the images of the [`ImageGroups`] that are batched.
     """
 
     processor: EpmVGProcessor
     augmentation: GroundingAugmentation | None = None
     max_expressions_per_image: int | None = None
+    keep_expressions: bool = False
+    teacher_cache: TeacherCache | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """
         Args:
             rows (`list[dict]`):
-                Rows with `image`, `image_id`, `expression`, and optionally `box` and `row_index`.
+                Rows with `image`, `image_id`, `expression`, and optionally `box`, `row_index` and `group`.
 
         Returns:
             What the processor gives, expressions ordered by image; with `boxes` `(N, 4)`, the true boxes in pixels of
             the image that the processor saw, when the rows have boxes, and `row_index` `(N,)` when they have that.
+            A box that is `None` becomes NaN, in `boxes` and in `labels`. With `keep_expressions`, `expressions`
+            (`list[str]`); with a cache, the outputs of [`TeacherCache.lookup`].
         """
         groups = self._group(rows)
         images = [group[0]["image"] for group in groups]
         expressions = [[row["expression"] for row in group] for group in groups]
         with_boxes = "box" in rows[0]
-        boxes = [np.array([row["box"] for row in group], np.float32) for group in groups] if with_boxes else None
+        boxes = [[row["box"] for row in group] for group in groups] if with_boxes else None
         placements = None
         if self.augmentation is not None:
             if boxes is None:
                 raise ValueError("augmentation needs the boxes, and these rows have no column box")
-            augmented = map(self.augmentation, images, expressions, boxes)
-            images, expressions, boxes = map(list, zip(*augmented, strict=True))
+            has_box = [[box is not None for box in group] for group in boxes]
+            arrays = [np.array([NO_BOX if box is None else box for box in group], np.float32) for group in boxes]
+            images, expressions, arrays = zip(*map(self.augmentation, images, expressions, arrays), strict=True)
+            images, expressions = list(images), list(expressions)
+            boxes = [
+                [box if known else None for box, known in zip(*group, strict=True)]
+                for group in zip(arrays, has_box, strict=True)
+            ]
             canvas = self.processor.image_processor.size["height"]
             placements = [self.augmentation.placement(canvas) for _ in images]
 
@@ -103,7 +168,13 @@ class EpmVGDataCollator:
             images=images, text=expressions, boxes=boxes, placements=placements, return_tensors="pt"
         )
         if with_boxes:
-            batch["boxes"] = torch.from_numpy(np.concatenate(boxes))
+            flat = [NO_BOX if box is None else box for group in boxes for box in group]
+            batch["boxes"] = torch.from_numpy(np.array(flat, np.float32))
+        if self.keep_expressions:
+            batch["expressions"] = [expression for group in expressions for expression in group]
+        if self.teacher_cache is not None:
+            texts = [row["expression"] for group in groups for row in group]
+            batch.update(self.teacher_cache.lookup([group[0]["group"] for group in groups], texts))
         if "row_index" in rows[0]:
             batch["row_index"] = torch.tensor([row["row_index"] for group in groups for row in group])
         return batch

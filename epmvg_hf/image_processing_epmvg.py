@@ -71,6 +71,19 @@ class EpmVGImageProcessorMixin:
             raise ValueError(f"`pad_offset` must be a share from 0 to 1, but it is {pad_offset}.")
         return {**kwargs, "pad_offset": pad_offset}
 
+    def unnormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Undoes the normalisation of `pixel_values` `(B, 3, S, S)`: colours in [0, 1], for whoever wants another mean
+        and deviation, such as a CLIP teacher. Padding gets the mean colour.
+        """
+        if not self.do_normalize:
+            return pixel_values
+        mean, std = (
+            torch.tensor(values, dtype=pixel_values.dtype, device=pixel_values.device)[:, None, None]
+            for values in (self.image_mean, self.image_std)
+        )
+        return pixel_values * std + mean
+
     def letterbox(
         self, image_sizes: torch.Tensor | list[tuple[int, int]], **kwargs: EpmVGImageProcessorKwargs
     ) -> Letterbox:

@@ -11,10 +11,27 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Losses as pure functions, each a mean over expressions."""
+"""
+Losses as pure functions, and the targets of `map_loss`. Each loss is a mean over expressions; those that compare
+embeddings add a mean over images. No gradient reaches the teacher.
+"""
 
 import torch
 from torch import nn
+
+
+def has_box(labels: torch.Tensor) -> torch.Tensor:
+    """
+    Which expressions have a box. Image-caption data has none: such a row of `labels` is NaN throughout. (A row that is
+    NaN in part is a mistake and counts as a box, so that it shows in the loss.)
+
+    Args:
+        labels (`torch.FloatTensor` of shape `(N, 4)`): boxes or NaN.
+
+    Returns:
+        `torch.BoolTensor` of shape `(N,)`.
+    """
+    return ~labels.isnan().all(-1)
 
 
 def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -24,34 +41,53 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
 
     Args:
         pred_boxes (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas.
-        labels (`torch.FloatTensor` of shape `(N, 4)`): true boxes, likewise.
+        labels (`torch.FloatTensor` of shape `(N, 4)`): true boxes, likewise; rows of NaN have none (see [`has_box`]).
 
     Returns:
-        `dict[str, torch.FloatTensor]` with the scalars `loss_bbox` and `loss_giou`.
+        `dict[str, torch.FloatTensor]` with the scalars `loss_bbox` and `loss_giou`, means over the rows with a box; 0
+        if there is none.
     """
     # Only training needs torchvision; inference works without it.
     from torchvision.ops import box_convert, generalized_box_iou_loss
 
     pred_boxes, labels = pred_boxes.float(), labels.float()
-    giou = generalized_box_iou_loss(
-        box_convert(pred_boxes, "cxcywh", "xyxy"), box_convert(labels, "cxcywh", "xyxy"), reduction="mean"
-    )
-    return {"loss_bbox": (pred_boxes - labels).abs().sum(-1).mean(), "loss_giou": giou}
+    rows = has_box(labels)
+    # NaN * 0 is NaN, in the backward pass too. So a row without a box compares a constant box with itself.
+    pred_boxes, labels = (torch.where(rows[:, None], boxes, 0.5) for boxes in (pred_boxes, labels))
+    l1 = (pred_boxes - labels).abs().sum(-1)
+    giou = generalized_box_iou_loss(box_convert(pred_boxes, "cxcywh", "xyxy"), box_convert(labels, "cxcywh", "xyxy"))
+    return {"loss_bbox": _mean_over(l1, rows), "loss_giou": _mean_over(giou, rows)}
 
 
-def map_loss(consistency_map: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def map_loss(
+    consistency_map: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    row_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     KL divergence over positions from a target distribution to the softmax of the consistency map. Our reading of
-    EpmVG: the target is the teacher's patch-text map, or the box itself (see [`box_map_target`]).
+    EpmVG: the target is the teacher's patch-text map (see [`teacher_map_target`]), or the box itself (see
+    [`box_map_target`]).
 
     Args:
         consistency_map (`torch.FloatTensor` of shape `(N, V)`): logits, row-major over the grid.
-        target (`torch.FloatTensor` of shape `(N, V)`): distributions over the V positions, 0 where `mask` is False.
-        mask (`torch.BoolTensor` of shape `(N, V)`): False on padding.
+        target (`torch.FloatTensor` of shape `(N, V)`): distributions over the V positions, 0 where `mask` is False. A
+            row of zeros adds 0.
+        mask (`torch.BoolTensor` of shape `(N, V)`): False on padding. A row that is False throughout adds 0.
+        row_mask (`torch.BoolTensor` of shape `(N,)`, *optional*): the rows to average over, all by default. The other
+            rows may hold anything, NaN too.
+
+    Returns:
+        `torch.FloatTensor`, a scalar; 0 if no row is to be averaged over.
     """
+    count = max(len(mask), 1)
+    if row_mask is not None:
+        mask, count = mask & row_mask[:, None], row_mask.sum().clamp(min=1)
     scores = consistency_map.float()
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return nn.functional.kl_div(scores.log_softmax(-1), target, reduction="batchmean")
+    target = torch.where(mask.any(-1, keepdim=True), target, 0)
+    return nn.functional.kl_div(scores.log_softmax(-1), target, reduction="sum") / count
 
 
 def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
@@ -59,19 +95,145 @@ def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Ten
     The box as a distribution over the feature grid: every cell weighs the area that it shares with the box.
 
     Args:
-        labels (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas.
+        labels (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas; rows of NaN have
+            no box (see [`has_box`]).
         visual_mask (`torch.BoolTensor` of shape `(N, grid_height, grid_width)`): False on padding.
 
     Returns:
-        `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding, rows sum to 1 (to 0 where the box
-        touches no unpadded cell, and such a row adds nothing to the loss).
+        `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding, rows sum to 1 (to 0 where there
+        is no box or it touches no unpadded cell, and such a row adds nothing to the loss).
     """
     grid_height, grid_width = visual_mask.shape[1:]
-    cx, cy, width, height = labels.float().unbind(-1)
+    # An empty box shares no area with any cell.
+    labels = torch.where(has_box(labels)[:, None], labels.float(), 0)
+    cx, cy, width, height = labels.unbind(-1)
     in_columns = _overlap(cx - width / 2, cx + width / 2, grid_width)
     in_rows = _overlap(cy - height / 2, cy + height / 2, grid_height)
     area = (in_rows[:, :, None] * in_columns[:, None, :] * visual_mask).flatten(1)
     return area / area.sum(-1, keepdim=True).clamp(min=torch.finfo(area.dtype).tiny)
+
+
+@torch.no_grad()
+def teacher_map_target(
+    patch_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_index: torch.Tensor | None,
+    visual_mask: torch.Tensor,
+    temperature: float | torch.Tensor,
+) -> torch.Tensor:
+    """
+    The teacher's patch-text map as a distribution over the student's grid: cosine of the expression with every patch
+    of its own image, resized, then a softmax over positions. The cosines are DenseCLIP's score map
+    (raoyongming/DenseCLIP: segmentation/denseclip/denseclip.py), which MaskCLIP (Zhou et al. 2022, "Extract Free Dense
+    Labels from CLIP") takes from CLIP without training. Both compare classes at a position; to compare positions for
+    an expression is our reading of EpmVG.
+
+    Args:
+        patch_embeds (`torch.FloatTensor` of shape `(B, h, w, e)`):
+            The teacher's patches, L2-normalised. Their grid covers the student's canvas, padding included.
+        text_embeds (`torch.FloatTensor` of shape `(N, e)`): the teacher's expressions, L2-normalised.
+        image_index (`torch.LongTensor` of shape `(N,)` or `None`): image of each expression; None: N = B, in order.
+        visual_mask (`torch.BoolTensor` of shape `(N, grid_height, grid_width)`): False on padding.
+        temperature (`float`): what the cosines are divided by.
+
+    Returns:
+        `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding, rows sum to 1 (to 0 where all is
+        padding).
+    """
+    patches = patch_embeds.float().flatten(1, 2)
+    if image_index is not None:
+        patches = patches[image_index]
+    # With the one row on the left: on a CPU three times as fast as with one column on the right.
+    scores = _float32_product(text_embeds[:, None], patches.transpose(1, 2)).unflatten(-1, patch_embeds.shape[1:3])
+    if scores.shape[2:] != visual_mask.shape[1:]:
+        # Antialiasing widens the filter only along an axis that shrinks.
+        scores = nn.functional.interpolate(
+            scores, size=visual_mask.shape[1:], mode="bilinear", align_corners=False, antialias=True
+        )
+    mask = visual_mask.flatten(1)
+    scores = (scores.flatten(1) / temperature).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1) * mask
+
+
+def relation_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    teacher_image_embeds: torch.Tensor,
+    teacher_text_embeds: torch.Tensor,
+    student_temperature: float | torch.Tensor,
+    teacher_temperature: float | torch.Tensor,
+) -> torch.Tensor:
+    """
+    KL divergence from the teacher's to the student's distribution of each image over the batch's expressions, and of
+    each expression over the batch's images; half the sum of the two means. Our reading of EpmVG. It is CRD of CLIP-KD
+    (winycg/CLIP-KD: src/open_clip/loss.py) and, but for the teacher's entropy, which no gradient sees, the affinity
+    mimicking of TinyCLIP (wkcn/TinyCLIP: src/open_clip/clip_soft_loss.py); like both without a factor of temperature².
+
+    Each image enters once, however many expressions it has, so none has more mass for it in the second direction. And
+    as the targets are soft, expressions of one image are not each other's negatives.
+
+    Args:
+        image_embeds (`torch.FloatTensor` of shape `(B, e)`): the student's images, L2-normalised.
+        text_embeds (`torch.FloatTensor` of shape `(N, e)`): the student's expressions, likewise.
+        teacher_image_embeds (`torch.FloatTensor` of shape `(B, e')`): the teacher's; e' may differ from e.
+        teacher_text_embeds (`torch.FloatTensor` of shape `(N, e')`): likewise.
+        student_temperature (`float`): what the student's cosines are divided by; a tensor may be learned.
+        teacher_temperature (`float`): what the teacher's cosines are divided by.
+
+    Returns:
+        `torch.FloatTensor`, a scalar in nats.
+    """
+    student = _float32_product(image_embeds, text_embeds.T) / student_temperature
+    teacher = (_float32_product(teacher_image_embeds, teacher_text_embeds.T) / teacher_temperature).detach()
+    over_texts, over_images = (
+        nn.functional.kl_div(student.log_softmax(dim), teacher.log_softmax(dim), reduction="none", log_target=True)
+        .sum(dim)
+        .mean()
+        for dim in (1, 0)
+    )
+    return (over_texts + over_images) / 2
+
+
+def feature_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    teacher_image_embeds: torch.Tensor,
+    teacher_text_embeds: torch.Tensor,
+) -> torch.Tensor:
+    """
+    1 - cosine of the student's and the teacher's embedding, mean over images plus mean over expressions. A scale-free
+    version of CLIP-KD's FD (winycg/CLIP-KD: src/open_clip/loss.py), whose mean squared error of normalised embeddings
+    is 2 / e times this: weaker the wider the teacher.
+
+    Args:
+        image_embeds (`torch.FloatTensor` of shape `(B, e)`): the student's images, of any length.
+        text_embeds (`torch.FloatTensor` of shape `(N, e)`): the student's expressions, likewise.
+        teacher_image_embeds (`torch.FloatTensor` of shape `(B, e)`): the teacher's.
+        teacher_text_embeds (`torch.FloatTensor` of shape `(N, e)`): likewise.
+
+    Returns:
+        `torch.FloatTensor`, a scalar in [0, 4].
+    """
+    loss = 0
+    for student, teacher in ((image_embeds, teacher_image_embeds), (text_embeds, teacher_text_embeds)):
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                f"the feature loss compares embeddings of equal width, but the student's have {student.shape[-1]} "
+                f"dimensions and the teacher's {teacher.shape[-1]}"
+            )
+        loss = loss + (1 - nn.functional.cosine_similarity(student.float(), teacher.detach().float(), dim=-1)).mean()
+    return loss
+
+
+def _mean_over(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` `(N,)` where `rows` `(N,)` is True, 0 if nowhere; of fixed shapes, as torch.compile wants."""
+    return torch.where(rows, values, 0).sum() / rows.sum().clamp(min=1)
+
+
+def _float32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Matrix product without autocast, whose bfloat16 moves a cosine by 0.001: by 0.1 at a temperature of 0.01."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left.float() @ right.float()
 
 
 def _overlap(low: torch.Tensor, high: torch.Tensor, cells: int) -> torch.Tensor:

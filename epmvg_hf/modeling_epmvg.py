@@ -35,7 +35,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_epmvg import EpmVGConfig
-from .losses import box_loss, box_map_target, map_loss
+from .losses import box_loss, box_map_target, has_box, map_loss
 
 
 @dataclass
@@ -87,7 +87,7 @@ class EpmVGGroundingOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Weighted sum of `loss_dict`, a mean over expressions; only with `labels`.
+            Weighted sum of `loss_dict`, a mean over expressions with a box; only with `labels`.
         loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
             Unweighted terms: `loss_bbox`, `loss_giou` and, with `box_head="map"`, `loss_map`.
         pred_boxes (`torch.FloatTensor` of shape `(N, 4)`):
@@ -489,7 +489,8 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
             pixel_values, input_ids, attention_mask, pixel_mask, image_index, original_sizes:
                 See [`EpmVGModel.forward`].
             labels (`torch.FloatTensor` of shape `(N, 4)`, *optional*):
-                True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, as the processor makes them from `boxes=`.
+                True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, as the processor makes them from `boxes=`;
+                rows of NaN, for expressions without a box, take no part in the loss.
 
         Example:
 
@@ -522,7 +523,12 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
             )
             if self.config.box_head == "map":
                 target = box_map_target(labels, visual_mask)
-                loss_dict["loss_map"] = map_loss(outputs.consistency_map, target, visual_mask.flatten(1))
+                loss_dict["loss_map"] = map_loss(
+                    outputs.consistency_map,
+                    target,
+                    visual_mask.flatten(1),
+                    row_mask=has_box(labels),
+                )
                 loss = loss + self.config.map_loss_coefficient * loss_dict["loss_map"]
 
         return EpmVGGroundingOutput(

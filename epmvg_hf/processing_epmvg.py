@@ -74,7 +74,7 @@ class EpmVGProcessor(ProcessorMixin):
                 expressions, which may be empty.
             boxes (list, `np.ndarray` or `torch.Tensor`, *optional*): the box of each expression, nested like `text`:
                 (x0, y0, x1, y1) in pixels of the image as given, 0-based, half-open. A box may reach beyond its image
-                by up to 1 pixel.
+                by up to 1 pixel. In a list, `None` says that an expression has no box: its row of `labels` is NaN.
             kwargs: keyword arguments for the tokenizer or the image processor. By default, tensors are returned
                 (`return_tensors="pt"`), and text is padded to the longest expression of the batch.
 
@@ -185,6 +185,10 @@ class EpmVGProcessor(ProcessorMixin):
         return {name: values for name, values in encoded.items() if name not in self.unused_input_names}
 
 
+# The row of an expression without a box; compared by identity, since a NaN from outside is an error.
+NO_BOX = np.full(4, np.nan)
+
+
 def is_single_image(images: ImageInput | None) -> bool:
     """Whether `images` is one image, not a list or a 4-dimensional batch."""
     is_batch = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
@@ -220,10 +224,10 @@ def flatten_boxes(
     boxes: Sequence | np.ndarray | torch.Tensor, text: str | list[str] | list[list[str]]
 ) -> torch.Tensor:
     """
-    The boxes of all expressions, `torch.DoubleTensor` of shape `(N, 4)`.
+    The boxes of all expressions, `torch.DoubleTensor` of shape `(N, 4)`; NaN for the box `None`.
 
     Raises:
-        ValueError: `boxes` are not nested like `text`, or an item is not four numbers.
+        ValueError: `boxes` are not nested like `text`, or an item is not four finite numbers.
     """
     if isinstance(text, str):
         items = [boxes]
@@ -235,11 +239,15 @@ def flatten_boxes(
                 check_count(group_boxes, group, f"[{index}]")
             items = [box for group_boxes in boxes for box in group_boxes]
 
-    rows = [np.asarray(box, dtype=np.float64) for box in items]
+    rows = [NO_BOX if box is None else np.asarray(box, dtype=np.float64) for box in items]
     for index, row in enumerate(rows):
         if row.shape != (4,):
             raise ValueError(
                 f"`boxes{position(text, index)}` must be four numbers (x0, y0, x1, y1), but it has shape {row.shape}."
+            )
+        if row is not NO_BOX and not np.isfinite(row).all():
+            raise ValueError(
+                f"`boxes{position(text, index)}` = {row.tolist()} is not finite, expected four finite numbers."
             )
     return torch.from_numpy(np.stack(rows))
 
@@ -255,11 +263,13 @@ def check_count(boxes: Sequence | np.ndarray | torch.Tensor, text: list, where: 
 
 
 def check_boxes(boxes: torch.Tensor, image_sizes: torch.Tensor, text: str | list[str] | list[list[str]]) -> None:
-    """Raises a `ValueError` for the first of the boxes (N, 4) that is no box in its image (N, 2: height, width)."""
+    """
+    Raises a `ValueError` for the first of the boxes (N, 4) that is no box in its image (N, 2: height, width). NaN, an
+    expression without a box, fails no comparison.
+    """
     x0, y0, x1, y1 = boxes.unbind(1)
     height, width = image_sizes.unbind(1)
     faults = {
-        "is not finite, expected four finite numbers": ~boxes.isfinite().all(dim=1),
         "is empty or inverted, expected x0 < x1 and y0 < y1": (x0 >= x1) | (y0 >= y1),
         "lies wholly outside its image": (x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height),
         # Some annotations are rounded outwards or count the last pixel in: that costs less than a pixel.

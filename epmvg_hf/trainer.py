@@ -14,12 +14,19 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .augmentation import GroundingAugmentation
-from .collator import EpmVGDataCollator, ImageGroups
+from .collator import CaptionedGroups, EpmVGDataCollator, ImageGroups
+from .distillation import DistillationLoss
 from .grounding_accuracy import GroundingAccuracy
+from .losses import has_box
 from .modeling_epmvg import EpmVGForVisualGrounding
 from .processing_epmvg import EpmVGProcessor
+from .teacher import ClipTeacher, TeacherOutput
+from .teacher_cache import TeacherCache
 from .training_args import EpmVGTrainingArguments
 
+# What a batch holds besides the inputs of the model.
+_OTHER_COLUMNS = ("boxes", "row_index", "expressions")
+_TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds", "teacher_patch_embeds")
 _VISION_MODULES = ("vision_model", "input_projection", "encoder", "visual_projection")
 
 
@@ -34,6 +41,10 @@ class EpmVGTrainer(Trainer):
     in the order of the dataset's rows (of a stream read by several workers: in an order of their own). `eval_loss` on
     several processes weighs a batch that was filled up by its new rows.
 
+    With a teacher, training adds the terms of [`~distillation.DistillationLoss`]. The teacher is no part of the model:
+    it is not wrapped, not optimized and not saved. Its outputs are computed once where the data is not augmented
+    (`args.cache_teacher`). Rows whose `box` is `None`, and all of `caption_dataset`, take part in these terms alone.
+
     A run resumed at the end of an epoch is bit-equal to one that was not interrupted; within an epoch it continues
     with other random augmentation.
 
@@ -45,6 +56,11 @@ class EpmVGTrainer(Trainer):
         processing_class ([`EpmVGProcessor`]): makes tensors and undoes the letterbox; saved with every checkpoint.
         augmentation ([`GroundingAugmentation`], *optional*):
             For training images when `args.augment`; the defaults when not given.
+        teacher ([`ClipTeacher`], *optional*):
+            Teaches its image-text consistency; with the weights and temperatures in `args`. The relation and feature
+            terms need a model with `config.teacher_projection_dim`, the feature term the teacher's `embed_dim`.
+        caption_dataset (`datasets.Dataset`, *optional*):
+            Rows with `image`, `image_id` and `expression` (a caption), mixed into training at `args.caption_ratio`.
         kwargs: further arguments of `transformers.Trainer`.
     """
 
@@ -59,12 +75,21 @@ class EpmVGTrainer(Trainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         processing_class: EpmVGProcessor | None = None,
         augmentation: GroundingAugmentation | None = None,
+        teacher: ClipTeacher | None = None,
+        caption_dataset: Dataset | None = None,
         **kwargs,
     ):
         if processing_class is None:
             raise ValueError("EpmVGTrainer needs processing_class, an EpmVGProcessor: it makes the model's inputs")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("EpmVGTrainer takes no compute_loss_func: override compute_loss")
+        if caption_dataset is not None and teacher is None:
+            raise ValueError("caption_dataset needs a teacher: without one, expressions without boxes teach nothing")
+        if caption_dataset is not None and not args.distils:
+            raise ValueError("caption_dataset needs a term of the distillation: all their weights are 0")
+        if teacher is not None:
+            _check_teacher(teacher, model, args)
+        self.teacher, self.caption_dataset = teacher, caption_dataset
         augmentation = (augmentation or GroundingAugmentation()) if args.augment else None
         self.train_collator = EpmVGDataCollator(processing_class, augmentation, args.max_expressions_per_image)
         self._metric = GroundingAccuracy(keep_in_memory=True)
@@ -80,20 +105,50 @@ class EpmVGTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if teacher is not None:
+            # Beside the model, not in it: nothing that wraps, optimizes or saves the student sees the teacher.
+            teacher.to(self.accelerator.device)
+            self.distillation_loss = DistillationLoss(args, self.accelerator)
         if args.freeze_backbone_epochs > 0:
             self.add_callback(FreezeBackbonesCallback(self.model, args.freeze_backbone_epochs))
 
     # Data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
+        if self.teacher is not None and self.args.distils:
+            self._prepare_teacher()
         evaluation_collator, self.data_collator = self.data_collator, self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = evaluation_collator
 
-    def _get_dataloader(self, dataset: Dataset | IterableDataset, *args, **kwargs) -> DataLoader:
-        return super()._get_dataloader(_by_image(dataset), *args, **kwargs)
+    def _prepare_teacher(self):
+        """Have the collator deliver the teacher's outputs, or what the teacher needs to compute them."""
+        datasets = [dataset for dataset in (self.train_dataset, self.caption_dataset) if dataset is not None]
+        streamed = any(isinstance(dataset, IterableDataset) for dataset in datasets)
+        if self.args.augment or streamed or not self.args.cache_teacher:
+            self.train_collator.keep_expressions = True
+            return
+        caches = [
+            TeacherCache.build(
+                self.teacher,
+                dataset,
+                self.processing_class.image_processor,
+                cache_dir=self.args.teacher_cache_dir,
+                output_patches=self.args.teacher_map_loss_coefficient > 0,
+                disable_tqdm=self.args.disable_tqdm,
+            )
+            for dataset in datasets
+        ]
+        self.train_collator.teacher_cache = TeacherCache.concatenate(caches)
+
+    def _get_dataloader(self, dataset: Dataset | IterableDataset, *args, is_training: bool = False, **kwargs):
+        by_image = _by_image(dataset)
+        if is_training and self.caption_dataset is not None:
+            captioned = ImageGroups(self.caption_dataset)
+            by_image = CaptionedGroups(by_image, captioned, self.args.caption_ratio, self.args.seed)
+        return super()._get_dataloader(by_image, *args, is_training=is_training, **kwargs)
 
     # Training --------------------------------------------------------------------------------------------------
 
@@ -135,10 +190,11 @@ class EpmVGTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The batches of one optimizer step, and the number of expressions in them over all processes."""
+        """The batches of one optimizer step, and (boxes, expressions) in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        expressions = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(expressions, reduction="sum")
+        boxes = sum(int(has_box(batch["labels"]).sum()) for batch in batches)
+        expressions = sum(len(batch["labels"]) for batch in batches)
+        return batches, self.accelerator.reduce(torch.tensor([boxes, expressions], device=device), reduction="sum")
 
     def compute_loss(
         self,
@@ -147,27 +203,47 @@ class EpmVGTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        outputs = model(**{name: value for name, value in inputs.items() if name not in ("boxes", "row_index")})
+        others = (*_OTHER_COLUMNS, *_TEACHER_COLUMNS)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in others})
         if "labels" not in inputs:
             return (None, outputs) if return_outputs else None
-        loss, expressions = outputs["loss"], len(inputs["labels"])
+        loss = outputs["loss"]
         if num_items_in_batch is not None:
-            # Summed over accumulated batches and averaged over processes (DDP), this is the mean over expressions.
-            loss = loss * (expressions * self.accelerator.num_processes / num_items_in_batch)
-            self._add_loss_terms(outputs["loss_dict"], expressions)
+            total_boxes, total_expressions = num_items_in_batch.tolist()
+            boxes, expressions = int(has_box(inputs["labels"]).sum()), len(inputs["labels"])
+            # Summed over accumulated batches and averaged over processes (DDP), this is the mean over all boxes.
+            loss = loss * (boxes * self.accelerator.num_processes / max(total_boxes, 1))
+            self._add_loss_terms(outputs["loss_dict"], boxes)
+            if self.teacher is not None and self.args.distils:
+                index = inputs["image_index"]
+                distilled, terms = self.distillation_loss(outputs, self._teach(inputs), index, total_expressions)
+                loss = loss + distilled
+                self._add_loss_terms(terms, expressions)
         return (loss, outputs) if return_outputs else loss
 
-    def _add_loss_terms(self, loss_dict: dict[str, torch.Tensor], expressions: int):
+    def _teach(self, inputs: dict[str, torch.Tensor]) -> TeacherOutput:
+        """The teacher's outputs for a batch: those that came with it, else computed on the student's own canvases."""
+        if "teacher_image_embeds" in inputs:
+            cached = {name: inputs.get(name) for name in _TEACHER_COLUMNS}
+            return TeacherOutput(**{name.removeprefix("teacher_"): value for name, value in cached.items()})
+        with torch.no_grad(), self.compute_loss_context_manager():
+            canvases = self.processing_class.image_processor.unnormalize(inputs["pixel_values"])
+            return self.teacher(
+                canvases, inputs["expressions"], output_patches=self.args.teacher_map_loss_coefficient > 0
+            )
+
+    def _add_loss_terms(self, loss_dict: dict[str, torch.Tensor], count: int):
         for name, term in loss_dict.items():
-            weighted = torch.stack([term.detach().float() * expressions, term.new_tensor(expressions).float()])
+            weighted = torch.stack([term.detach().float() * count, term.new_tensor(count).float()])
             self._loss_terms[name] = self._loss_terms.get(name, 0) + weighted
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Training logs carry "loss", evaluation logs "eval_loss" with its own terms.
         if "loss" in logs:
             for name, weighted in self._loss_terms.items():
-                total, expressions = self.accelerator.reduce(weighted, reduction="sum").tolist()
-                logs[name] = total / expressions
+                total, count = self.accelerator.reduce(weighted, reduction="sum").tolist()
+                if count:
+                    logs[name] = total / count
             self._loss_terms = {}
         super().log(logs, start_time)
 
@@ -257,6 +333,20 @@ class FreezeBackbonesCallback(TrainerCallback):
     def _train_towers(self, trained: bool):
         for parameter in self.parameters:
             parameter.requires_grad_(trained)
+
+
+def _check_teacher(teacher: ClipTeacher, model: EpmVGForVisualGrounding, args: EpmVGTrainingArguments):
+    width = model.config.teacher_projection_dim
+    if args.relation_loss_coefficient + args.feature_loss_coefficient > 0 and width is None:
+        raise ValueError(
+            "the relation and feature losses need a model with teacher_projection_dim in its config; "
+            f"this teacher's width is {teacher.embed_dim}"
+        )
+    if args.feature_loss_coefficient > 0 and width != teacher.embed_dim:
+        raise ValueError(
+            f"the feature loss needs config.teacher_projection_dim ({width}) to be the teacher's width "
+            f"({teacher.embed_dim})"
+        )
 
 
 def _by_image(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

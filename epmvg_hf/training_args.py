@@ -22,6 +22,26 @@ class EpmVGTrainingArguments(TrainingArguments):
             Train on a random choice of this many expressions of an image each time it is seen.
         augment (`bool`, *optional*, defaults to `True`):
             Whether to augment training images, see [`GroundingAugmentation`].
+        caption_ratio (`float`, *optional*, defaults to 1.0):
+            Images of the trainer's `caption_dataset` for each image of its `train_dataset` in an epoch.
+        relation_loss_coefficient (`float`, *optional*, defaults to 1.0):
+            Weight of [`~losses.relation_loss`]. This and the further settings matter only with a teacher.
+        feature_loss_coefficient (`float`, *optional*, defaults to 1.0):
+            Weight of [`~losses.feature_loss`].
+        teacher_map_loss_coefficient (`float`, *optional*, defaults to 1.0):
+            Weight of [`~losses.map_loss`] towards the teacher's map. The map loss towards the box is the model's own,
+            `config.map_loss_coefficient`.
+        student_temperature (`float`, *optional*, defaults to 0.05):
+            Divides the student's image-text similarities in the relation loss.
+        teacher_temperature (`float`, *optional*, defaults to 0.05):
+            Divides the teacher's image-text similarities in the relation loss.
+        map_temperature (`float`, *optional*, defaults to 0.05):
+            Divides the teacher's patch-text similarities in the map loss.
+        cache_teacher (`bool`, *optional*, defaults to `True`):
+            Compute the teacher's outputs once and read them back in every step, see [`~teacher_cache.TeacherCache`].
+            Only for map-style datasets that are not augmented; otherwise the teacher runs in every step.
+        teacher_cache_dir (`str`, *optional*):
+            Where those outputs are kept. Defaults to a folder in the cache of `datasets`.
     """
 
     vision_learning_rate: float | None = field(
@@ -35,6 +55,29 @@ class EpmVGTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Train on a random choice of this many expressions of an image."}
     )
     augment: bool = field(default=True, metadata={"help": "Whether to augment the training images."})
+    caption_ratio: float = field(
+        default=1.0, metadata={"help": "Caption images for each labelled image in an epoch, given a caption dataset."}
+    )
+    relation_loss_coefficient: float = field(
+        default=1.0, metadata={"help": "Weight of the relation loss; like what follows, only with a teacher."}
+    )
+    feature_loss_coefficient: float = field(default=1.0, metadata={"help": "Weight of the feature loss."})
+    teacher_map_loss_coefficient: float = field(
+        default=1.0, metadata={"help": "Weight of the map loss towards the teacher's map."}
+    )
+    student_temperature: float = field(
+        default=0.05, metadata={"help": "Temperature of the student's similarities in the relation loss."}
+    )
+    teacher_temperature: float = field(
+        default=0.05, metadata={"help": "Temperature of the teacher's similarities in the relation loss."}
+    )
+    map_temperature: float = field(
+        default=0.05, metadata={"help": "Temperature of the teacher's patch-text similarities in the map loss."}
+    )
+    cache_teacher: bool = field(
+        default=True, metadata={"help": "Compute the teacher's outputs once if the data is not augmented."}
+    )
+    teacher_cache_dir: str | None = field(default=None, metadata={"help": "Folder of the teacher's outputs."})
     # Our collator reads the raw columns, which are no arguments of the model.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the dataset's own columns."}
@@ -43,6 +86,14 @@ class EpmVGTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator reads the dataset's own columns")
+        if self.caption_ratio <= 0:
+            raise ValueError(f"caption_ratio must be positive, got {self.caption_ratio}")
+        for name in ("relation_loss_coefficient", "feature_loss_coefficient", "teacher_map_loss_coefficient"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        for name in ("student_temperature", "teacher_temperature", "map_temperature"):
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.freeze_backbone_epochs > 0:
             if self.ddp_find_unused_parameters is False:
                 raise ValueError(
@@ -58,6 +109,11 @@ class EpmVGTrainingArguments(TrainingArguments):
             # is B for some tensors and N for others.
             self.accelerator_config = {"dispatch_batches": False, **(self.accelerator_config or {})}
         super().__post_init__()
+
+    @property
+    def distils(self) -> bool:
+        """Whether any term of the loss needs a teacher."""
+        return self.relation_loss_coefficient + self.feature_loss_coefficient + self.teacher_map_loss_coefficient > 0
 
     @property
     def n_gpu(self) -> int:

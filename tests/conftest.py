@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
+from epmvg_hf import ClipTeacher, EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
 
 WORDS = ["the", "a", "red", "green", "blue", "left", "right", "small", "large", "circle", "star", "man", "dog", "on"]
 
@@ -72,3 +72,30 @@ def tiny_config(**changes) -> EpmVGConfig:
 def tiny_model(seed: int = 0, **changes) -> EpmVGForVisualGrounding:
     torch.manual_seed(seed)
     return EpmVGForVisualGrounding(tiny_config(**changes)).eval()
+
+
+class TinyTeacher(ClipTeacher):
+    """A teacher of random weights that needs no open_clip; equal inputs get equal outputs."""
+
+    def __init__(self, embed_dim: int = 24, seed: int = 0):
+        torch.nn.Module.__init__(self)
+        generator = torch.Generator().manual_seed(seed)
+        self.embed_dim, self.image_size, self.seed, self.calls = embed_dim, 64, seed, 0
+        self.projection = torch.nn.Parameter(torch.randn(3, embed_dim, generator=generator), requires_grad=False)
+        self.eval()
+
+    fingerprint = property(lambda self: f"tiny {self.embed_dim} {self.seed}")
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values, output_patches=True):
+        self.calls += 1
+        assert pixel_values.min() + 1e-4 >= 0 and pixel_values.max() <= 1 + 1e-4
+        colours = torch.nn.functional.adaptive_avg_pool2d(pixel_values.float(), 4).permute(0, 2, 3, 1) - 0.5
+        patches = torch.nn.functional.normalize(colours @ self.projection, dim=-1)
+        pooled = torch.nn.functional.normalize(patches.mean(dim=(1, 2)), dim=-1)
+        return pooled, patches if output_patches else None
+
+    @torch.no_grad()
+    def encode_texts(self, expressions):
+        sums = [[sum(map(ord, text[start::3])) for start in range(3)] for text in expressions]
+        return torch.nn.functional.normalize(torch.tensor(sums).sin() @ self.projection, dim=-1)

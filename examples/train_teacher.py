@@ -1,0 +1,250 @@
+#!/usr/bin/env python
+"""Train a small CLIP on images and captions, without a box, in the folder format that `ClipTeacher` loads.
+
+python examples/train_teacher.py                                      # configs/teacher_shapes.yaml: needs no data
+python examples/train_teacher.py --resume_from_checkpoint true        # go on where it was interrupted
+python examples/train_teacher.py examples/configs/teacher_flickr30k.yaml --data_dir flickr30k_entities
+"""
+
+import json
+import logging
+import random
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset
+from open_clip import ClipLoss
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import BertTokenizer, HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.trainer_utils import get_last_checkpoint
+
+from epmvg_hf import ClipTeacher, EpmVGImageProcessor, load_grounding_dataset
+
+HERE = Path(__file__).parent
+logger = logging.getLogger("train_teacher")
+MAX_OBJECTS_TOLD = 4
+LISTS_PER_SCENE = 8
+
+
+@dataclass
+class TeacherArguments:
+    """What to train, and on what."""
+
+    config_name: str = field(default="clip_tiny.json", metadata={"help": "JSON file with open_clip's model config."})
+    dataset_name: str = field(default="shapes", metadata={"help": "shapes or flickr30k_entities."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with the benchmark's files."})
+    missing_images: str = field(default="error", metadata={"help": "error or skip."})
+    scenes_seed: int = field(default=0, metadata={"help": "Seed of the training scenes of `shapes`."})
+    num_train_images: int | None = field(default=None, metadata={"help": "How many training scenes `shapes` draws."})
+    canvas_size: int = field(default=128, metadata={"help": "Side of the square canvas of the students, in pixels."})
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """
+    Images in memory as square canvases `(images, 3, S, S)`, uint8, and two lists of captions for each: its grounding
+    expressions, and sentences about the whole picture. Boxes are never read.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Rows with `image`, `image_id`, `expression`, and `objects` (shapes) or `sentence` (Flickr30K Entities).
+        canvas_size (`int`): side of the canvas in pixels.
+    """
+
+    def __init__(self, dataset: Dataset, canvas_size: int):
+        rows = defaultdict(list)
+        for index, image_id in enumerate(dataset["image_id"]):
+            rows[image_id].append(index)
+        about_scene = "objects" if "objects" in dataset.column_names else "sentence"
+        images, texts = dataset.select_columns(["image"]), dataset.select_columns(["expression", about_scene])
+        image_processor = EpmVGImageProcessor(size={"height": canvas_size, "width": canvas_size})
+        self.canvases = torch.empty(len(rows), 3, canvas_size, canvas_size, dtype=torch.uint8)
+        self.expressions, self.sentences = [], []
+        rng = random.Random(0)
+        for position, indices in enumerate(tqdm(rows.values(), desc="reading images", mininterval=5)):
+            # Through the student's normalisation and back: padding gets the colour that the student's padding has.
+            pixel_values = image_processor(images[indices[0]]["image"])["pixel_values"]
+            self.canvases[position] = (image_processor.unnormalize(pixel_values)[0] * 255).round()
+            columns = texts[indices]
+            self.expressions.append(columns["expression"])
+            if about_scene == "objects":
+                self.sentences.append([list_objects(columns["objects"][0], rng) for _ in range(LISTS_PER_SCENE)])
+            else:
+                self.sentences.append(sorted(set(columns["sentence"])))
+
+    def __len__(self) -> int:
+        return len(self.canvases)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str, str]:
+        return self.canvases[index], random.choice(self.sentences[index]), random.choice(self.expressions[index])
+
+
+def list_objects(objects: list[dict], rng: random.Random) -> str:
+    """A caption such as "a small red star and a large blue circle", of some of a scene's objects."""
+    told = rng.sample(objects, rng.randint(1, min(len(objects), MAX_OBJECTS_TOLD)))
+    return " and ".join(f"a {item['size']} {item['color']} {item['shape']}" for item in told)
+
+
+class ContrastiveModel(nn.Module):
+    """CLIP's loss for images with two captions each, as a model that the `Trainer` can train."""
+
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        self.clip = clip
+        self.loss = ClipLoss()
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, 3, S, S) normalised; `input_ids` (2, B, L)."""
+        image_embeds = self.clip.encode_image(pixel_values, normalize=True)
+        text_embeds = self.clip.encode_text(input_ids.flatten(0, 1), normalize=True).unflatten(0, input_ids.shape[:2])
+        scale = self.clip.logit_scale.exp().clamp(max=100)  # CLIP's own bound
+        losses = [self.loss(image_embeds.float(), captions.float(), scale) for captions in text_embeds]
+        return {"loss": torch.stack(losses).mean()}
+
+
+class CaptionCollator:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int, image_size: int):
+        self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
+
+    def __call__(self, items: list[tuple[torch.Tensor, str, str]]) -> dict[str, torch.Tensor]:
+        canvases, sentences, expressions = zip(*items, strict=True)
+        return {
+            "pixel_values": preprocess(torch.stack(canvases), self.image_size),
+            "input_ids": self.tokenizer(
+                [*sentences, *expressions],
+                padding="max_length",
+                truncation=True,
+                max_length=self.context_length,
+                return_tensors="pt",
+            ).input_ids.unflatten(0, (2, len(items))),
+        }
+
+
+def preprocess(canvases: torch.Tensor, image_size: int) -> torch.Tensor:
+    """As `ClipTeacher` does it: the whole canvas at the teacher's resolution, CLIP's mean and deviation."""
+    pixels = nn.functional.interpolate(canvases / 255, (image_size, image_size), mode="bicubic", antialias=True)
+    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD])[..., None, None]
+    return ((pixels.clamp(0, 1) - mean) / std).contiguous(memory_format=torch.channels_last)  # faster convolutions
+
+
+def make_tokenizer(captions: list[str], vocab_size: int) -> BertTokenizer:
+    """Lower-cases and splits as BERT does, with a vocabulary learned from the captions."""
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    template = BertTokenizer(vocab={token: index for index, token in enumerate(special)})
+    return template.train_new_from_iterator(captions, vocab_size=vocab_size)
+
+
+def save_teacher(clip: CLIP, model_config: dict, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The folder that open_clip calls `local-dir:`; weights in float16, half the size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.half().contiguous() for name, tensor in clip.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    preprocess = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic"}
+    config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def evaluate_teacher(teacher: ClipTeacher, images: CaptionedImages, dataset: Dataset) -> dict[str, float]:
+    """
+    Image-text retrieval among all images of a split, one caption each, and how often the patch that is most like an
+    expression lies in its box. Only this evaluation reads boxes.
+    """
+    batches = torch.arange(len(images)).split(100)
+    encoded = [teacher.encode_images(images.canvases[batch] / 255) for batch in batches]
+    image_embeds, patch_embeds = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    metrics = {"images": len(images), "chance_recall@1": 1 / len(images), "chance_recall@5": 5 / len(images)}
+    for name, captions in (("sentence", images.sentences), ("expression", images.expressions)):
+        text_embeds = teacher.encode_texts([texts[0] for texts in captions])
+        similarity = image_embeds @ text_embeds.T
+        for direction, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+            rank = (scores > scores.diagonal()[:, None]).sum(1)
+            for k in (1, 5):
+                metrics[f"{name}_{direction}_recall@{k}"] = (rank < k).float().mean().item()
+    return {**metrics, **pointing_accuracy(teacher, patch_embeds, images, dataset)}
+
+
+def pointing_accuracy(teacher: ClipTeacher, patch_embeds: torch.Tensor, images: CaptionedImages, dataset: Dataset):
+    """Share of expressions whose best patch has its centre in the box; what a patch at random reaches beside it."""
+    image_processor = EpmVGImageProcessor(size={"height": (side := images.canvases.shape[-1]), "width": side})
+    names = {image_id: position for position, image_id in enumerate(dict.fromkeys(dataset["image_id"]))}
+    index = torch.tensor([names[image_id] for image_id in dataset["image_id"]])
+    first_rows = [dataset["image_id"].index(image_id) for image_id in names]
+    sizes = torch.tensor([dataset[row]["image"].size[::-1] for row in first_rows])
+    letterbox = image_processor.letterbox(sizes).select(index)
+    cx, cy, width, height = letterbox.to_labels(torch.tensor(dataset["box"])).unbind(-1)
+    rows, columns = patch_embeds.shape[1:3]
+    x = ((torch.arange(columns) + 0.5) / columns).repeat(rows)
+    y = ((torch.arange(rows) + 0.5) / rows).repeat_interleave(columns)
+    inside = ((x - cx[:, None]).abs() * 2 <= width[:, None]) & ((y - cy[:, None]).abs() * 2 <= height[:, None])
+    text_embeds = teacher.encode_texts(list(dataset["expression"]))
+    best = torch.einsum("nhwe,ne->nhw", patch_embeds[index], text_embeds).flatten(1).argmax(1)
+    hit = inside.gather(1, best[:, None])[:, 0].float()
+    metrics = {"pointing": hit.mean().item(), "pointing_at_random": inside.float().mean().item()}
+    if "kind" in dataset.column_names:
+        kinds = dataset["kind"]
+        for kind in sorted(set(kinds)):
+            metrics[f"pointing_{kind}"] = hit[torch.tensor([k == kind for k in kinds])].mean().item()
+    return metrics
+
+
+def main():
+    parser = HfArgumentParser((TeacherArguments, TrainingArguments), description=__doc__)
+    arguments, file = sys.argv[1:], HERE / "configs" / "teacher_shapes.yaml"
+    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
+        file, arguments = Path(arguments[0]), arguments[1:]
+    parser.set_defaults(**{"use_cpu": not torch.accelerator.is_available(), **yaml.safe_load(file.read_text())})
+    teacher_arguments, training_arguments = parser.parse_args_into_dataclasses(arguments)
+    logging.basicConfig(level=logging.INFO)
+    set_seed(training_arguments.seed)
+    config_file = Path(teacher_arguments.config_name)
+    model_config = json.loads((config_file if config_file.exists() else HERE / "configs" / config_file).read_text())
+    canvas_size = teacher_arguments.canvas_size
+    folder = Path(training_arguments.output_dir)
+
+    def load(split: str, **options) -> Dataset:
+        name, data_dir = teacher_arguments.dataset_name, teacher_arguments.data_dir
+        missing_images = teacher_arguments.missing_images
+        return load_grounding_dataset(name, data_dir=data_dir, split=split, missing_images=missing_images, **options)
+
+    options = {}
+    if teacher_arguments.dataset_name == "shapes":
+        options = {"seed": teacher_arguments.scenes_seed, "num_images": teacher_arguments.num_train_images}
+    images = CaptionedImages(load("train", **options), canvas_size)
+    captions = [caption for texts in (*images.expressions, *images.sentences) for caption in texts]
+    tokenizer = make_tokenizer(captions, model_config["text_cfg"]["vocab_size"])
+    model_config["text_cfg"] |= {"vocab_size": len(tokenizer), "eos_id": tokenizer.sep_token_id}
+    model = ContrastiveModel(CLIP(**{name: model_config[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}))
+
+    trainer = Trainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=images,
+        data_collator=CaptionCollator(
+            tokenizer, model_config["text_cfg"]["context_length"], model_config["vision_cfg"]["image_size"]
+        ),
+    )
+    checkpoint = training_arguments.resume_from_checkpoint
+    if checkpoint in ("true", "True"):
+        checkpoint = get_last_checkpoint(folder)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    save_teacher(model.clip, model_config, tokenizer, folder / "teacher")
+
+    validation = load("validation")
+    teacher = ClipTeacher.from_pretrained(f"local-dir:{folder / 'teacher'}")
+    metrics = evaluate_teacher(teacher, CaptionedImages(validation, canvas_size), validation)
+    metrics |= {"train_images": len(images), "train_runtime": result.metrics["train_runtime"]}
+    (folder / "teacher" / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    main()

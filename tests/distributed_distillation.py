@@ -1,0 +1,88 @@
+"""One optimizer step per term of the distillation, for `test_distillation.py` to run on one and on two processes."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+from conftest import WORDS, TinyTeacher, tiny_model
+from safetensors.torch import save_file
+from transformers import BertTokenizer, TrainerCallback
+
+from epmvg_hf import (
+    EpmVGImageProcessor,
+    EpmVGProcessor,
+    EpmVGTrainer,
+    EpmVGTrainingArguments,
+    load_grounding_dataset,
+)
+
+COEFFICIENTS = ("relation_loss_coefficient", "feature_loss_coefficient", "teacher_map_loss_coefficient")
+NONE = dict.fromkeys(COEFFICIENTS, 0.0)
+RUNS = {
+    "relation": NONE | {"relation_loss_coefficient": 1.0},
+    "feature": NONE | {"feature_loss_coefficient": 1.0},
+    "teacher_map": NONE | {"teacher_map_loss_coefficient": 1.0},
+    "all": {},
+    "all, cached": {"cache_teacher": True},
+}
+
+
+class Gradients(TrainerCallback):
+    """Those that the optimizer will see, after the processes' have been averaged."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients = {
+            name.removeprefix("module."): parameter.grad.clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+
+def main(folder: Path, batch_size: int):
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+    processor = EpmVGProcessor(EpmVGImageProcessor(size={"height": 64, "width": 64}), tokenizer, max_text_length=12)
+    logs = {}
+    for run, changes in RUNS.items():
+        args = EpmVGTrainingArguments(
+            output_dir=str(folder),
+            use_cpu=True,
+            max_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=batch_size,
+            max_grad_norm=0.0,
+            augment=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **{"cache_teacher": False, **changes},
+        )
+        with args.main_process_first():
+            dataset = load_grounding_dataset("shapes", split="train", num_images=4)
+        # Images have 8, 1, 5 and 2 expressions.
+        counts = [8, 1, 5, 2]
+        keep = [row for row, image in enumerate(dataset["image_id"]) if row % 8 < counts[int(image[-6:])]]
+        captioned = load_grounding_dataset("shapes", split="validation", num_images=4).remove_columns("box")
+        callback = Gradients()
+        trainer = EpmVGTrainer(
+            tiny_model(box_head="map", frozen_batch_norm=True, teacher_projection_dim=24),
+            args,
+            train_dataset=dataset.select(keep),
+            processing_class=processor,
+            teacher=TinyTeacher(),
+            caption_dataset=captioned,
+            callbacks=[callback],
+        )
+        trainer.train()
+        if trainer.is_world_process_zero():
+            log = trainer.state.log_history[0]
+            logs[run] = {name: value for name, value in log.items() if "loss" in name or name == "grad_norm"}
+            save_file(callback.gradients, folder / f"{run}.safetensors")
+    if trainer.is_world_process_zero():
+        (folder / "result.json").write_text(json.dumps({"processes": args.world_size, "logs": logs}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
