@@ -195,7 +195,7 @@ class ClipTeacher(nn.Module):
         pixels = self._preprocess(pixel_values)
         if not output_patches:
             return _unit(self.clip.encode_image(pixels, normalize=False)), None
-        pooled, patches = _pooled_and_patches(self.clip.visual, pixels)
+        pooled, patches = pooled_and_patches(self.clip.visual, pixels)
         return _unit(pooled), _unit(patches)
 
     @torch.no_grad()
@@ -457,7 +457,7 @@ def _unit(embeds: torch.Tensor) -> torch.FloatTensor:
     return nn.functional.normalize(embeds.float(), dim=-1)
 
 
-def _pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Image embedding `(B, e)` and patch embeddings `(B, grid_height, grid_width, e)`, neither of length 1 yet."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import VisionTransformer

@@ -3,6 +3,7 @@
 
 accelerate launch examples/run_grounding.py                                 # configs/shapes.yaml: needs no data
 accelerate launch examples/run_grounding.py --learning_rate 3e-4            # the same with one change
+accelerate launch examples/run_grounding.py --num_labelled_images 100       # few boxes, other images by captions
 accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my # all arguments from a YAML or JSON file
 """
 
@@ -16,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from datasets import Dataset
 from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from epmvg_hf import (
+    ClipTeacher,
     EpmVGConfig,
     EpmVGForVisualGrounding,
     EpmVGImageProcessor,
@@ -56,6 +59,15 @@ class ModelArguments:
         default=None,
         metadata={"help": "Tokenizer of a new model; without it one is trained on the training expressions."},
     )
+    teacher_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "CLIP to distil from: an open_clip architecture, local-dir:FOLDER, hf-hub:ID or a JSON config."
+        },
+    )
+    teacher_pretrained: str | None = field(
+        default=None, metadata={"help": "The teacher's weights, if its name is an architecture or a config."}
+    )
 
 
 @dataclass
@@ -68,6 +80,10 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split that chooses the best checkpoint."})
     test_split: str = field(default="test", metadata={"help": "Split for --do_predict."})
     missing_images: str = field(default="error", metadata={"help": "error, skip or keep."})
+    num_labelled_images: int | None = field(
+        default=None,
+        metadata={"help": "Use the boxes of the first training images only, the others for their expressions alone."},
+    )
     num_train_images: int | None = field(default=None, metadata={"help": "How many training scenes `shapes` draws."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
     picture_rows: int = field(default=24, metadata={"help": "Expressions in the picture of --do_predict."})
@@ -95,8 +111,10 @@ def use_all_cores(arguments: EpmVGTrainingArguments) -> None:
         torch.set_num_threads(max(1, os.cpu_count() // local_processes))
 
 
-def make_model(arguments: ModelArguments, expressions: list[str]) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
-    """The model and its processor, saved ones or new ones."""
+def make_model(
+    arguments: ModelArguments, expressions: list[str], teacher: ClipTeacher | None
+) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
+    """The model and its processor, saved ones or new ones; a new one projects into the space of its teacher."""
     attention = None
     if arguments.attn_implementation is not None:
         # A convolutional backbone has no attention and refuses all but eager.
@@ -116,9 +134,24 @@ def make_model(arguments: ModelArguments, expressions: list[str]) -> tuple[EpmVG
         template = BertTokenizer(vocab={token: index for index, token in enumerate(special)})
         tokenizer = template.train_new_from_iterator(expressions, vocab_size=config.text_config.vocab_size)
     config.text_config.vocab_size = len(tokenizer)
+    if teacher is not None:
+        config.teacher_projection_dim = teacher.embed_dim
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
     config._attn_implementation = attention
     return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
+
+
+def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, Dataset | None]:
+    """The rows of the first images, and those of the others without their boxes."""
+    if num_images is None:
+        return dataset, None
+    images = dict.fromkeys(dataset["image_id"])
+    if not 0 < num_images < len(images):
+        raise ValueError(f"num_labelled_images is {num_images}, expected from 1 to {len(images) - 1} of the images")
+    labelled = set(list(images)[:num_images])
+    chosen = [image_id in labelled for image_id in dataset["image_id"]]
+    captioned = dataset.select([row for row, has_box in enumerate(chosen) if not has_box]).remove_columns("box")
+    return dataset.select([row for row, has_box in enumerate(chosen) if has_box]), captioned
 
 
 def main():
@@ -144,13 +177,20 @@ def main():
 
     # The training expressions also give a new model its vocabulary, and the blind predictors their boxes.
     train_dataset = load(data_arguments.train_split)
-    model, processor = make_model(model_arguments, train_dataset["expression"])
+    expressions = train_dataset["expression"]
+    train_dataset, caption_dataset = split_labelled(train_dataset, data_arguments.num_labelled_images)
+    teacher = None
+    if model_arguments.teacher_name is not None and training_arguments.do_train and training_arguments.distils:
+        teacher = ClipTeacher.from_pretrained(model_arguments.teacher_name, model_arguments.teacher_pretrained)
+    model, processor = make_model(model_arguments, expressions, teacher)
     trainer = EpmVGTrainer(
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
         eval_dataset=load_evaluation(data_arguments.eval_split) if training_arguments.do_eval else None,
         processing_class=processor,
+        teacher=teacher,
+        caption_dataset=caption_dataset if teacher is not None else None,
     )
     logger.info("%d training expressions, %.1f M parameters", len(train_dataset), model.num_parameters() / 1e6)
 

@@ -10,14 +10,12 @@ import json
 import logging
 import random
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 from datasets import Dataset
-from open_clip import ClipLoss
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import nn
@@ -26,7 +24,8 @@ from transformers import BertTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.trainer_utils import get_last_checkpoint
 
-from epmvg_hf import ClipTeacher, EpmVGImageProcessor, load_grounding_dataset
+from epmvg_hf import ClipTeacher, EpmVGImageProcessor, ImageGroups, load_grounding_dataset
+from epmvg_hf.teacher import pooled_and_patches
 
 HERE = Path(__file__).parent
 logger = logging.getLogger("train_teacher")
@@ -59,16 +58,14 @@ class CaptionedImages(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: Dataset, canvas_size: int):
-        rows = defaultdict(list)
-        for index, image_id in enumerate(dataset["image_id"]):
-            rows[image_id].append(index)
+        groups = ImageGroups(dataset).groups
         about_scene = "objects" if "objects" in dataset.column_names else "sentence"
         images, texts = dataset.select_columns(["image"]), dataset.select_columns(["expression", about_scene])
         image_processor = EpmVGImageProcessor(size={"height": canvas_size, "width": canvas_size})
-        self.canvases = torch.empty(len(rows), 3, canvas_size, canvas_size, dtype=torch.uint8)
+        self.canvases = torch.empty(len(groups), 3, canvas_size, canvas_size, dtype=torch.uint8)
         self.expressions, self.sentences = [], []
         rng = random.Random(0)
-        for position, indices in enumerate(tqdm(rows.values(), desc="reading images", mininterval=5)):
+        for position, indices in enumerate(tqdm(groups, desc="reading images", mininterval=5)):
             # Through the student's normalisation and back: padding gets the colour that the student's padding has.
             pixel_values = image_processor(images[indices[0]]["image"])["pixel_values"]
             self.canvases[position] = (image_processor.unnormalize(pixel_values)[0] * 255).round()
@@ -93,20 +90,35 @@ def list_objects(objects: list[dict], rng: random.Random) -> str:
 
 
 class ContrastiveModel(nn.Module):
-    """CLIP's loss for images with two captions each, as a model that the `Trainer` can train."""
+    """
+    CLIP's loss for images with two captions each, as a model that the `Trainer` can train; and for expressions, which
+    name one thing of the picture, the same loss with the patch that is most like them in place of the whole image:
+    otherwise nothing would make patches point. The score over patches is their softmax-weighted mean, as in PACL
+    (Mukhoti et al. 2023, "Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning").
+    """
 
-    def __init__(self, clip: CLIP):
+    def __init__(self, clip: CLIP, patch_temperature: float = 0.05):
         super().__init__()
-        self.clip = clip
-        self.loss = ClipLoss()
+        self.clip, self.patch_temperature = clip, patch_temperature
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`pixel_values` (B, 3, S, S) normalised; `input_ids` (2, B, L)."""
-        image_embeds = self.clip.encode_image(pixel_values, normalize=True)
-        text_embeds = self.clip.encode_text(input_ids.flatten(0, 1), normalize=True).unflatten(0, input_ids.shape[:2])
+        """`pixel_values` (B, 3, S, S) normalised; `input_ids` (2, B, L): a sentence and an expression per image."""
+        pooled, patches = pooled_and_patches(self.clip.visual, pixel_values)
+        image_embeds = nn.functional.normalize(pooled.float(), dim=-1)
+        patch_embeds = nn.functional.normalize(patches.float(), dim=-1).flatten(1, 2)
+        text_embeds = self.clip.encode_text(input_ids.flatten(0, 1), normalize=True).float()
+        sentences, expressions = text_embeds.unflatten(0, input_ids.shape[:2])
+        per_patch = torch.einsum("bve,ne->bnv", patch_embeds, expressions)
+        by_patch = (per_patch * (per_patch / self.patch_temperature).softmax(-1)).sum(-1)
         scale = self.clip.logit_scale.exp().clamp(max=100)  # CLIP's own bound
-        losses = [self.loss(image_embeds.float(), captions.float(), scale) for captions in text_embeds]
-        return {"loss": torch.stack(losses).mean()}
+        similarities = (image_embeds @ sentences.T, image_embeds @ expressions.T, by_patch)
+        return {"loss": torch.stack([contrastive_loss(scale * similarity) for similarity in similarities]).mean()}
+
+
+def contrastive_loss(logits: torch.Tensor) -> torch.Tensor:
+    """InfoNCE in both directions (CLIP); `logits` (B, B), matching pairs on the diagonal."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
 
 class CaptionCollator:
@@ -175,22 +187,23 @@ def evaluate_teacher(teacher: ClipTeacher, images: CaptionedImages, dataset: Dat
 def pointing_accuracy(teacher: ClipTeacher, patch_embeds: torch.Tensor, images: CaptionedImages, dataset: Dataset):
     """Share of expressions whose best patch has its centre in the box; what a patch at random reaches beside it."""
     image_processor = EpmVGImageProcessor(size={"height": (side := images.canvases.shape[-1]), "width": side})
-    names = {image_id: position for position, image_id in enumerate(dict.fromkeys(dataset["image_id"]))}
-    index = torch.tensor([names[image_id] for image_id in dataset["image_id"]])
-    first_rows = [dataset["image_id"].index(image_id) for image_id in names]
-    sizes = torch.tensor([dataset[row]["image"].size[::-1] for row in first_rows])
+    groups = ImageGroups(dataset)
+    index = torch.empty(len(dataset), dtype=torch.long)
+    for position, rows in enumerate(groups.groups):
+        index[rows] = position
+    sizes = torch.tensor([groups.images[rows[0]]["image"].size[::-1] for rows in groups.groups])
     letterbox = image_processor.letterbox(sizes).select(index)
-    cx, cy, width, height = letterbox.to_labels(torch.tensor(dataset["box"])).unbind(-1)
+    cx, cy, width, height = letterbox.to_labels(torch.tensor(groups.rows[:]["box"])).unbind(-1)
     rows, columns = patch_embeds.shape[1:3]
     x = ((torch.arange(columns) + 0.5) / columns).repeat(rows)
     y = ((torch.arange(rows) + 0.5) / rows).repeat_interleave(columns)
     inside = ((x - cx[:, None]).abs() * 2 <= width[:, None]) & ((y - cy[:, None]).abs() * 2 <= height[:, None])
-    text_embeds = teacher.encode_texts(list(dataset["expression"]))
+    text_embeds = teacher.encode_texts(groups.rows[:]["expression"])
     best = torch.einsum("nhwe,ne->nhw", patch_embeds[index], text_embeds).flatten(1).argmax(1)
     hit = inside.gather(1, best[:, None])[:, 0].float()
     metrics = {"pointing": hit.mean().item(), "pointing_at_random": inside.float().mean().item()}
     if "kind" in dataset.column_names:
-        kinds = dataset["kind"]
+        kinds = list(dataset["kind"])
         for kind in sorted(set(kinds)):
             metrics[f"pointing_{kind}"] = hit[torch.tensor([k == kind for k in kinds])].mean().item()
     return metrics
