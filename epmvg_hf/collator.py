@@ -77,14 +77,17 @@ class CaptionedGroups(Dataset):
     """
 
     def __init__(self, labelled: ImageGroups, captioned: ImageGroups, ratio: float, seed: int):
+        if len(captioned) == 0:
+            raise ValueError("the caption dataset has no rows")
         self.labelled, self.captioned = labelled, captioned
         self.num_captioned = max(1, round(ratio * len(labelled)))
         self.order = np.random.default_rng(seed).permutation(len(captioned)).tolist()
-        self.epoch = 0
+        # In shared memory, for workers of a data loader that live longer than an epoch.
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int):
-        """Called by accelerate's data loader; the epoch decides whose turn it is."""
-        self.epoch = epoch
+        """The epoch decides whose turn it is. [`EpmVGTrainer`] calls this; accelerate does so on one process only."""
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.labelled) + self.num_captioned
@@ -93,7 +96,7 @@ class CaptionedGroups(Dataset):
         """The rows of the images at `indices`; `group` counts labelled images first, then captioned ones."""
         first_captioned = len(self.labelled)
         rows = self.labelled.__getitems__([index for index in indices if index < first_captioned])
-        turns = [self.epoch * self.num_captioned + index - first_captioned for index in indices]
+        turns = [self.epoch.item() * self.num_captioned + index - first_captioned for index in indices]
         groups = [
             self.order[turn % len(self.order)] for turn, i in zip(turns, indices, strict=True) if i >= first_captioned
         ]

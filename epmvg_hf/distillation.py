@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from .losses import feature_loss, map_loss, relation_loss, teacher_map_target
+from .losses import feature_loss, has_box, map_loss, relation_loss, teacher_map_target
 from .modeling_epmvg import EpmVGGroundingOutput
 from .teacher import TeacherOutput
 from .training_args import EpmVGTrainingArguments
@@ -31,21 +31,29 @@ class DistillationLoss:
     accelerator: Accelerator
 
     def __call__(
-        self, outputs: EpmVGGroundingOutput, teacher: TeacherOutput, image_index: torch.Tensor, num_expressions: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self,
+        outputs: EpmVGGroundingOutput,
+        teacher: TeacherOutput,
+        image_index: torch.Tensor,
+        labels: torch.Tensor,
+        num_boxes: int,
+        num_expressions: int,
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int]]]:
         """
         Args:
             outputs ([`EpmVGGroundingOutput`]): the student's, for this process's B images and N expressions.
             teacher ([`TeacherOutput`]): the teacher's, for the same.
             image_index (`torch.LongTensor` of shape `(N,)`): the image of each expression.
-            num_expressions (`int`): expressions of the whole optimizer step, all accumulated batches and processes.
+            labels (`torch.FloatTensor` of shape `(N, 4)`): NaN for expressions without a box.
+            num_boxes, num_expressions (`int`):
+                Boxes and expressions of the whole optimizer step, all accumulated batches and processes.
 
         Returns:
-            The weighted sum, to be added to the loss that is differentiated, and the unweighted terms of this batch:
-            `loss_relation`, `loss_feature` (over all processes) and `loss_teacher_map` (of this process).
+            The weighted sum, to be added to the loss that is differentiated, and the unweighted terms of this batch,
+            each with the number of this process's expressions that it speaks for: `loss_relation`, `loss_feature`
+            (both over all processes) and `loss_teacher_map` (of this process).
         """
         args, terms = self.args, {}
-        count, processes = len(image_index), self.accelerator.num_processes
         total = torch.zeros((), device=image_index.device)
         if args.relation_loss_coefficient + args.feature_loss_coefficient > 0:
             images = self._gather(outputs.image_embeds, teacher.image_embeds)
@@ -55,19 +63,26 @@ class DistillationLoss:
             share = len(expressions[0]) / num_expressions
             if args.relation_loss_coefficient > 0:
                 term = relation_loss(*embeds, args.student_temperature, args.teacher_temperature)
-                terms["loss_relation"] = self._summed_over_processes(term)
-                total = total + args.relation_loss_coefficient * share * terms["loss_relation"]
+                term = self._summed_over_processes(term)
+                terms["loss_relation"] = (term, len(image_index))
+                total = total + args.relation_loss_coefficient * share * term
             if args.feature_loss_coefficient > 0:
-                terms["loss_feature"] = self._summed_over_processes(feature_loss(*embeds))
-                total = total + args.feature_loss_coefficient * share * terms["loss_feature"]
+                term = self._summed_over_processes(feature_loss(*embeds))
+                terms["loss_feature"] = (term, len(image_index))
+                total = total + args.feature_loss_coefficient * share * term
         if args.teacher_map_loss_coefficient > 0:
             mask = outputs.visual_mask[image_index]
             target = teacher_map_target(
                 teacher.patch_embeds, teacher.text_embeds, image_index, mask, args.map_temperature
             )
-            terms["loss_teacher_map"] = map_loss(outputs.consistency_map, target, mask.flatten(1))
-            share = count * processes / num_expressions
-            total = total + args.teacher_map_loss_coefficient * share * terms["loss_teacher_map"]
+            rows = torch.ones_like(image_index, dtype=torch.bool)
+            if args.teacher_map_rows == "without_box":
+                rows, num_expressions = ~has_box(labels), num_expressions - num_boxes
+            term, count = map_loss(outputs.consistency_map, target, mask.flatten(1), rows), int(rows.sum())
+            terms["loss_teacher_map"] = (term, count)
+            # A mean over this process's rows, turned into its part of the mean over all.
+            share = count * self.accelerator.num_processes / max(num_expressions, 1)
+            total = total + args.teacher_map_loss_coefficient * share * term
         return total, terms
 
     def _summed_over_processes(self, term: torch.Tensor) -> torch.Tensor:

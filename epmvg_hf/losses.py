@@ -140,11 +140,11 @@ def teacher_map_target(
         `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding, rows sum to 1 (to 0 where all is
         padding).
     """
-    patches = patch_embeds.float().flatten(1, 2)
-    if image_index is not None:
-        patches = patches[image_index]
-    # With the one row on the left: on a CPU three times as fast as with one column on the right.
-    scores = _float32_product(text_embeds[:, None], patches.transpose(1, 2)).unflatten(-1, patch_embeds.shape[1:3])
+    # All images with all expressions, of which one image each is kept: more products than needed, but copying an
+    # image's patches once for each of its expressions takes longer, and far more memory.
+    scores = _float32_product(patch_embeds.flatten(0, 2), text_embeds.T).unflatten(0, patch_embeds.shape[:3])
+    expressions = torch.arange(len(text_embeds), device=scores.device)
+    scores = scores[expressions if image_index is None else image_index, :, :, expressions][:, None]
     if scores.shape[2:] != visual_mask.shape[1:]:
         # Antialiasing widens the filter only along an axis that shrinks.
         scores = nn.functional.interpolate(

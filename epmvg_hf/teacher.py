@@ -211,6 +211,11 @@ class ClipTeacher(nn.Module):
         embeds = _unit(self.clip.encode_text(tokens, normalize=False))
         return embeds[torch.tensor([rows[expression] for expression in expressions], device=device)]
 
+    @property
+    def has_patches(self) -> bool:
+        """Whether patch embeddings are known for the vision tower, see [`pooled_and_patches`]."""
+        return _embeds_of(self.clip.visual) is not None
+
     @cached_property
     def fingerprint(self) -> str:
         """
@@ -458,21 +463,40 @@ def _unit(embeds: torch.Tensor) -> torch.FloatTensor:
 
 
 def pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image embedding `(B, e)` and patch embeddings `(B, grid_height, grid_width, e)`, neither of length 1 yet."""
+    """
+    Image embedding `(B, e)` and patch embeddings `(B, grid_height, grid_width, e)`, neither of length 1 yet.
+
+    Args:
+        visual (`nn.Module`): the vision tower of an open_clip model.
+        pixels (`torch.FloatTensor` of shape `(B, 3, S, S)`): at the tower's resolution, normalised.
+
+    Raises:
+        `ValueError`: Patches of this vision tower are not known to lie in the image-text space.
+    """
+    embeds = _embeds_of(visual)
+    if embeds is None:
+        raise ValueError(
+            f"no patch embeddings are known for the vision tower {type(visual).__name__} and its way of pooling: "
+            "use output_patches=False."
+        )
+    return embeds(visual, pixels)
+
+
+def _embeds_of(visual: nn.Module) -> Callable | None:
+    """The function for this vision tower, if there is one."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import VisionTransformer
 
     if isinstance(visual, ModifiedResNet):
-        return _resnet_embeds(visual, pixels)
-    if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type == "tok":
-        return _class_token_vit_embeds(visual, pixels)
-    if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type == "avg":
-        return _average_vit_embeds(visual, pixels)
-    pooling = " with this pooling" if isinstance(visual, VisionTransformer) else ""
-    raise ValueError(
-        f"no patch embeddings are known for the vision tower {type(visual).__name__}{pooling}: "
-        "use output_patches=False."
-    )
+        return _resnet_embeds
+    if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
+        blocks = visual.transformer.resblocks
+        plain_attention = isinstance(blocks[-1].attn, nn.MultiheadAttention)
+        if visual.pool_type == "tok" and plain_attention and len(blocks) > 1:
+            return _class_token_vit_embeds
+        if visual.pool_type == "avg":
+            return _average_vit_embeds
+    return None
 
 
 def _resnet_embeds(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -498,16 +522,7 @@ def _class_token_vit_embeds(visual: nn.Module, pixels: torch.Tensor) -> tuple[to
     """
     block = visual.transformer.resblocks[-1]
     attention = block.attn
-    if not isinstance(attention, nn.MultiheadAttention):
-        raise ValueError(
-            f"no patch embeddings are known for a VisionTransformer with {type(attention).__module__}."
-            f"{type(attention).__name__}: use output_patches=False."
-        )
     before_last = len(visual.transformer.resblocks) - 2
-    if before_last < 0:
-        raise ValueError(
-            "no patch embeddings are known for a VisionTransformer of a single block: use output_patches=False."
-        )
     output = visual.forward_intermediates(pixels, indices=[before_last], output_fmt="NLC")
     # Queries, keys and values are packed in this order.
     value_weight, value_bias = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]

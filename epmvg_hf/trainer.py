@@ -1,5 +1,6 @@
 """`transformers.Trainer` for B images and N expressions."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,8 @@ from .teacher import ClipTeacher, TeacherOutput
 from .teacher_cache import TeacherCache
 from .training_args import EpmVGTrainingArguments
 
+logger = logging.getLogger(__name__)
+
 # What a batch holds besides the inputs of the model.
 _OTHER_COLUMNS = ("boxes", "row_index", "expressions")
 _TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds", "teacher_patch_embeds")
@@ -36,10 +39,10 @@ class EpmVGTrainer(Trainer):
     [`load_grounding_dataset`] gives them. Map-style datasets are batched by image; streamed ones by row, and rows of
     one image that meet in a batch share its visual pass.
 
-    Metrics are `acc@0.5`, `acc@0.7` and `mean_iou` of boxes in pixels of the original images, every expression
-    counted once on any number of processes. `predict` gives `predictions` and `label_ids`, xyxy pixel boxes `(N, 4)`
-    in the order of the dataset's rows (of a stream read by several workers: in an order of their own). `eval_loss` on
-    several processes weighs a batch that was filled up by its new rows.
+    Metrics are `acc@0.5`, `acc@0.7` and `mean_iou` of boxes in pixels of the original images, every expression with a
+    box counted once on any number of processes. `predict` gives `predictions` and `label_ids`, xyxy pixel boxes
+    `(N, 4)` in the order of the dataset's rows (of a stream read by several workers: in an order of their own).
+    `eval_loss` on several processes weighs a batch that was filled up by its new rows.
 
     With a teacher, training adds the terms of [`~distillation.DistillationLoss`]. The teacher is no part of the model:
     it is not wrapped, not optimized and not saved. Its outputs are computed once where the data is not augmented
@@ -83,10 +86,9 @@ class EpmVGTrainer(Trainer):
             raise ValueError("EpmVGTrainer needs processing_class, an EpmVGProcessor: it makes the model's inputs")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("EpmVGTrainer takes no compute_loss_func: override compute_loss")
-        if caption_dataset is not None and teacher is None:
-            raise ValueError("caption_dataset needs a teacher: without one, expressions without boxes teach nothing")
-        if caption_dataset is not None and not args.distils:
-            raise ValueError("caption_dataset needs a term of the distillation: all their weights are 0")
+        self._teaches = teacher is not None and args.distils
+        if caption_dataset is not None:
+            _check_captions(caption_dataset, train_dataset, teacher, args)
         if teacher is not None:
             _check_teacher(teacher, model, args)
         self.teacher, self.caption_dataset = teacher, caption_dataset
@@ -105,6 +107,14 @@ class EpmVGTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if not (self._teaches and args.relation_loss_coefficient + args.feature_loss_coefficient > 0):
+            # What gets no gradient must not ask for one: some wrappers wait for it.
+            for name, parameter in model.named_parameters():
+                if "teacher_image_projection" in name or "teacher_text_projection" in name:
+                    parameter.requires_grad_(False)
+        if caption_dataset is not None:
+            self._captions = CaptionTurnsCallback()
+            self.add_callback(self._captions)
         if teacher is not None:
             # Beside the model, not in it: nothing that wraps, optimizes or saves the student sees the teacher.
             teacher.to(self.accelerator.device)
@@ -115,7 +125,7 @@ class EpmVGTrainer(Trainer):
     # Data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.teacher is not None and self.args.distils:
+        if self._teaches:
             self._prepare_teacher()
         evaluation_collator, self.data_collator = self.data_collator, self.train_collator
         try:
@@ -128,6 +138,10 @@ class EpmVGTrainer(Trainer):
         datasets = [dataset for dataset in (self.train_dataset, self.caption_dataset) if dataset is not None]
         streamed = any(isinstance(dataset, IterableDataset) for dataset in datasets)
         if self.args.augment or streamed or not self.args.cache_teacher:
+            if self.args.cache_teacher:
+                logger.info(
+                    "the teacher runs in every step: only data that is neither augmented nor streamed is cached"
+                )
             self.train_collator.keep_expressions = True
             return
         caches = [
@@ -137,7 +151,7 @@ class EpmVGTrainer(Trainer):
                 self.processing_class.image_processor,
                 cache_dir=self.args.teacher_cache_dir,
                 output_patches=self.args.teacher_map_loss_coefficient > 0,
-                disable_tqdm=self.args.disable_tqdm,
+                disable_tqdm=self.args.disable_tqdm or not self.is_local_process_zero(),
             )
             for dataset in datasets
         ]
@@ -145,9 +159,12 @@ class EpmVGTrainer(Trainer):
 
     def _get_dataloader(self, dataset: Dataset | IterableDataset, *args, is_training: bool = False, **kwargs):
         by_image = _by_image(dataset)
+        if is_training and dataset.column_names is not None and "box" not in dataset.column_names:
+            raise ValueError("train_dataset has no column box; an expression without a box has the value None there")
         if is_training and self.caption_dataset is not None:
             captioned = ImageGroups(self.caption_dataset)
             by_image = CaptionedGroups(by_image, captioned, self.args.caption_ratio, self.args.seed)
+            self._captions.groups = by_image
         return super()._get_dataloader(by_image, *args, is_training=is_training, **kwargs)
 
     # Training --------------------------------------------------------------------------------------------------
@@ -210,15 +227,22 @@ class EpmVGTrainer(Trainer):
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             total_boxes, total_expressions = num_items_in_batch.tolist()
-            boxes, expressions = int(has_box(inputs["labels"]).sum()), len(inputs["labels"])
+            boxes = int(has_box(inputs["labels"]).sum())
             # Summed over accumulated batches and averaged over processes (DDP), this is the mean over all boxes.
             loss = loss * (boxes * self.accelerator.num_processes / max(total_boxes, 1))
-            self._add_loss_terms(outputs["loss_dict"], boxes)
-            if self.teacher is not None and self.args.distils:
-                index = inputs["image_index"]
-                distilled, terms = self.distillation_loss(outputs, self._teach(inputs), index, total_expressions)
+            terms = {name: (term, boxes) for name, term in outputs["loss_dict"].items()}
+            if self._teaches:
+                distilled, distillation_terms = self.distillation_loss(
+                    outputs,
+                    self._teach(inputs),
+                    inputs["image_index"],
+                    inputs["labels"],
+                    total_boxes,
+                    total_expressions,
+                )
                 loss = loss + distilled
-                self._add_loss_terms(terms, expressions)
+                terms.update(distillation_terms)
+            self._add_loss_terms(terms)
         return (loss, outputs) if return_outputs else loss
 
     def _teach(self, inputs: dict[str, torch.Tensor]) -> TeacherOutput:
@@ -226,14 +250,15 @@ class EpmVGTrainer(Trainer):
         if "teacher_image_embeds" in inputs:
             cached = {name: inputs.get(name) for name in _TEACHER_COLUMNS}
             return TeacherOutput(**{name.removeprefix("teacher_"): value for name, value in cached.items()})
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # The Trainer's own context does nothing about the dtype: accelerate wraps the student alone.
+        with torch.no_grad(), self.accelerator.autocast():
             canvases = self.processing_class.image_processor.unnormalize(inputs["pixel_values"])
             return self.teacher(
                 canvases, inputs["expressions"], output_patches=self.args.teacher_map_loss_coefficient > 0
             )
 
-    def _add_loss_terms(self, loss_dict: dict[str, torch.Tensor], count: int):
-        for name, term in loss_dict.items():
+    def _add_loss_terms(self, terms: dict[str, tuple[torch.Tensor, int]]):
+        for name, (term, count) in terms.items():
             weighted = torch.stack([term.detach().float() * count, term.new_tensor(count).float()])
             self._loss_terms[name] = self._loss_terms.get(name, 0) + weighted
 
@@ -284,7 +309,7 @@ class EpmVGTrainer(Trainer):
         batches = gather_object(self._evaluated)
         self._evaluated = []
 
-        predictions, references, losses = {}, {}, defaultdict(float)
+        predictions, references, losses, num_boxes = {}, {}, defaultdict(float), 0
         for batch in batches:
             # Accelerate fills up the last batches with images from the start; those rows count only once.
             new = [position for position, row in enumerate(batch["row_index"]) if row not in predictions]
@@ -292,15 +317,20 @@ class EpmVGTrainer(Trainer):
                 predictions[batch["row_index"][position]] = batch["predictions"][position]
                 if "references" in batch:
                     references[batch["row_index"][position]] = batch["references"][position]
-            for name, value in batch.get("losses", {}).items():
-                losses[name] += value * len(new)
+            if "references" in batch:
+                # Rows without a box are predicted, and measure nothing.
+                boxes = int(np.isfinite(batch["references"][new]).all(-1).sum())
+                num_boxes += boxes
+                for name, value in batch["losses"].items():
+                    losses[name] += value * boxes
 
         order = sorted(predictions)
         predicted = np.array([predictions[row] for row in order]).reshape(-1, 4)
         true = np.array([references[row] for row in order]) if references else None
-        metrics = {name: total / len(order) for name, total in losses.items()}
-        if true is not None and self.compute_metrics is not None:
-            metrics.update(self.compute_metrics(EvalPrediction(predictions=predicted, label_ids=true)))
+        metrics = {name: total / num_boxes for name, total in losses.items()} if num_boxes else {}
+        if num_boxes and self.compute_metrics is not None:
+            known = np.isfinite(true).all(-1)
+            metrics.update(self.compute_metrics(EvalPrediction(predictions=predicted[known], label_ids=true[known])))
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(
             predictions=predicted, label_ids=true, metrics={**output.metrics, **prefixed}, num_samples=len(order)
@@ -308,6 +338,20 @@ class EpmVGTrainer(Trainer):
 
     def _compute_accuracy(self, evaluated: EvalPrediction) -> dict[str, float]:
         return self._metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
+
+
+class CaptionTurnsCallback(TrainerCallback):
+    """Tells the captioned images which pass over the data begins, so that all of them get their turn."""
+
+    def __init__(self):
+        self.groups: CaptionedGroups | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.passes = int(state.epoch or 0)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.groups.set_epoch(self.passes)
+        self.passes += 1
 
 
 class FreezeBackbonesCallback(TrainerCallback):
@@ -335,12 +379,30 @@ class FreezeBackbonesCallback(TrainerCallback):
             parameter.requires_grad_(trained)
 
 
+def _check_captions(
+    caption_dataset: Dataset,
+    train_dataset: Dataset | IterableDataset | None,
+    teacher: ClipTeacher | None,
+    args: EpmVGTrainingArguments,
+):
+    if teacher is None:
+        raise ValueError("caption_dataset needs a teacher: without one, expressions without boxes teach nothing")
+    if not args.distils:
+        raise ValueError("caption_dataset needs a term of the distillation: all their weights are 0")
+    if isinstance(caption_dataset, IterableDataset) or isinstance(train_dataset, IterableDataset):
+        raise ValueError("caption_dataset cannot be mixed in when it, or train_dataset, is streamed")
+
+
 def _check_teacher(teacher: ClipTeacher, model: EpmVGForVisualGrounding, args: EpmVGTrainingArguments):
     width = model.config.teacher_projection_dim
     if args.relation_loss_coefficient + args.feature_loss_coefficient > 0 and width is None:
         raise ValueError(
             "the relation and feature losses need a model with teacher_projection_dim in its config; "
             f"this teacher's width is {teacher.embed_dim}"
+        )
+    if args.teacher_map_loss_coefficient > 0 and not teacher.has_patches:
+        raise ValueError(
+            "this teacher has no patch embeddings in the image-text space: set teacher_map_loss_coefficient to 0"
         )
     if args.feature_loss_coefficient > 0 and width != teacher.embed_dim:
         raise ValueError(

@@ -31,6 +31,9 @@ class EpmVGTrainingArguments(TrainingArguments):
         teacher_map_loss_coefficient (`float`, *optional*, defaults to 1.0):
             Weight of [`~losses.map_loss`] towards the teacher's map. The map loss towards the box is the model's own,
             `config.map_loss_coefficient`.
+        teacher_map_rows (`str`, *optional*, defaults to `"all"`):
+            Which expressions learn the teacher's map: `"all"`, or only those `"without_box"`, where the map cannot
+            follow the box instead (see `config.map_loss_coefficient`).
         student_temperature (`float`, *optional*, defaults to 0.05):
             Divides the student's image-text similarities in the relation loss.
         teacher_temperature (`float`, *optional*, defaults to 0.05):
@@ -65,6 +68,9 @@ class EpmVGTrainingArguments(TrainingArguments):
     teacher_map_loss_coefficient: float = field(
         default=1.0, metadata={"help": "Weight of the map loss towards the teacher's map."}
     )
+    teacher_map_rows: str = field(
+        default="all", metadata={"help": "Expressions that learn the teacher's map: all or without_box."}
+    )
     student_temperature: float = field(
         default=0.05, metadata={"help": "Temperature of the student's similarities in the relation loss."}
     )
@@ -91,6 +97,8 @@ class EpmVGTrainingArguments(TrainingArguments):
         for name in ("relation_loss_coefficient", "feature_loss_coefficient", "teacher_map_loss_coefficient"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if self.teacher_map_rows not in ("all", "without_box"):
+            raise ValueError(f'teacher_map_rows must be "all" or "without_box", got {self.teacher_map_rows!r}')
         for name in ("student_temperature", "teacher_temperature", "map_temperature"):
             if (value := getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -42,7 +42,7 @@ from epmvg_hf.shapes import KINDS
 HERE = Path(__file__).parent
 NO_TERM = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_loss_coefficient": 0.0}
 RELATION, FEATURE = {"relation_loss_coefficient": 1.0}, {"feature_loss_coefficient": 1.0}
-TEACHER_MAP = {"teacher_map_loss_coefficient": 1.0}
+TEACHER_MAP = {"teacher_map_loss_coefficient": 1.0, "teacher_map_rows": "all"}
 
 # Name -> weight of the map loss towards the box, and what else changes in the training arguments.
 SETTINGS: dict[str, tuple[float, dict[str, float]]] = {
@@ -55,6 +55,10 @@ SETTINGS: dict[str, tuple[float, dict[str, float]]] = {
     "box_map_relation_feature": (1.0, RELATION | FEATURE),
     "all": (1.0, RELATION | FEATURE | TEACHER_MAP),
     "all_captions": (1.0, RELATION | FEATURE | TEACHER_MAP),
+    "pA_captions": (1.0, RELATION | FEATURE | TEACHER_MAP),
+    "pB_captions": (1.0, RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box"}),
+    "pC_captions": (1.0, TEACHER_MAP | {"teacher_map_rows": "without_box", "caption_ratio": 3.0}),
+    "pD_captions": (1.0, RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box", "caption_ratio": 3.0}),
     "box_map_teacher_towers": (1.0, {}),
 }
 DESCRIPTIONS = {
@@ -69,7 +73,7 @@ DESCRIPTIONS = {
     "all_captions": "all + caption-only rows",
     "box_map_teacher_towers": "map from the box, backbones are the teacher's towers (control)",
 }
-BATCH_SIZE, EXPRESSIONS_PER_IMAGE = 8, 4
+BATCH_SIZE, EXPRESSIONS_PER_IMAGE = 8, 8
 MAX_CAPTIONED_IMAGES = 5_000
 
 
@@ -82,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--labelled", nargs="+", type=int, default=[500, 2_000, 16_000], help="labelled expressions")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1_000, help="optimizer steps of every run")
-    parser.add_argument("--eval_rows", type=int, default=1_600, help="first rows of the test split")
+    parser.add_argument("--eval_rows", type=int, default=2_000, help="first rows of the test split")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
     parser.add_argument("--results", type=Path, default=None, help="folder for table and plot, default: output_dir")
@@ -93,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     arguments = parse_arguments()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    check_study(arguments)
     # Few labels first, seed by seed: whatever is there when one looks is comparable.
     runs = [
         (name, labelled, seed)
@@ -105,6 +110,15 @@ def main():
         with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
             pool.starmap(train_one, [(arguments, *run) for run in runs], chunksize=1)
     write_report(arguments)
+
+
+def check_study(arguments: argparse.Namespace) -> None:
+    """Results under other arguments must not end in one table: the folder remembers its own."""
+    study = {name: str(getattr(arguments, name)) for name in ("teacher", "dataset_name", "steps", "eval_rows")}
+    file = arguments.output_dir / "study.json"
+    if file.exists() and (other := json.loads(file.read_text())) != study:
+        raise ValueError(f"{arguments.output_dir} holds results of {other}, not of {study}: give another --output_dir")
+    file.write_text(json.dumps(study, indent=1) + "\n")
 
 
 def result_file(arguments: argparse.Namespace, name: str, labelled: int, seed: int) -> Path:
@@ -122,7 +136,7 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
     set_seed(seed)
     if "towers" in name:
         model, processor = make_teacher_towers(teacher, map_weight)
-        changes, teacher = {"vision_learning_rate": 2e-4, "text_learning_rate": 2e-4}, None
+        teacher = None
     else:
         expressions = load_split(arguments, "train")["expression"]
         model, processor = make_student(map_weight, expressions)
@@ -160,7 +174,7 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
     )
     trainer.train()
     output = trainer.predict(test)
-    right = (paired_iou(output.predictions, output.label_ids) >= 0.5).numpy()
+    right = paired_iou(output.predictions, output.label_ids) >= 0.5
     result = {
         "setting": name,
         "labelled": len(train),
@@ -176,7 +190,9 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
         "seconds": round(time.time() - start),
         "log": trainer.state.log_history,
     }
-    result_file(arguments, name, labelled, seed).write_text(json.dumps(result, indent=1) + "\n")
+    file = result_file(arguments, name, labelled, seed)
+    file.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".tmp").replace(file)  # a run that was killed leaves no half result
     print(f"{name:28} {labelled:6} seed {seed}: Acc@0.5 {result['acc@0.5']:.3f}, {result['seconds']} s", flush=True)
 
 

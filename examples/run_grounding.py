@@ -114,14 +114,19 @@ def use_all_cores(arguments: EpmVGTrainingArguments) -> None:
 def make_model(
     arguments: ModelArguments, expressions: list[str], teacher: ClipTeacher | None
 ) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
-    """The model and its processor, saved ones or new ones; a new one projects into the space of its teacher."""
+    """The model and its processor, saved ones or new ones, with projections into the space of the teacher."""
     attention = None
     if arguments.attn_implementation is not None:
         # A convolutional backbone has no attention and refuses all but eager.
         name = arguments.attn_implementation
         attention = {"": name, "text_config": name, "backbone_config": "eager"}
     if arguments.model_name_or_path is not None:
-        model = EpmVGForVisualGrounding.from_pretrained(arguments.model_name_or_path, attn_implementation=attention)
+        config = EpmVGConfig.from_pretrained(arguments.model_name_or_path)
+        if teacher is not None and config.teacher_projection_dim is None:
+            config.teacher_projection_dim = teacher.embed_dim  # two new projections; the rest is as saved
+        model = EpmVGForVisualGrounding.from_pretrained(
+            arguments.model_name_or_path, config=config, attn_implementation=attention
+        )
         return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
 
     file = Path(arguments.config_name)
@@ -192,6 +197,8 @@ def main():
         teacher=teacher,
         caption_dataset=caption_dataset if teacher is not None else None,
     )
+    if caption_dataset is not None and teacher is None:
+        logger.warning("without a teacher, the expressions of %d rows go unused", len(caption_dataset))
     logger.info("%d training expressions, %.1f M parameters", len(train_dataset), model.num_parameters() / 1e6)
 
     if training_arguments.do_train:

@@ -1,6 +1,6 @@
 """A student whose backbones are the teacher's towers: the rival of distillation (CLIP-VG, HiVG), for the ablation.
 
-Covers what `configs/clip_tiny.json` is made of: open_clip's ModifiedResNet and its causal text transformer.
+Covers what `configs/teachers/clip_tiny.json` is made of: open_clip's ModifiedResNet and its causal text transformer.
 """
 
 import torch

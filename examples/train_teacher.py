@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train a small CLIP on images and captions, without a box, in the folder format that `ClipTeacher` loads.
 
-python examples/train_teacher.py                                      # configs/teacher_shapes.yaml: needs no data
+python examples/train_teacher.py                                      # configs/teachers/shapes.yaml: needs no data
 python examples/train_teacher.py --resume_from_checkpoint true        # go on where it was interrupted
-python examples/train_teacher.py examples/configs/teacher_flickr30k.yaml --data_dir flickr30k_entities
+python examples/train_teacher.py examples/configs/teachers/flickr30k.yaml --data_dir flickr30k_entities
 """
 
 import json
@@ -156,7 +156,10 @@ def make_tokenizer(captions: list[str], vocab_size: int) -> BertTokenizer:
 def save_teacher(clip: CLIP, model_config: dict, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The folder that open_clip calls `local-dir:`; weights in float16, half the size."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.half().contiguous() for name, tensor in clip.state_dict().items()}
+    weights = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in clip.state_dict().items()
+    }
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     preprocess = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic"}
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
@@ -211,15 +214,19 @@ def pointing_accuracy(teacher: ClipTeacher, patch_embeds: torch.Tensor, images: 
 
 def main():
     parser = HfArgumentParser((TeacherArguments, TrainingArguments), description=__doc__)
-    arguments, file = sys.argv[1:], HERE / "configs" / "teacher_shapes.yaml"
+    arguments, file = sys.argv[1:], HERE / "configs" / "teachers" / "shapes.yaml"
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         file, arguments = Path(arguments[0]), arguments[1:]
     parser.set_defaults(**{"use_cpu": not torch.accelerator.is_available(), **yaml.safe_load(file.read_text())})
     teacher_arguments, training_arguments = parser.parse_args_into_dataclasses(arguments)
+    if training_arguments.world_size > 1:
+        raise ValueError("train_teacher.py runs on one process: its contrast sees one process's batch")
     logging.basicConfig(level=logging.INFO)
     set_seed(training_arguments.seed)
     config_file = Path(teacher_arguments.config_name)
-    model_config = json.loads((config_file if config_file.exists() else HERE / "configs" / config_file).read_text())
+    model_config = json.loads(
+        (config_file if config_file.exists() else HERE / "configs" / "teachers" / config_file).read_text()
+    )
     canvas_size = teacher_arguments.canvas_size
     folder = Path(training_arguments.output_dir)
 
@@ -247,7 +254,9 @@ def main():
     )
     checkpoint = training_arguments.resume_from_checkpoint
     if checkpoint in ("true", "True"):
-        checkpoint = get_last_checkpoint(folder)
+        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"there is no checkpoint in {folder} to resume from")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     save_teacher(model.clip, model_config, tokenizer, folder / "teacher")
 

@@ -84,6 +84,7 @@ class TinyTeacher(ClipTeacher):
         self.projection = torch.nn.Parameter(torch.randn(3, embed_dim, generator=generator), requires_grad=False)
         self.eval()
 
+    has_patches = True
     fingerprint = property(lambda self: f"tiny {self.embed_dim} {self.seed}")
 
     @torch.no_grad()

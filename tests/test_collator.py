@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from epmvg_hf import EpmVGDataCollator, GroundingAugmentation, ImageGroups, load_grounding_dataset
+from epmvg_hf.collator import CaptionedGroups
 
 
 def _dataset(images: list[str]) -> Dataset:
@@ -108,3 +109,39 @@ def test_augmented_labels_lie_where_the_augmented_picture_shows_the_target(proce
             assert (middle - picture.median(dim=1).values).abs().max() > 40
     assert len(places) > 20
     assert np.ptp(batch["pixel_mask"].sum((1, 2)).numpy()) > 0
+
+
+def test_captioned_images_take_turns_and_labelled_ones_come_once_an_epoch():
+    labelled = ImageGroups(_dataset(["a", "b", "a", "c"]))
+    captioned = ImageGroups(_dataset(["a", "x", "y", "y", "z"]).remove_columns("box"))
+    mixed = CaptionedGroups(labelled, captioned, ratio=2 / 3, seed=0)
+    assert len(mixed) == 3 + 2
+    shown = []
+    for epoch in range(4):
+        mixed.set_epoch(epoch)
+        rows = mixed.__getitems__([4, 0, 3, 2, 1])
+        assert sorted(row["image_id"] for row in rows if row["box"] is not None) == ["a", "a", "b", "c"]
+        without = [row for row in rows if row["box"] is None]
+        # The same id in both sets means two images, and `group` counts on through both.
+        assert all(row["image_id"] == ("captioned", captioned.rows[row["row_index"]]["image_id"]) for row in without)
+        assert all(row["group"] - 3 == ["a", "x", "y", "z"].index(row["image_id"][1]) for row in without)
+        shown += dict.fromkeys(row["image_id"][1] for row in without)
+    # 4 epochs of 2 of 4 images: each twice, in turn.
+    assert sorted(shown[:4]) == sorted(shown[4:]) == ["a", "x", "y", "z"]
+
+
+def test_a_box_that_is_none_becomes_nan(processor):
+    rows = ImageGroups(_dataset(["a", "bb", "a"])).__getitems__([0, 1])
+    rows[1]["box"] = None
+    for augmentation in (None, GroundingAugmentation(crop=1)):
+        batch = EpmVGDataCollator(processor, augmentation)(rows)
+        for name in ("labels", "boxes"):
+            assert batch[name].isnan().all(-1).tolist() == [False, True, False], name
+            assert not batch[name][[0, 2]].isnan().any()
+
+
+def test_expressions_are_kept_as_augmented(processor):
+    rows = ImageGroups(_dataset(["a", "a", "a"])).__getitems__([0])
+    rows[1]["expression"] = "the dog left"
+    batch = EpmVGDataCollator(processor, GroundingAugmentation(flip=1, crop=0), keep_expressions=True)(rows)
+    assert batch["expressions"] == ["the dog", "the dog right", "the dog right right"]

@@ -159,6 +159,8 @@ def test_impossible_combinations_are_refused(tmp_path, processor, dataset):
     _trainer(tmp_path, processor, dataset, teacher=TinyTeacher(embed_dim=16), feature_loss_coefficient=0.0)
     with pytest.raises(ValueError, match="caption_dataset needs a teacher"):
         _trainer(tmp_path, processor, dataset, caption_dataset=dataset)
+    with pytest.raises(ValueError, match="has no column box"):
+        _trainer(tmp_path, processor, dataset.remove_columns("box"), teacher=TinyTeacher()).train()
     with pytest.raises(ValueError, match="caption_dataset needs a term"):
         _trainer(tmp_path, processor, dataset, teacher=TinyTeacher(), caption_dataset=dataset, **WITHOUT)
 
@@ -193,3 +195,77 @@ def test_two_processes_equal_one(tmp_path):
     assert {f"loss_{name}" for name in ("bbox", "giou", "map", "relation", "feature", "teacher_map")} <= set(
         one["logs"]["all"]
     )
+
+
+def _captions_of(log: list, trainer_module, monkeypatch):
+    """Note which captioned images each epoch shows."""
+    shown = trainer_module.CaptionedGroups.__getitems__
+
+    def noting(self, indices):
+        rows = shown(self, indices)
+        log.append((self.epoch.item(), sorted({row["image_id"][1] for row in rows if row["box"] is None})))
+        return rows
+
+    monkeypatch.setattr(trainer_module.CaptionedGroups, "__getitems__", noting)
+
+
+def test_every_epoch_shows_other_captions_also_when_accelerate_hides_the_dataset(
+    tmp_path, processor, dataset, monkeypatch
+):
+    from epmvg_hf import trainer as trainer_module
+
+    captioned = load_grounding_dataset("shapes", split="validation", num_images=36)
+    log = []
+    _captions_of(log, trainer_module, monkeypatch)
+    arguments = {"teacher": TinyTeacher(), "caption_dataset": captioned, "per_device_train_batch_size": 24}
+    arguments |= {"save_strategy": "steps", "save_steps": 1, "max_steps": -1, "num_train_epochs": 3}
+    _trainer(tmp_path, processor, dataset, **arguments).train()
+    assert [epoch for epoch, _ in log] == [0, 1, 2]
+    assert sorted(name for _, names in log for name in names) == sorted(set(captioned["image_id"]))
+    straight, log[:] = list(log), []
+    _trainer(tmp_path, processor, dataset, **arguments).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert log == straight[1:]
+
+
+def test_rows_without_boxes_are_predicted_and_measure_nothing(tmp_path, processor, dataset):
+    rows = dataset.map(lambda row, index: {"box": None if index % 2 else row["box"]}, with_indices=True)
+    some = _trainer(tmp_path, processor, rows)
+    whole = _trainer(tmp_path, processor, dataset.select(range(0, len(dataset), 2)), model=some.model)
+    output, metrics, expected = some.predict(rows), some.evaluate(), whole.evaluate()
+    assert len(output.predictions) == len(rows)
+    for name in ("eval_mean_iou", "eval_acc@0.5", "eval_loss", "eval_loss_map"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_projections_that_no_term_uses_ask_for_no_gradient(tmp_path, processor, dataset):
+    def asking(**arguments) -> set[str]:
+        trainer = _trainer(tmp_path, processor, dataset, **arguments)
+        return {name for name, p in trainer.model.named_parameters() if "teacher_" in name and p.requires_grad}
+
+    assert asking() == asking(teacher=TinyTeacher(), relation_loss_coefficient=0.0, feature_loss_coefficient=0.0)
+    assert asking() == set() and len(asking(teacher=TinyTeacher())) == 2
+
+
+def test_the_teacher_runs_in_the_autocast_dtype(tmp_path, processor, dataset):
+    class Noting(TinyTeacher):
+        def encode_images(self, pixel_values, output_patches=True):
+            self.dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+            return super().encode_images(pixel_values, output_patches)
+
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        teacher = Noting()
+        _trainer(tmp_path, processor, dataset, teacher=teacher, cache_teacher=False, bf16=bf16).train()
+        assert teacher.dtype == dtype
+
+
+def test_the_map_may_be_taught_only_where_there_is_no_box(tmp_path, processor, dataset):
+    captioned = load_grounding_dataset("shapes", split="validation", num_images=12)
+    arguments = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_rows": "without_box"}
+    alone = _first_log(_trainer(tmp_path, processor, dataset, teacher=TinyTeacher(), **arguments))
+    assert alone["loss"] == pytest.approx(alone["loss_bbox"] + alone["loss_giou"] + alone["loss_map"], rel=1e-5)
+    arguments |= {"per_device_train_batch_size": 24, "caption_dataset": captioned, "teacher": TinyTeacher()}
+    mixed = _first_log(_trainer(tmp_path, processor, dataset, **arguments))
+    captions = captioned.map(lambda row: {"box": None})
+    only = _first_log(_trainer(tmp_path, processor, captions, **{**arguments, "caption_dataset": None}))
+    assert mixed["loss_teacher_map"] == pytest.approx(only["loss_teacher_map"], rel=1e-5)
+    assert mixed["loss"] == pytest.approx(alone["loss"] + mixed["loss_teacher_map"], rel=1e-5)

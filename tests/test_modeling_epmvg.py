@@ -376,3 +376,21 @@ def test_boxes_of_the_original_transvg(case_number):
     padding = inputs.pop("padding")
     boxes = model(**inputs, pixel_mask=(~padding).long()).pred_boxes
     torch.testing.assert_close(boxes, torch.tensor(case["boxes"]), atol=1e-5, rtol=0)
+
+
+def test_rows_without_a_box_take_no_part_in_the_loss():
+    model = tiny_model(box_head="map")
+    pixel_values, input_ids = torch.randn(2, 3, 64, 64), torch.randint(5, 19, (4, 6))
+    image_index = torch.tensor([0, 0, 1, 1])
+    labels = torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.4, 0.2, 0.2], [0.6, 0.6, 0.1, 0.1], [0.2, 0.2, 0.1, 0.3]])
+    some = labels.clone()
+    some[[1, 2]] = torch.nan
+    with_some = model(pixel_values, input_ids, image_index=image_index, labels=some)
+    kept = torch.tensor([0, 3])
+    alone = model(pixel_values, input_ids[kept], image_index=image_index[kept], labels=labels[kept])
+    for name, term in alone.loss_dict.items():
+        torch.testing.assert_close(with_some.loss_dict[name], term, msg=name)
+    torch.testing.assert_close(with_some.loss, alone.loss)
+    nothing = model(pixel_values, input_ids, image_index=image_index, labels=torch.full((4, 4), torch.nan))
+    nothing.loss.backward()
+    assert nothing.loss == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -308,3 +308,11 @@ def test_save_and_load(registered, backend, tmp_path):
     assert set(inputs) == set(expected)
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert loaded(**arguments).input_ids.shape == (2, 5)
+
+
+def test_a_box_may_be_none(processor):
+    image = Image.new("RGB", (40, 30))
+    inputs = processor(images=[image, image], text=[["dog", "red"], ["man"]], boxes=[[[1, 2, 30, 20], None], [None]])
+    assert inputs["labels"].isnan().all(-1).tolist() == [False, True, True]
+    whole = processor(images=image, text=["dog"], boxes=[[1, 2, 30, 20]])
+    assert torch.equal(inputs["labels"][0], whole["labels"][0])

@@ -29,3 +29,17 @@ def test_streamed_rows_are_collated_where_they_are_used(tmp_path):
     own = EpmVGTrainingArguments(output_dir=tmp_path, use_cpu=True, accelerator_config={"even_batches": True})
     assert own.accelerator_config.dispatch_batches is False
     assert arguments.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("caption_ratio", 0.0),
+        ("relation_loss_coefficient", -1.0),
+        ("map_temperature", 0.0),
+        ("teacher_temperature", -1),
+    ],
+)
+def test_impossible_distillation_is_refused(argument, value):
+    with pytest.raises(ValueError, match=f"{argument} must"):
+        EpmVGTrainingArguments(use_cpu=True, **{argument: value})
