@@ -44,34 +44,33 @@ NO_TERM = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "t
 RELATION, FEATURE = {"relation_loss_coefficient": 1.0}, {"feature_loss_coefficient": 1.0}
 TEACHER_MAP = {"teacher_map_loss_coefficient": 1.0, "teacher_map_rows": "all"}
 
+# With captions, the teacher's map is for the rows that have no box.
+CAPTIONS = RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box"}
+
 # Name -> weight of the map loss towards the box, and what else changes in the training arguments.
 SETTINGS: dict[str, tuple[float, dict[str, float]]] = {
     "none": (0.0, {}),
-    "relation": (0.0, RELATION),
-    "feature": (0.0, FEATURE),
+    "box_map": (1.0, {}),
+    "all_captions": (1.0, CAPTIONS),
+    "all_captions_3": (1.0, CAPTIONS | {"caption_ratio": 3.0}),
+    "all": (1.0, RELATION | FEATURE | TEACHER_MAP),
     "relation_feature": (0.0, RELATION | FEATURE),
     "teacher_map": (0.0, TEACHER_MAP),
-    "box_map": (1.0, {}),
-    "box_map_relation_feature": (1.0, RELATION | FEATURE),
-    "all": (1.0, RELATION | FEATURE | TEACHER_MAP),
-    "all_captions": (1.0, RELATION | FEATURE | TEACHER_MAP),
-    "pA_captions": (1.0, RELATION | FEATURE | TEACHER_MAP),
-    "pB_captions": (1.0, RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box"}),
-    "pC_captions": (1.0, TEACHER_MAP | {"teacher_map_rows": "without_box", "caption_ratio": 3.0}),
-    "pD_captions": (1.0, RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box", "caption_ratio": 3.0}),
-    "box_map_teacher_towers": (1.0, {}),
+    "relation": (0.0, RELATION),
+    "feature": (0.0, FEATURE),
+    "teacher_towers": (1.0, {}),
 }
 DESCRIPTIONS = {
     "none": "no distillation, no map loss",
-    "relation": "relation",
-    "feature": "feature",
+    "box_map": "map from the box (no teacher: the control)",
+    "all_captions": "all + captions, 1 captioned image per labelled one",
+    "all_captions_3": "all + captions, 3 captioned images per labelled one",
+    "all": "all: map from the box and from the teacher, relation, feature",
     "relation_feature": "relation + feature",
     "teacher_map": "map from the teacher",
-    "box_map": "map from the box (no teacher: the control)",
-    "box_map_relation_feature": "map from the box + relation + feature",
-    "all": "all: both maps + relation + feature",
-    "all_captions": "all + caption-only rows",
-    "box_map_teacher_towers": "map from the box, backbones are the teacher's towers (control)",
+    "relation": "relation",
+    "feature": "feature",
+    "teacher_towers": "map from the box, backbones are the teacher's towers (control)",
 }
 BATCH_SIZE, EXPRESSIONS_PER_IMAGE = 8, 8
 MAX_CAPTIONED_IMAGES = 5_000

@@ -25,12 +25,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.trainer_utils import get_last_checkpoint
 
 from epmvg_hf import ClipTeacher, EpmVGImageProcessor, ImageGroups, load_grounding_dataset
+from epmvg_hf.shapes import GENERIC_NOUNS
 from epmvg_hf.teacher import pooled_and_patches
 
 HERE = Path(__file__).parent
 logger = logging.getLogger("train_teacher")
 MAX_OBJECTS_TOLD = 4
-LISTS_PER_SCENE = 8
+LISTS_PER_SCENE, PHRASES_PER_OBJECT = 8, 4
 
 
 @dataclass
@@ -48,8 +49,8 @@ class TeacherArguments:
 
 class CaptionedImages(torch.utils.data.Dataset):
     """
-    Images in memory as square canvases `(images, 3, S, S)`, uint8, and two lists of captions for each: its grounding
-    expressions, and sentences about the whole picture. Boxes are never read.
+    Images in memory as square canvases `(images, 3, S, S)`, uint8, and three lists of captions for each: sentences
+    about the whole picture, phrases for one thing by itself, and its grounding expressions. Boxes are never read.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -63,7 +64,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         images, texts = dataset.select_columns(["image"]), dataset.select_columns(["expression", about_scene])
         image_processor = EpmVGImageProcessor(size={"height": canvas_size, "width": canvas_size})
         self.canvases = torch.empty(len(groups), 3, canvas_size, canvas_size, dtype=torch.uint8)
-        self.expressions, self.sentences = [], []
+        self.sentences, self.phrases, self.expressions = [], [], []
         rng = random.Random(0)
         for position, indices in enumerate(tqdm(groups, desc="reading images", mininterval=5)):
             # Through the student's normalisation and back: padding gets the colour that the student's padding has.
@@ -72,15 +73,24 @@ class CaptionedImages(torch.utils.data.Dataset):
             columns = texts[indices]
             self.expressions.append(columns["expression"])
             if about_scene == "objects":
-                self.sentences.append([list_objects(columns["objects"][0], rng) for _ in range(LISTS_PER_SCENE)])
+                objects = columns["objects"][0]
+                self.sentences.append([list_objects(objects, rng) for _ in range(LISTS_PER_SCENE)])
+                self.phrases.append([name_object(item, rng) for item in objects for _ in range(PHRASES_PER_OBJECT)])
             else:
                 self.sentences.append(sorted(set(columns["sentence"])))
+                self.phrases.append(columns["expression"])
 
     def __len__(self) -> int:
         return len(self.canvases)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str, str]:
-        return self.canvases[index], random.choice(self.sentences[index]), random.choice(self.expressions[index])
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str, str, str]:
+        captions = (random.choice(texts[index]) for texts in (self.sentences, self.phrases, self.expressions))
+        return self.canvases[index], *captions
+
+    def all_captions(self) -> list[str]:
+        return [
+            text for lists in (self.sentences, self.phrases, self.expressions) for texts in lists for text in texts
+        ]
 
 
 def list_objects(objects: list[dict], rng: random.Random) -> str:
@@ -89,12 +99,19 @@ def list_objects(objects: list[dict], rng: random.Random) -> str:
     return " and ".join(f"a {item['size']} {item['color']} {item['shape']}" for item in told)
 
 
+def name_object(item: dict, rng: random.Random) -> str:
+    """A phrase such as "the red circle", "small star" or "the blue one"."""
+    noun = item["shape"] if rng.random() < 0.8 else rng.choice(GENERIC_NOUNS)
+    words = [item["size"]] * (rng.random() < 0.4) + [item["color"]] * (rng.random() < 0.8) + [noun]
+    return " ".join(["the"] * (rng.random() < 0.75) + words)
+
+
 class ContrastiveModel(nn.Module):
     """
-    CLIP's loss for images with two captions each, as a model that the `Trainer` can train; and for expressions, which
-    name one thing of the picture, the same loss with the patch that is most like them in place of the whole image:
-    otherwise nothing would make patches point. The score over patches is their softmax-weighted mean, as in PACL
-    (Mukhoti et al. 2023, "Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning").
+    CLIP's loss for images with sentences and expressions, as a model that the `Trainer` can train; and for phrases,
+    which name one thing, the same loss with the patch that is most like them in place of the whole image: otherwise
+    nothing would make patches point. That score is the softmax-weighted mean over patches, as in PACL (Mukhoti et al.
+    2023, "Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning").
     """
 
     def __init__(self, clip: CLIP, patch_temperature: float = 0.05):
@@ -102,13 +119,13 @@ class ContrastiveModel(nn.Module):
         self.clip, self.patch_temperature = clip, patch_temperature
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`pixel_values` (B, 3, S, S) normalised; `input_ids` (2, B, L): a sentence and an expression per image."""
+        """`pixel_values` (B, 3, S, S) normalised; `input_ids` (3, B, L): sentence, phrase and expression."""
         pooled, patches = pooled_and_patches(self.clip.visual, pixel_values)
         image_embeds = nn.functional.normalize(pooled.float(), dim=-1)
         patch_embeds = nn.functional.normalize(patches.float(), dim=-1).flatten(1, 2)
         text_embeds = self.clip.encode_text(input_ids.flatten(0, 1), normalize=True).float()
-        sentences, expressions = text_embeds.unflatten(0, input_ids.shape[:2])
-        per_patch = torch.einsum("bve,ne->bnv", patch_embeds, expressions)
+        sentences, phrases, expressions = text_embeds.unflatten(0, input_ids.shape[:2])
+        per_patch = torch.einsum("bve,ne->bnv", patch_embeds, phrases)
         by_patch = (per_patch * (per_patch / self.patch_temperature).softmax(-1)).sum(-1)
         scale = self.clip.logit_scale.exp().clamp(max=100)  # CLIP's own bound
         similarities = (image_embeds @ sentences.T, image_embeds @ expressions.T, by_patch)
@@ -125,17 +142,17 @@ class CaptionCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int, image_size: int):
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
 
-    def __call__(self, items: list[tuple[torch.Tensor, str, str]]) -> dict[str, torch.Tensor]:
-        canvases, sentences, expressions = zip(*items, strict=True)
+    def __call__(self, items: list[tuple[torch.Tensor, str, str, str]]) -> dict[str, torch.Tensor]:
+        canvases, *captions = zip(*items, strict=True)
         return {
             "pixel_values": preprocess(torch.stack(canvases), self.image_size),
             "input_ids": self.tokenizer(
-                [*sentences, *expressions],
+                [text for texts in captions for text in texts],
                 padding="max_length",
                 truncation=True,
                 max_length=self.context_length,
                 return_tensors="pt",
-            ).input_ids.unflatten(0, (2, len(items))),
+            ).input_ids.unflatten(0, (len(captions), len(items))),
         }
 
 
@@ -239,8 +256,7 @@ def main():
     if teacher_arguments.dataset_name == "shapes":
         options = {"seed": teacher_arguments.scenes_seed, "num_images": teacher_arguments.num_train_images}
     images = CaptionedImages(load("train", **options), canvas_size)
-    captions = [caption for texts in (*images.expressions, *images.sentences) for caption in texts]
-    tokenizer = make_tokenizer(captions, model_config["text_cfg"]["vocab_size"])
+    tokenizer = make_tokenizer(images.all_captions(), model_config["text_cfg"]["vocab_size"])
     model_config["text_cfg"] |= {"vocab_size": len(tokenizer), "eos_id": tokenizer.sep_token_id}
     model = ContrastiveModel(CLIP(**{name: model_config[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}))
 

@@ -42,8 +42,7 @@ def images(scenes) -> CaptionedImages:
 
 @pytest.fixture
 def parts(images):
-    captions = [caption for texts in (*images.expressions, *images.sentences) for caption in texts]
-    tokenizer = train_teacher.make_tokenizer(captions, 200)
+    tokenizer = train_teacher.make_tokenizer(images.all_captions(), 200)
     text = MODEL_CONFIG["text_cfg"] | {"vocab_size": len(tokenizer), "eos_id": tokenizer.sep_token_id}
     config = MODEL_CONFIG | {"text_cfg": text}
     torch.manual_seed(0)
@@ -68,7 +67,7 @@ def test_a_few_steps_learn(images, parts):
     model, collator = ContrastiveModel(clip), CaptionCollator(tokenizer, 16, 64)
     random.seed(0)
     batch = collator([images[index] for index in range(6)])
-    assert batch["pixel_values"].shape == (6, 3, 64, 64) and batch["input_ids"].shape == (2, 6, 16)
+    assert batch["pixel_values"].shape == (6, 3, 64, 64) and batch["input_ids"].shape == (3, 6, 16)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(12):
