@@ -66,7 +66,7 @@ def map_loss(
     row_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    KL divergence over positions from a target distribution to the softmax of the consistency map. Our reading of
+    KL divergence over positions from a target distribution to the softmax of a map over them. Our reading of
     EpmVG: the target is the teacher's patch-text map (see [`teacher_map_target`]), or the box itself (see
     [`box_map_target`]).
 

@@ -49,6 +49,9 @@ class EpmVGModelOutput(ModelOutput):
         consistency_map (`torch.FloatTensor` of shape `(N, V)`):
             Score (a logit) of every visual token for the expression, row-major over the feature grid. Padding is not
             masked: see `visual_mask`.
+        similarity_map (`torch.FloatTensor` of shape `(N, V)`):
+            The part of `consistency_map` that comes before fusion: similarity of the expression's mean text token with
+            every visual token. What a teacher's patch-text map is distilled into.
         visual_tokens (`torch.FloatTensor` of shape `(B, V, d_model)`):
             Visual tokens before fusion.
         visual_mask (`torch.BoolTensor` of shape `(B, grid_height, grid_width)`):
@@ -70,6 +73,7 @@ class EpmVGModelOutput(ModelOutput):
 
     reg_state: torch.FloatTensor | None = None
     consistency_map: torch.FloatTensor | None = None
+    similarity_map: torch.FloatTensor | None = None
     visual_tokens: torch.FloatTensor | None = None
     visual_mask: torch.BoolTensor | None = None
     text_tokens: torch.FloatTensor | None = None
@@ -93,7 +97,7 @@ class EpmVGGroundingOutput(ModelOutput):
         pred_boxes (`torch.FloatTensor` of shape `(N, 4)`):
             (cx, cy, w, h) in [0, 1] of the padded canvas. `EpmVGProcessor.post_process_grounding` turns them into
             pixels of the original image.
-        reg_state, consistency_map, visual_mask, image_embeds, text_embeds, hidden_states, attentions:
+        reg_state, consistency_map, similarity_map, visual_mask, image_embeds, text_embeds, hidden_states, attentions:
             See [`EpmVGModelOutput`].
     """
 
@@ -102,6 +106,7 @@ class EpmVGGroundingOutput(ModelOutput):
     pred_boxes: torch.FloatTensor | None = None
     reg_state: torch.FloatTensor | None = None
     consistency_map: torch.FloatTensor | None = None
+    similarity_map: torch.FloatTensor | None = None
     visual_mask: torch.BoolTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
@@ -377,11 +382,11 @@ class EpmVGModel(EpmVGPreTrainedModel):
             **kwargs,
         )
         reg_state, fused_visual = fused.last_hidden_state[:, 0], fused.last_hidden_state[:, 1 + length :]
-        # What the two branches agree on before fusion, and what fusion adds to it. The first term is a short
-        # way for words to find what they name.
-        before_fusion = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), own_visual)
-        after_fusion = torch.einsum("nd,nvd->nv", reg_state, fused_visual)
-        consistency_map = (before_fusion + after_fusion) * self.config.d_model**-0.5
+        # What the two branches agree on before fusion is a short way for words to find what they name; then what
+        # fusion adds to it.
+        scale = self.config.d_model**-0.5
+        similarity_map = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), own_visual) * scale
+        consistency_map = similarity_map + torch.einsum("nd,nvd->nv", reg_state, fused_visual) * scale
 
         image_embeds = text_embeds = None
         if self.config.teacher_projection_dim is not None:
@@ -393,6 +398,7 @@ class EpmVGModel(EpmVGPreTrainedModel):
         return EpmVGModelOutput(
             reg_state=reg_state,
             consistency_map=consistency_map,
+            similarity_map=similarity_map,
             visual_tokens=visual_tokens,
             visual_mask=visual_mask,
             text_tokens=text_tokens,
@@ -537,6 +543,7 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
             pred_boxes=pred_boxes,
             reg_state=outputs.reg_state,
             consistency_map=outputs.consistency_map,
+            similarity_map=outputs.similarity_map,
             visual_mask=outputs.visual_mask,
             image_embeds=outputs.image_embeds,
             text_embeds=outputs.text_embeds,
