@@ -15,12 +15,12 @@ from .training_args import EpmVGTrainingArguments
 class DistillationLoss:
     """
     Our reading of EpmVG: [`~losses.relation_loss`] and [`~losses.feature_loss`] teach the two backbones the teacher's
-    image-text space, [`~losses.map_loss`] its patch-text map to the student's similarities before fusion. No term needs
-    a box.
+    image-text space, [`~losses.map_loss`] its patch-text map to the student's similarities before fusion. None of the
+    terms needs a box.
 
-    The teacher compares each patch by itself with the words: it cannot tell the leftmost circle from the others. Taught
-    to the whole consistency map, its map teaches the student to overlook such words; before fusion it leaves them to
-    what fusion adds, which learns from boxes.
+    The teacher compares each patch by itself with the words: it cannot tell the leftmost circle from the others.
+    Taught to the whole consistency map, its map teaches the student to overlook such words; before fusion it leaves
+    them to what fusion adds, which learns from boxes.
 
     The relation loss compares all images with all expressions of all processes. Each process computes it from
     everybody's embeddings, of which its own carry the gradient: summed over processes that is the gradient of one
