@@ -157,6 +157,10 @@ def test_impossible_combinations_are_refused(tmp_path, processor, dataset):
     with pytest.raises(ValueError, match=r"\(24\) to be the teacher's width \(16\)"):
         _trainer(tmp_path, processor, dataset, teacher=TinyTeacher(embed_dim=16))
     _trainer(tmp_path, processor, dataset, teacher=TinyTeacher(embed_dim=16), feature_loss_coefficient=0.0)
+    without_patches = TinyTeacher()
+    without_patches.has_patches = False
+    with pytest.raises(ValueError, match="set teacher_map_loss_coefficient to 0"):
+        _trainer(tmp_path, processor, dataset, teacher=without_patches)
     with pytest.raises(ValueError, match="caption_dataset needs a teacher"):
         _trainer(tmp_path, processor, dataset, caption_dataset=dataset)
     with pytest.raises(ValueError, match="has no column box"):

@@ -570,25 +570,24 @@ def test_patches_lie_where_they_are_in_the_image(folders, vision):
         assert divmod(int(change.argmax()), columns) == (row, column)
 
 
-@pytest.mark.parametrize(
-    ("vision", "message"),
-    [
-        ("timm", "are known for the vision tower TimmModel: use output_patches=False"),
-        ("attentional pool", "are known for the vision tower VisionTransformer with this pooling: use output_patches"),
-        ("custom attention", r"a VisionTransformer with open_clip.transformer.Attention: use output_patches=False"),
-    ],
-)
-def test_towers_without_patches(folders, vision, message, pixel_values):
+@pytest.mark.parametrize("vision", ["timm", "attentional pool", "custom attention"])
+def test_towers_without_patches(folders, vision, pixel_values):
     teacher = load(folders[vision])
     assert teacher(pixel_values, EXPRESSIONS, output_patches=False).image_embeds.shape == (2, 24)
-    with pytest.raises(ValueError, match=message):
+    assert not teacher.has_patches
+    tower = "TimmModel" if vision == "timm" else "VisionTransformer"
+    with pytest.raises(ValueError, match=f"for the vision tower {tower} and its way of pooling: use output_patches"):
         teacher(pixel_values, EXPRESSIONS)
 
 
-def test_a_tower_of_one_block_has_no_patches(tmp_path, pixel_values):
+def test_a_tower_of_one_block_has_no_patches(tmp_path):
     teacher = load(save_folder(tmp_path / "model", model_config(vision_cfg={**VIT, "layers": 1})))
-    with pytest.raises(ValueError, match="a VisionTransformer of a single block: use output_patches=False"):
-        teacher.encode_images(pixel_values)
+    assert not teacher.has_patches
+
+
+@pytest.mark.parametrize("vision", ["resnet", "vit", "average"])
+def test_towers_with_patches(folders, vision):
+    assert load(folders[vision]).has_patches
 
 
 def test_its_own_mean_std_and_resolution(tmp_path, folder, pixel_values):
