@@ -29,7 +29,7 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.train: $(VENV)/.venv pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,teacher]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt

@@ -62,7 +62,7 @@ class ModelArguments:
     teacher_name: str | None = field(
         default=None,
         metadata={
-            "help": "CLIP to distil from: an open_clip architecture, local-dir:FOLDER, hf-hub:ID or a JSON config."
+            "help": "CLIP to distil from: none, an open_clip architecture, local-dir:FOLDER, hf-hub:ID, a JSON config."
         },
     )
     teacher_pretrained: str | None = field(
@@ -185,7 +185,8 @@ def main():
     expressions = train_dataset["expression"]
     train_dataset, caption_dataset = split_labelled(train_dataset, data_arguments.num_labelled_images)
     teacher = None
-    if model_arguments.teacher_name is not None and training_arguments.do_train and training_arguments.distils:
+    wanted = model_arguments.teacher_name not in (None, "none")
+    if wanted and training_arguments.do_train and training_arguments.distils:
         teacher = ClipTeacher.from_pretrained(model_arguments.teacher_name, model_arguments.teacher_pretrained)
     model, processor = make_model(model_arguments, expressions, teacher)
     trainer = EpmVGTrainer(

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TinyTeacher, tiny_model
 from PIL import Image
+from safetensors.torch import load_file
 
 from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
 
@@ -63,8 +65,11 @@ def test_main_job_and_prediction(tmp_path):
         "--output_dir", str(output), "--num_train_images", "24", "--max_eval_rows", "40", "--num_train_epochs", "1",
         "--attn_implementation", "sdpa",
         "--eval_steps", "2", "--save_steps", "2", "--picture_rows", "3", "--bf16", "false", "--use_cpu", "true",
+        "--num_labelled_images", "16", "--logging_steps", "1",
     ]  # fmt: skip
-    result = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        command, env=_environment(tmp_path), cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     for name in (
         "this model",
@@ -73,6 +78,12 @@ def test_main_job_and_prediction(tmp_path):
         "no eyes: best box per expression",
     ):
         assert name in result.stdout
+
+    # It distils from the teacher of the repository, also with images without boxes, and saves the student alone.
+    logs = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert {"loss_relation", "loss_feature", "loss_teacher_map", "loss_bbox"} <= set(logs[0])
+    saved = {name.split(".")[0] for name in load_file(output / "model.safetensors")}
+    assert saved == {"model", "box_head", "log_map_sharpness"}
 
     results = json.loads((output / "all_results.json").read_text())
     assert {"train_loss", "eval_acc@0.5", "test_acc@0.5", "test_blind_best_box_per_expression"} <= set(results)
@@ -97,3 +108,22 @@ def test_main_job_and_prediction(tmp_path):
         x1, y1, x2, y2 = json.loads(line.split(":")[1])
         assert 0 <= x1 <= x2 <= rows[0]["image"].width and 0 <= y1 <= y2 <= rows[0]["image"].height
     assert Image.open(tmp_path / "prediction.png").size[0] > 100
+
+
+def test_a_saved_model_without_projections_can_be_distilled_into(example, tmp_path, processor):
+    tiny_model(box_head="map").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = example.ModelArguments(model_name_or_path=str(tmp_path))
+    assert example.make_model(arguments, [], None)[0].config.teacher_projection_dim is None
+    model, _ = example.make_model(arguments, [], TinyTeacher(embed_dim=24))
+    assert model.model.teacher_image_projection.out_features == 24
+
+
+def test_labelled_images_are_the_first_and_the_others_lose_their_boxes(example):
+    dataset = load_grounding_dataset("shapes", split="train", num_images=5)
+    labelled, captioned = example.split_labelled(dataset, 2)
+    assert list(dict.fromkeys(labelled["image_id"])) == list(dict.fromkeys(dataset["image_id"]))[:2]
+    assert len(labelled) + len(captioned) == len(dataset) and "box" not in captioned.column_names
+    assert example.split_labelled(dataset, None) == (dataset, None)
+    with pytest.raises(ValueError, match="expected from 1 to 4"):
+        example.split_labelled(dataset, 5)
