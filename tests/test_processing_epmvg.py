@@ -239,7 +239,6 @@ def test_labels_are_not_clipped(processor):
         (["dog", "red"], 3, "`boxes` has no items and `text` has 2"),
         ([["dog"], ["red"]], [[[0, 0, 9, 9]], []], r"`boxes\[1\]` has 0 items and `text\[1\]` has 1"),
         (["dog", "red"], [[0, 0, 9, 9], [0, 0, 9]], r"`boxes\[1\]` must be four numbers .* shape \(3,\)"),
-        (["dog", "red"], [[0, 0, 9, 9], None], r"`boxes\[1\]` must be four numbers"),
         (["dog", "red"], [[0, 0, 9, float("nan")], [0, 0, 9, 9]], r"`boxes\[0\]` .* is not finite"),
         (["dog", "red"], [[0, 0, 9, 9], [9, 0, 3, 9]], r"`boxes\[1\]` = \[9.0, 0.0, 3.0, 9.0\] is empty or inverted"),
         ([["dog"], ["red"]], [[[0, 0, 9, 9]], [[4, 4, 9, 4]]], r"`boxes\[1\]\[0\]` .* is empty or inverted"),
