@@ -340,21 +340,31 @@ class EpmVGTrainer(Trainer):
         return self._metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
 
 
-class CaptionTurnsCallback(TrainerCallback):
-    """Tells the captioned images which pass over the data begins, so that all of them get their turn."""
-
-    def __init__(self):
-        self.groups: CaptionedGroups | None = None
+class PassCallback(TrainerCallback):
+    """Counts the passes over the data; `state.epoch` does not on a stream, where it is a share of `max_steps`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.passes = int(state.epoch or 0)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.groups.set_epoch(self.passes)
+        self.begin_pass(self.passes)
         self.passes += 1
 
+    def begin_pass(self, index: int):
+        raise NotImplementedError
 
-class FreezeBackbonesCallback(TrainerCallback):
+
+class CaptionTurnsCallback(PassCallback):
+    """Tells the captioned images which pass over the data begins, so that all of them get their turn."""
+
+    def __init__(self):
+        self.groups: CaptionedGroups | None = None
+
+    def begin_pass(self, index: int):
+        self.groups.set_epoch(index)
+
+
+class FreezeBackbonesCallback(PassCallback):
     """Keeps the vision backbone and the text tower as they are for the first `epochs` passes over the data."""
 
     def __init__(self, model: EpmVGForVisualGrounding, epochs: int):
@@ -363,13 +373,8 @@ class FreezeBackbonesCallback(TrainerCallback):
         # Only what is trained at all: frozen batch norms stay frozen.
         self.parameters = [p for tower in towers for p in tower.parameters() if p.requires_grad]
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        # Passes are counted: on a stream, state.epoch is a share of max_steps.
-        self.passes = int(state.epoch or 0)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self._train_towers(self.passes >= self.epochs)
-        self.passes += 1
+    def begin_pass(self, index: int):
+        self._train_towers(index >= self.epochs)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._train_towers(True)

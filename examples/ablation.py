@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from teacher_towers import STRIDE, load_towers, tower_configs
-from transformers import BertTokenizer, set_seed
+from trained_tokenizer import train_tokenizer
+from transformers import set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from epmvg_hf import (
@@ -232,9 +233,7 @@ def load_data(arguments: argparse.Namespace, labelled: int, seed: int) -> tuple[
 def make_student(map_weight: float, expressions: list[str]) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
     config = EpmVGConfig.from_json_file(HERE / "configs" / "ablation.json")
     config.map_loss_coefficient = map_weight
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    template = BertTokenizer(vocab={token: index for index, token in enumerate(special)})
-    tokenizer = template.train_new_from_iterator(expressions, vocab_size=config.text_config.vocab_size)
+    tokenizer = train_tokenizer(expressions, config.text_config.vocab_size)
     config.text_config.vocab_size = len(tokenizer)
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
     return build(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)

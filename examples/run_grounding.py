@@ -9,17 +9,15 @@ accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my # al
 
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-import yaml
+from command_line import checkpoint_to_resume, config_file, parse_arguments, use_all_cores
 from datasets import Dataset
-from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from trained_tokenizer import train_tokenizer
+from transformers import AutoTokenizer, set_seed
 
 from epmvg_hf import (
     ClipTeacher,
@@ -89,26 +87,7 @@ class DataArguments:
     picture_rows: int = field(default=24, metadata={"help": "Expressions in the picture of --do_predict."})
 
 
-def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, EpmVGTrainingArguments]:
-    """Defaults come from one YAML or JSON file, the first argument if it is one; flags override them."""
-    file = HERE / "configs" / "shapes.yaml"
-    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        file, arguments = Path(arguments[0]), arguments[1:]
-    defaults = yaml.safe_load(file.read_text())  # JSON is YAML
-    parser = HfArgumentParser((ModelArguments, DataArguments, EpmVGTrainingArguments), description=__doc__)
-    unknown = sorted(set(defaults) - {action.dest for action in parser._actions})
-    if unknown:
-        raise ValueError(f"{file}: unknown argument(s) {', '.join(unknown)}; --help lists them all")
-    # transformers takes bf16 on a machine without accelerator only if it is told that the CPU is meant.
-    parser.set_defaults(**{"use_cpu": not torch.accelerator.is_available(), **defaults})
-    return parser.parse_args_into_dataclasses(arguments)
-
-
-def use_all_cores(arguments: EpmVGTrainingArguments) -> None:
-    """On a CPU, share its cores among the local processes: `accelerate launch` gives each of them one thread."""
-    if arguments.device.type == "cpu":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, os.cpu_count() // local_processes))
+ARGUMENTS = (ModelArguments, DataArguments, EpmVGTrainingArguments)
 
 
 def make_model(
@@ -129,15 +108,11 @@ def make_model(
         )
         return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
 
-    file = Path(arguments.config_name)
-    config = EpmVGConfig.from_json_file(file if file.exists() else HERE / "configs" / file)
+    config = EpmVGConfig.from_json_file(config_file(arguments.config_name, HERE / "configs"))
     if arguments.tokenizer_name is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
     else:
-        # Lower-cases and splits as BERT does; the vocabulary is learned from the expressions.
-        special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-        template = BertTokenizer(vocab={token: index for index, token in enumerate(special)})
-        tokenizer = template.train_new_from_iterator(expressions, vocab_size=config.text_config.vocab_size)
+        tokenizer = train_tokenizer(expressions, config.text_config.vocab_size)
     config.text_config.vocab_size = len(tokenizer)
     if teacher is not None:
         config.teacher_projection_dim = teacher.embed_dim
@@ -160,7 +135,10 @@ def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, D
 
 
 def main():
-    model_arguments, data_arguments, training_arguments = parse_arguments(sys.argv[1:])
+    default_file = HERE / "configs" / "shapes.yaml"
+    model_arguments, data_arguments, training_arguments = parse_arguments(
+        ARGUMENTS, __doc__, default_file, sys.argv[1:]
+    )
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.WARNING)
     set_seed(training_arguments.seed)
     use_all_cores(training_arguments)
@@ -203,13 +181,7 @@ def main():
     logger.info("%d training expressions, %.1f M parameters", len(train_dataset), model.num_parameters() / 1e6)
 
     if training_arguments.do_train:
-        checkpoint = training_arguments.resume_from_checkpoint
-        if checkpoint in ("true", "True"):
-            folder = Path(training_arguments.output_dir)
-            checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-            if checkpoint is None:
-                raise ValueError(f"there is no checkpoint in {folder} to resume from")
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
         trainer.save_model()  # the best checkpoint, with load_best_model_at_end
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)

@@ -14,21 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
+from command_line import checkpoint_to_resume, config_file, parse_arguments, use_all_cores
 from datasets import Dataset
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import BertTokenizer, HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from trained_tokenizer import train_tokenizer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.trainer_utils import get_last_checkpoint
 
 from epmvg_hf import ClipTeacher, EpmVGImageProcessor, ImageGroups, load_grounding_dataset
 from epmvg_hf.shapes import GENERIC_NOUNS
 from epmvg_hf.teacher import pooled_and_patches
 
-HERE = Path(__file__).parent
+CONFIGS = Path(__file__).parent / "configs" / "teachers"
 logger = logging.getLogger("train_teacher")
 MAX_OBJECTS_TOLD = 4
 LISTS_PER_SCENE, PHRASES_PER_OBJECT = 8, 4
@@ -163,13 +163,6 @@ def preprocess(canvases: torch.Tensor, image_size: int) -> torch.Tensor:
     return ((pixels.clamp(0, 1) - mean) / std).contiguous(memory_format=torch.channels_last)  # faster convolutions
 
 
-def make_tokenizer(captions: list[str], vocab_size: int) -> BertTokenizer:
-    """Lower-cases and splits as BERT does, with a vocabulary learned from the captions."""
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    template = BertTokenizer(vocab={token: index for index, token in enumerate(special)})
-    return template.train_new_from_iterator(captions, vocab_size=vocab_size)
-
-
 def save_teacher(clip: CLIP, model_config: dict, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The folder that open_clip calls `local-dir:`; weights in float16, half the size."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,20 +223,15 @@ def pointing_accuracy(teacher: ClipTeacher, patch_embeds: torch.Tensor, images: 
 
 
 def main():
-    parser = HfArgumentParser((TeacherArguments, TrainingArguments), description=__doc__)
-    arguments, file = sys.argv[1:], HERE / "configs" / "teachers" / "shapes.yaml"
-    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        file, arguments = Path(arguments[0]), arguments[1:]
-    parser.set_defaults(**{"use_cpu": not torch.accelerator.is_available(), **yaml.safe_load(file.read_text())})
-    teacher_arguments, training_arguments = parser.parse_args_into_dataclasses(arguments)
+    teacher_arguments, training_arguments = parse_arguments(
+        (TeacherArguments, TrainingArguments), __doc__, CONFIGS / "shapes.yaml", sys.argv[1:]
+    )
     if training_arguments.world_size > 1:
         raise ValueError("train_teacher.py runs on one process: its contrast sees one process's batch")
     logging.basicConfig(level=logging.INFO)
     set_seed(training_arguments.seed)
-    config_file = Path(teacher_arguments.config_name)
-    model_config = json.loads(
-        (config_file if config_file.exists() else HERE / "configs" / "teachers" / config_file).read_text()
-    )
+    use_all_cores(training_arguments)
+    model_config = json.loads(config_file(teacher_arguments.config_name, CONFIGS).read_text())
     canvas_size = teacher_arguments.canvas_size
     folder = Path(training_arguments.output_dir)
 
@@ -256,7 +244,7 @@ def main():
     if teacher_arguments.dataset_name == "shapes":
         options = {"seed": teacher_arguments.scenes_seed, "num_images": teacher_arguments.num_train_images}
     images = CaptionedImages(load("train", **options), canvas_size)
-    tokenizer = make_tokenizer(images.all_captions(), model_config["text_cfg"]["vocab_size"])
+    tokenizer = train_tokenizer(images.all_captions(), model_config["text_cfg"]["vocab_size"])
     model_config["text_cfg"] |= {"vocab_size": len(tokenizer), "eos_id": tokenizer.sep_token_id}
     model = ContrastiveModel(CLIP(**{name: model_config[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}))
 
@@ -268,12 +256,7 @@ def main():
             tokenizer, model_config["text_cfg"]["context_length"], model_config["vision_cfg"]["image_size"]
         ),
     )
-    checkpoint = training_arguments.resume_from_checkpoint
-    if checkpoint in ("true", "True"):
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"there is no checkpoint in {folder} to resume from")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
     save_teacher(model.clip, model_config, tokenizer, folder / "teacher")
 
     validation = load("validation")

@@ -1,9 +1,13 @@
 """Tiny, offline, deterministic: every test builds what it needs, nothing is downloaded."""
 
 import os
+import sys
+from pathlib import Path
 
 # Before transformers and datasets are imported: no test may look at the Hub.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import pytest
 import torch
@@ -23,13 +27,22 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def tokenizer() -> BertTokenizer:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def processor() -> EpmVGProcessor:
+    return tiny_processor()
+
+
+def tiny_tokenizer() -> BertTokenizer:
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
 
 
-@pytest.fixture
-def processor(tokenizer) -> EpmVGProcessor:
-    return EpmVGProcessor(EpmVGImageProcessor(size={"height": 64, "width": 64}), tokenizer, max_text_length=12)
+def tiny_processor() -> EpmVGProcessor:
+    image_processor = EpmVGImageProcessor(size={"height": 64, "width": 64})
+    return EpmVGProcessor(image_processor, tiny_tokenizer(), max_text_length=12)
 
 
 def tiny_config(**changes) -> EpmVGConfig:

@@ -5,17 +5,11 @@ import sys
 from pathlib import Path
 
 import datasets
-from conftest import WORDS, TinyTeacher, tiny_model
+from conftest import TinyTeacher, tiny_model, tiny_processor
 from safetensors.torch import save_file
-from transformers import BertTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
-from epmvg_hf import (
-    EpmVGImageProcessor,
-    EpmVGProcessor,
-    EpmVGTrainer,
-    EpmVGTrainingArguments,
-    load_grounding_dataset,
-)
+from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 
 COEFFICIENTS = ("relation_loss_coefficient", "feature_loss_coefficient", "teacher_map_loss_coefficient")
 NONE = dict.fromkeys(COEFFICIENTS, 0.0)
@@ -41,9 +35,6 @@ class Gradients(TrainerCallback):
 
 def main(folder: Path, batch_size: int):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
-    processor = EpmVGProcessor(EpmVGImageProcessor(size={"height": 64, "width": 64}), tokenizer, max_text_length=12)
     logs = {}
     for run, changes in RUNS.items():
         args = EpmVGTrainingArguments(
@@ -70,7 +61,7 @@ def main(folder: Path, batch_size: int):
             tiny_model(box_head="map", frozen_batch_norm=True, teacher_projection_dim=24),
             args,
             train_dataset=dataset.select(keep),
-            processing_class=processor,
+            processing_class=tiny_processor(),
             teacher=TinyTeacher(),
             caption_dataset=captioned,
             callbacks=[callback],

@@ -5,23 +5,13 @@ import sys
 from pathlib import Path
 
 import datasets
-from conftest import WORDS, tiny_model
-from transformers import BertTokenizer
+from conftest import tiny_model, tiny_processor
 
-from epmvg_hf import (
-    EpmVGImageProcessor,
-    EpmVGProcessor,
-    EpmVGTrainer,
-    EpmVGTrainingArguments,
-    load_grounding_dataset,
-)
+from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 
 
 def main(folder: Path, batch_size: int):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
-    processor = EpmVGProcessor(EpmVGImageProcessor(size={"height": 64, "width": 64}), tokenizer, max_text_length=12)
     args = EpmVGTrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -42,7 +32,7 @@ def main(folder: Path, batch_size: int):
     train = dataset.filter(lambda image_id: not image_id.endswith("4"), input_columns="image_id")
 
     model = tiny_model(box_head="map", frozen_batch_norm=True)
-    trainer = EpmVGTrainer(model, args, train_dataset=train, eval_dataset=dataset, processing_class=processor)
+    trainer = EpmVGTrainer(model, args, train_dataset=train, eval_dataset=dataset, processing_class=tiny_processor())
     trainer.train()
     output = trainer.predict(dataset)
     metrics = trainer.evaluate()

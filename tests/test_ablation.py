@@ -1,5 +1,4 @@
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -7,7 +6,6 @@ import pytest
 import torch
 
 pytest.importorskip("open_clip")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import ablation
 from open_clip.model import CLIP

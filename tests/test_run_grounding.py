@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -6,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import run_grounding as example
+from command_line import parse_arguments
 from conftest import TinyTeacher, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -15,45 +16,13 @@ from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture
-def example():
-    spec = importlib.util.spec_from_file_location("run_grounding", EXAMPLES / "run_grounding.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_grounding"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_grounding"]
-
-
 def _environment(tmp_path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
 
 
-def test_defaults_files_and_flags(example, tmp_path):
-    model, data, training = example.parse_arguments(["--learning_rate", "0.5", "--use_cpu", "true"])
-    assert (data.dataset_name, training.output_dir, training.learning_rate) == ("shapes", "outputs/demo", 0.5)
-    assert training.do_train and training.do_predict and model.model_name_or_path is None
-
-    settings = {"dataset_name": "flickr30k_entities", "output_dir": str(tmp_path), "learning_rate": "3e-4"}
-    for name, text in (
-        ("a.json", json.dumps(settings)),
-        ("a.yaml", "\n".join(f"{k}: {v}" for k, v in settings.items())),
-    ):
-        (tmp_path / name).write_text(text)
-        _, data, training = example.parse_arguments([str(tmp_path / name), "--seed", "7"])
-        assert (data.dataset_name, training.learning_rate, training.seed) == ("flickr30k_entities", 3e-4, 7)
-        assert not training.do_train
-
-
-def test_an_unknown_argument_in_a_file_is_named(example, tmp_path):
-    (tmp_path / "a.yaml").write_text("learnin_rate: 0.1\noutput_dir: x\n")
-    with pytest.raises(ValueError, match=r"a\.yaml: unknown argument\(s\) learnin_rate"):
-        example.parse_arguments([str(tmp_path / "a.yaml")])
-
-
 @pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_parses(example, config):
-    example.parse_arguments([str(config)])
+def test_every_config_parses(config):
+    parse_arguments(example.ARGUMENTS, "", config, [])
 
 
 def test_main_job_and_prediction(tmp_path):
@@ -110,7 +79,7 @@ def test_main_job_and_prediction(tmp_path):
     assert Image.open(tmp_path / "prediction.png").size[0] > 100
 
 
-def test_a_saved_model_without_projections_can_be_distilled_into(example, tmp_path, processor):
+def test_a_saved_model_without_projections_can_be_distilled_into(tmp_path, processor):
     tiny_model(box_head="map").save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     arguments = example.ModelArguments(model_name_or_path=str(tmp_path))
@@ -119,7 +88,7 @@ def test_a_saved_model_without_projections_can_be_distilled_into(example, tmp_pa
     assert model.model.teacher_image_projection.out_features == 24
 
 
-def test_labelled_images_are_the_first_and_the_others_lose_their_boxes(example):
+def test_labelled_images_are_the_first_and_the_others_lose_their_boxes():
     dataset = load_grounding_dataset("shapes", split="train", num_images=5)
     labelled, captioned = example.split_labelled(dataset, 2)
     assert list(dict.fromkeys(labelled["image_id"])) == list(dict.fromkeys(dataset["image_id"]))[:2]

@@ -1,17 +1,15 @@
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("open_clip")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_teacher
 from open_clip.model import CLIP
 from train_teacher import CaptionCollator, CaptionedImages, ContrastiveModel
+from trained_tokenizer import train_tokenizer
 
 from epmvg_hf import ClipTeacher, load_grounding_dataset
 
@@ -42,7 +40,7 @@ def images(scenes) -> CaptionedImages:
 
 @pytest.fixture
 def parts(images):
-    tokenizer = train_teacher.make_tokenizer(images.all_captions(), 200)
+    tokenizer = train_tokenizer(images.all_captions(), 200)
     text = MODEL_CONFIG["text_cfg"] | {"vocab_size": len(tokenizer), "eos_id": tokenizer.sep_token_id}
     config = MODEL_CONFIG | {"text_cfg": text}
     torch.manual_seed(0)

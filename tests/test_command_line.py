@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+import run_grounding
+from command_line import checkpoint_to_resume, config_file, parse_arguments
+from transformers import TrainingArguments
+
+DEFAULT = Path(run_grounding.__file__).parent / "configs" / "shapes.yaml"
+
+
+def _parse(arguments: list[str]) -> tuple:
+    return parse_arguments(run_grounding.ARGUMENTS, "", DEFAULT, arguments)
+
+
+def test_defaults_files_and_flags(tmp_path):
+    model, data, training = _parse(["--learning_rate", "0.5", "--use_cpu", "true"])
+    assert (data.dataset_name, training.output_dir, training.learning_rate) == ("shapes", "outputs/demo", 0.5)
+    assert training.do_train and training.do_predict and model.model_name_or_path is None
+
+    settings = {"dataset_name": "flickr30k_entities", "output_dir": str(tmp_path), "learning_rate": "3e-4"}
+    for name, text in (
+        ("a.json", json.dumps(settings)),
+        ("a.yaml", "\n".join(f"{k}: {v}" for k, v in settings.items())),
+    ):
+        (tmp_path / name).write_text(text)
+        _, data, training = _parse([str(tmp_path / name), "--seed", "7"])
+        assert (data.dataset_name, training.learning_rate, training.seed) == ("flickr30k_entities", 3e-4, 7)
+        assert not training.do_train
+
+
+def test_an_unknown_argument_in_a_file_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("learnin_rate: 0.1\noutput_dir: x\n")
+    with pytest.raises(ValueError, match=r"a\.yaml: unknown argument\(s\) learnin_rate"):
+        _parse([str(tmp_path / "a.yaml")])
+
+
+def test_resuming_from_nothing_is_an_error(tmp_path):
+    def resume(value):
+        arguments = TrainingArguments(str(tmp_path), resume_from_checkpoint=value, use_cpu=True)
+        return checkpoint_to_resume(arguments)
+
+    assert resume(None) is None and resume("folder") == "folder"
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        resume("true")
+    (tmp_path / "checkpoint-5").mkdir()
+    assert resume("true") == str(tmp_path / "checkpoint-5")
+
+
+def test_a_config_is_a_file_or_a_name(tmp_path):
+    (tmp_path / "own.json").touch()
+    assert config_file(str(tmp_path / "own.json"), Path("configs")) == tmp_path / "own.json"
+    assert config_file("tiny.json", Path("configs")) == Path("configs/tiny.json")
