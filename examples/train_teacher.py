@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command_line import checkpoint_to_resume, config_file, parse_arguments, use_all_cores
+from command_line import checkpoint_to_resume, config_file, parse_arguments
 from datasets import Dataset
 from open_clip.model import CLIP
 from safetensors.torch import save_file
@@ -230,7 +230,6 @@ def main():
         raise ValueError("train_teacher.py runs on one process: its contrast sees one process's batch")
     logging.basicConfig(level=logging.INFO)
     set_seed(training_arguments.seed)
-    use_all_cores(training_arguments)
     model_config = json.loads(config_file(teacher_arguments.config_name, CONFIGS).read_text())
     canvas_size = teacher_arguments.canvas_size
     folder = Path(training_arguments.output_dir)
