@@ -105,8 +105,12 @@ class ClipTeacher(nn.Module):
                 - the path of a `.json` file with an open_clip model configuration (`embed_dim`, `vision_cfg`,
                   `text_cfg`, or these within `model_cfg`, beside a `preprocess_cfg`),
                 - `"local-dir:/a/folder"` with `open_clip_config.json` and the weights, and, where the configuration
-                  names a Hugging Face tokenizer, that tokenizer, or
-                - `"hf-hub:organization/repository"`, a Hub repository of that content.
+                  names a Hugging Face tokenizer, that tokenizer,
+                - `"hf-hub:organization/repository"`, a Hub repository of that content, or
+                - `"transformers:/a/folder"` or `"transformers:organization/repository"`, a folder or Hub repository
+                  with a `CLIPModel` of transformers (`config.json` of the `model_type` `"clip"`, and the weights), its
+                  tokenizer and its image processor, such as `"transformers:openai/clip-vit-base-patch32"`. It is
+                  converted to the `open_clip.CLIP` that gives the same embeddings.
             pretrained (`str`, *optional*):
                 For an architecture one of open_clip's tags, such as `"openai"`, or the path of a file of weights; for
                 a `.json` file such a path. A folder or repository has its own weights. A tag also decides between
@@ -118,9 +122,10 @@ class ClipTeacher(nn.Module):
         Raises:
             `ImportError`: open_clip is not installed.
             `FileNotFoundError`: A file or folder is missing.
-            `OSError`: A download failed.
+            `OSError`: A download failed, or after `"transformers:"` a file is neither in the folder nor on the Hub.
             `ValueError`: A name or tag is unknown, `pretrained` is missing or one too many, a file is not what it
-                should be or would have to run code, or its tensors are not exactly those of the model.
+                should be or would have to run code, its tensors are not exactly those of the model, or open_clip has
+                no such `CLIPModel`.
 
         Example:
 
@@ -138,13 +143,15 @@ class ClipTeacher(nn.Module):
         except ImportError as error:
             raise ImportError('ClipTeacher needs open_clip_torch: pip install "epmvg_hf[teacher]"') from error
 
-        own_weights = name.startswith(("local-dir:", "hf-hub:"))
+        own_weights = name.startswith(("local-dir:", "hf-hub:", "transformers:"))
         if own_weights and pretrained is not None:
             raise ValueError(f"{name} has its own weights, so pretrained must be None, not {pretrained!r}.")
         if name.startswith("local-dir:"):
             source = _folder_source(Path(name.removeprefix("local-dir:")), cache_dir)
         elif name.startswith("hf-hub:"):
             source = _hub_source(name, cache_dir)
+        elif name.startswith("transformers:"):
+            source = _transformers_source(name, cache_dir)
         elif name.endswith(".json"):
             source = _config_file_source(Path(name), pretrained, cache_dir)
         else:
@@ -262,13 +269,13 @@ class ClipTeacher(nn.Module):
 @dataclass
 class _Source:
     """
-    What a teacher is made of. `hf_tokenizer` is the name or folder of a Hugging Face tokenizer, or `None` for the one
-    of OpenAI's CLIP, which is part of open_clip.
+    What a teacher is made of. `weights` is a file, or the tensors themselves. `hf_tokenizer` is the name or folder of
+    a Hugging Face tokenizer, or `None` for the one of OpenAI's CLIP, which is part of open_clip.
     """
 
     model_config: dict[str, Any]
     preprocess: dict[str, Any]
-    weights: Path
+    weights: Path | dict[str, torch.Tensor]
     hf_tokenizer: str | None
     cache_dir: str | None
 
@@ -293,6 +300,15 @@ def _hub_source(name: str, cache_dir: str | None) -> _Source:
     weights = _download({"hf_hub": f"{repository}/"}, f"the weights of {name}", cache_dir)
     hf_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
     return _Source(model_config, preprocess, weights, hf_tokenizer, cache_dir)
+
+
+def _transformers_source(name: str, cache_dir: str | None) -> _Source:
+    from .teacher_conversion import load_transformers_clip
+
+    where = name.removeprefix("transformers:")
+    model_config, preprocess, weights = load_transformers_clip(where, cache_dir)
+    # The tokenizer's place is not part of the configuration, and so not of the fingerprint.
+    return _Source(model_config, preprocess, weights, where, cache_dir)
 
 
 def _config_file_source(config: Path, pretrained: str | None, cache_dir: str | None) -> _Source:
@@ -353,7 +369,7 @@ def _download(where: dict[str, Any], what: str, cache_dir: str | None) -> Path:
     try:
         return Path(open_clip.download_pretrained(where, cache_dir=cache_dir))
     except Exception as error:  # whatever the network, the Hub or the disk had to say
-        raise OSError(f"{what} could not be downloaded: {_in_short(error)}") from error
+        raise OSError(f"{what} could not be downloaded: {in_short(error)}") from error
 
 
 def _build(source: _Source, name: str) -> nn.Module:
@@ -361,7 +377,9 @@ def _build(source: _Source, name: str) -> nn.Module:
     import open_clip
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    _check_weights(source.weights)
+    from_file = isinstance(source.weights, Path)
+    if from_file:
+        _check_weights(source.weights)
     config = dict(source.model_config)
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if not custom_text:
@@ -379,11 +397,15 @@ def _build(source: _Source, name: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             clip = architecture(**config)
     except Exception as error:  # a configuration can be wrong in any way
-        raise ValueError(f"open_clip cannot build {name}: {_in_short(error)}") from error
+        raise ValueError(f"open_clip cannot build {name}: {in_short(error)}") from error
     try:
-        open_clip.load_checkpoint(clip, str(source.weights), strict=True, weights_only=True)
+        if from_file:
+            open_clip.load_checkpoint(clip, str(source.weights), strict=True, weights_only=True)
+        else:
+            clip.load_state_dict(source.weights, strict=True)
     except Exception as error:  # so can a file
-        raise ValueError(f"{source.weights} does not hold the weights of {name}: {_in_short(error)}") from error
+        where = source.weights if from_file else "what was converted"
+        raise ValueError(f"{where} does not hold the weights of {name}: {in_short(error)}") from error
     preprocess = {**merge_preprocess_dict(PreprocessCfg(), source.preprocess), "size": clip.visual.image_size}
     open_clip.set_model_preprocess_cfg(clip, preprocess)
     return clip
@@ -425,7 +447,7 @@ def _tokenizer(source: _Source, name: str) -> Callable[[list[str]], torch.LongTe
     try:
         if source.hf_tokenizer is None:
             return SimpleTokenizer(context_length=context_length, **options)
-        return HFTokenizer(
+        tokenizer = HFTokenizer(
             source.hf_tokenizer,
             context_length=context_length,
             cache_dir=source.cache_dir,
@@ -435,7 +457,21 @@ def _tokenizer(source: _Source, name: str) -> Callable[[list[str]], torch.LongTe
             **options,
         )
     except Exception as error:  # missing files, no network, wrong options
-        raise ValueError(f"the tokenizer of {name} could not be loaded: {_in_short(error)}") from error
+        raise ValueError(f"the tokenizer of {name} could not be loaded: {in_short(error)}") from error
+    # Where there are no such files, AutoTokenizer may make a tokenizer of the right class without any words.
+    if tokenizer.tokenizer.vocab_size <= len(tokenizer.tokenizer.all_special_ids):
+        raise ValueError(
+            f"the tokenizer of {name} could not be loaded: {source.hf_tokenizer} has no file with its words, such as "
+            "tokenizer.json or vocab.json."
+        )
+    # Two files of transformers must agree here, or all texts would get the embedding of their first token.
+    from_transformers, eos_id = name.startswith("transformers:"), text_config.get("eos_id")
+    if from_transformers and eos_id is not None and eos_id not in tokenizer(["a"]):
+        raise ValueError(
+            f"the tokenizer of {name} does not end a text with the token {eos_id}, whose embedding the text tower is "
+            "to return."
+        )
+    return tokenizer
 
 
 def _tokenizer_content(tokenizer: Callable) -> dict[str, Any]:
@@ -452,7 +488,7 @@ def _tokenizer_content(tokenizer: Callable) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in ("truncation", "padding")}
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """What an error says, in a line: open_clip's may list every tensor of a model."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 

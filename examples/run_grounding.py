@@ -60,7 +60,8 @@ class ModelArguments:
     teacher_name: str | None = field(
         default=None,
         metadata={
-            "help": "CLIP to distil from: none, an open_clip architecture, local-dir:FOLDER, hf-hub:ID, a JSON config."
+            "help": "CLIP to distil from: none, an open_clip architecture, local-dir:, hf-hub: or transformers: and where, "
+            "or a JSON config."
         },
     )
     teacher_pretrained: str | None = field(
