@@ -60,7 +60,7 @@ class DistillationLoss:
         """
         args, terms = self.args, {}
         total = torch.zeros((), device=image_index.device)
-        if args.relation_loss_coefficient + args.feature_loss_coefficient > 0:
+        if args.distils_embeddings:
             images = self._gather(outputs.image_embeds, teacher.image_embeds)
             expressions = self._gather(outputs.text_embeds, teacher.text_embeds)
             embeds = (images[0], expressions[0], images[1], expressions[1])

@@ -107,7 +107,7 @@ class EpmVGTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if not (self._teaches and args.relation_loss_coefficient + args.feature_loss_coefficient > 0):
+        if not (self._teaches and args.distils_embeddings):
             # What gets no gradient must not ask for one: some wrappers wait for it.
             for name, parameter in model.named_parameters():
                 if "teacher_image_projection" in name or "teacher_text_projection" in name:
@@ -400,7 +400,7 @@ def _check_captions(
 
 def _check_teacher(teacher: ClipTeacher, model: EpmVGForVisualGrounding, args: EpmVGTrainingArguments):
     width = model.config.teacher_projection_dim
-    if args.relation_loss_coefficient + args.feature_loss_coefficient > 0 and width is None:
+    if args.distils_embeddings and width is None:
         raise ValueError(
             "the relation and feature losses need a model with teacher_projection_dim in its config; "
             f"this teacher's width is {teacher.embed_dim}"

@@ -24,9 +24,10 @@ class EpmVGTrainingArguments(TrainingArguments):
             Whether to augment training images, see [`GroundingAugmentation`].
         caption_ratio (`float`, *optional*, defaults to 1.0):
             Images of the trainer's `caption_dataset` for each image of its `train_dataset` in an epoch.
-        relation_loss_coefficient (`float`, *optional*, defaults to 1.0):
-            Weight of [`~losses.relation_loss`]. This and the further settings matter only with a teacher.
-        feature_loss_coefficient (`float`, *optional*, defaults to 1.0):
+        relation_loss_coefficient (`float`, *optional*, defaults to 0.0):
+            Weight of [`~losses.relation_loss`]. This and the further settings matter only with a teacher. Off by
+            default, like the next: in the study (model_cards/distillation-study) neither found more boxes.
+        feature_loss_coefficient (`float`, *optional*, defaults to 0.0):
             Weight of [`~losses.feature_loss`].
         teacher_map_loss_coefficient (`float`, *optional*, defaults to 1.0):
             Weight of [`~losses.map_loss`] towards the teacher's map. The map loss towards the box is the model's own,
@@ -62,9 +63,9 @@ class EpmVGTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Caption images for each labelled image in an epoch, given a caption dataset."}
     )
     relation_loss_coefficient: float = field(
-        default=1.0, metadata={"help": "Weight of the relation loss; like what follows, only with a teacher."}
+        default=0.0, metadata={"help": "Weight of the relation loss; like what follows, only with a teacher."}
     )
-    feature_loss_coefficient: float = field(default=1.0, metadata={"help": "Weight of the feature loss."})
+    feature_loss_coefficient: float = field(default=0.0, metadata={"help": "Weight of the feature loss."})
     teacher_map_loss_coefficient: float = field(
         default=1.0, metadata={"help": "Weight of the map loss towards the teacher's map."}
     )
@@ -121,7 +122,12 @@ class EpmVGTrainingArguments(TrainingArguments):
     @property
     def distils(self) -> bool:
         """Whether any term of the loss needs a teacher."""
-        return self.relation_loss_coefficient + self.feature_loss_coefficient + self.teacher_map_loss_coefficient > 0
+        return self.distils_embeddings or self.teacher_map_loss_coefficient > 0
+
+    @property
+    def distils_embeddings(self) -> bool:
+        """Whether any term needs the student's projections to the teacher's image-text space."""
+        return self.relation_loss_coefficient + self.feature_loss_coefficient > 0
 
     @property
     def n_gpu(self) -> int:

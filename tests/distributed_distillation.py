@@ -17,8 +17,8 @@ RUNS = {
     "relation": NONE | {"relation_loss_coefficient": 1.0},
     "feature": NONE | {"feature_loss_coefficient": 1.0},
     "teacher_map": NONE | {"teacher_map_loss_coefficient": 1.0},
-    "all": {},
-    "all, cached": {"cache_teacher": True},
+    "all": dict.fromkeys(COEFFICIENTS, 1.0),
+    "all, cached": dict.fromkeys(COEFFICIENTS, 1.0) | {"cache_teacher": True},
 }
 
 

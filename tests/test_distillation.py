@@ -32,6 +32,7 @@ def _trainer(folder, processor, dataset, model=None, teacher=None, caption_datas
         "save_strategy": "no",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        **dict.fromkeys(WITHOUT, 1.0),
     }
     return EpmVGTrainer(
         model or tiny_model(box_head="map", frozen_batch_norm=True, teacher_projection_dim=24),
