@@ -19,6 +19,7 @@ else:
 if TYPE_CHECKING:
     from .augmentation import GroundingAugmentation
     from .collator import EpmVGDataCollator, ImageGroups
+    from .dataset_columns import as_grounding_dataset
     from .grounding_accuracy import GroundingAccuracy
     from .loading import load_grounding_dataset
     from .teacher import ClipTeacher, TeacherOutput
@@ -37,6 +38,7 @@ _LAZY = {
     "GroundingAugmentation": "augmentation",
     "ImageGroups": "collator",
     "TeacherOutput": "teacher",
+    "as_grounding_dataset": "dataset_columns",
     "load_grounding_dataset": "loading",
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "GroundingAugmentation",
     "ImageGroups",
     "TeacherOutput",
+    "as_grounding_dataset",
     "load_grounding_dataset",
 ]
 

@@ -1,5 +1,6 @@
 """Tests of the one call that gives any of the benchmarks."""
 
+import json
 import sys
 
 import pytest
@@ -53,16 +54,30 @@ def test_shapes(streaming):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "refcoco3"}, 'name must be "shapes" or "flickr30k_entities", not \'refcoco3\''),
+        ({"name": "refcoco3"}, "name must be one of refcoco, refcoco[+], .* shapes and custom, not 'refcoco3'"),
         ({"name": "shapes", "split": "testA"}, "train, validation, test, test_composition"),
         ({"name": "shapes", "data_dir": "x"}, 'data_dir does not apply to "shapes"; of its own it takes seed and num'),
         ({"name": "shapes", "split_by": "umd"}, 'split_by does not apply to "shapes"'),
         ({"name": "shapes", "missing_images": "skip"}, 'missing_images does not apply to "shapes"'),
+        ({"name": "shapes", "exclude": [3]}, 'exclude does not apply to "shapes"'),
+        ({"name": "shapes", "box_format": "xywh"}, 'box_format does not apply to "shapes"'),
         ({"name": "flickr30k_entities"}, 'data_dir is needed for "flickr30k_entities"'),
-        ({"name": "flickr30k_entities", "data_dir": "x", "num_images": 3}, "num_images does not apply to"),
-        ({"name": "flickr30k_entities", "data_dir": "x", "split_by": "umd"}, "split_by does not apply to"),
-        ({"name": "flickr30k_entities", "data_dir": "x", "seed": 1}, "takes data_dir and missing_images"),
-        ({"name": "flickr30k_entities", "data_dir": "x", "split": "test_composition"}, "train, validation, test, not"),
+        ({"name": "custom"}, 'data_dir is needed for "custom"'),
+        ({"name": "custom", "data_dir": ".", "split_by": "umd"}, 'split_by does not apply to "custom"'),
+        ({"name": "flickr", "data_dir": ".", "num_images": 3}, 'num_images does not apply to "flickr"'),
+        ({"name": "flickr", "data_dir": ".", "seed": 1}, "takes data_dir, split_by, image_dir and source"),
+        ({"name": "flickr", "data_dir": ".", "columns": {"box": "b"}}, 'columns does not apply to "flickr"'),
+        ({"name": "flickr", "data_dir": ".", "split_by": "umd"}, "can be split by standard, not by 'umd'"),
+        ({"name": "flickr", "data_dir": ".", "split": "testA"}, "has the splits train, validation, test, not 'testA'"),
+        ({"name": "flickr", "data_dir": ".", "source": "refer"}, "must be one of official, index, not 'refer'"),
+        ({"name": "flickr", "data_dir": ".", "boxes": "all"}, 'boxes must be "union" or "any", not \'all\''),
+        ({"name": "refcoco", "data_dir": ".", "boxes": "any"}, 'boxes must be "union" for RefCOCO'),
+        ({"name": "refcoco", "data_dir": ".", "split": "test"}, "has the splits train, validation, testA, testB, not"),
+        ({"name": "refcoco_unc", "data_dir": ".", "split_by": "google"}, "means the split by unc, but split_by is"),
+        (
+            {"name": "refcocog_google", "data_dir": ".", "split": "test"},
+            "has the splits train, validation, not 'test'",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -73,6 +88,29 @@ def test_bad_arguments(arguments, message):
 def test_bad_missing_images(flickr):
     with pytest.raises(ValueError, match='"error", "skip" or "keep"'):
         load_grounding_dataset("flickr30k_entities", flickr, split="val", missing_images="drop")
+
+
+@pytest.mark.parametrize("name", ["refcoco", "gref", "referit_berkeley", "flickr", "referit"])
+def test_an_empty_folder_is_told_what_it_lacks(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no files of the train split of .* in {tmp_path}, expected .*; or "):
+        load_grounding_dataset(name, tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        load_grounding_dataset(name, tmp_path / "nowhere")
+
+
+def test_images_are_excluded_by_ids_or_a_file_of_ids(tmp_path):
+    (tmp_path / "custom").mkdir()
+    lines = []
+    for number in (1, 2, 3):
+        Image.new("RGB", (8, 6)).save(tmp_path / "custom" / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "expression": "it", "box": [1, 2, 3, 4]}))
+    (tmp_path / "custom" / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "ids.txt").write_text("1.png\n3.png\n")
+    for exclude in (["1.png", "3.png"], tmp_path / "ids.txt"):
+        dataset = load_grounding_dataset("custom", tmp_path / "custom", box_format="xyxy", exclude=exclude)
+        assert dataset["image_id"][:] == ["2.png"]
+    with pytest.raises(ValueError, match="no image of the train split of custom is left"):
+        load_grounding_dataset("custom", tmp_path / "custom", box_format="xyxy", exclude=["1.png", "2.png", "3.png"])
 
 
 def test_datasets_is_missing(monkeypatch):

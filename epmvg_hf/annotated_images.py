@@ -1,0 +1,139 @@
+"""What every annotation format is turned into: an image with expressions and boxes in one convention."""
+
+import math
+import reprlib
+from dataclasses import dataclass
+from typing import Any
+
+# How far a box may stick out of its image, in pixels: COCO's polygons are rounded. Such a box is cut to the image.
+MAX_OVERHANG = 1.0
+
+MAX_COORDINATE = 1e9  # beyond any image, and within the integers that are floats as well
+
+
+@dataclass
+class AnnotatedImage:
+    """
+    One image and its expressions, as an annotation file has them.
+
+    Args:
+        name (`str`): of the image file, where the benchmark keeps its images.
+        image_id (`str`): the same in every format of the benchmark, and for all expressions of one image.
+        size (`tuple[int, int]` or `None`):
+            Width and height of the image that the boxes are for, if it may have been stored at another size.
+        rows (`list[dict[str, Any]]`):
+            `expression` (`str`), `box` (xyxy float pixels, 0-based and half-open, or `None` where nobody drew one),
+            `where` (file and row, for error messages) and the columns of the format, of which `boxes` are in the same
+            pixels.
+    """
+
+    name: str
+    image_id: str
+    size: tuple[int, int] | None
+    rows: list[dict[str, Any]]
+
+
+def place_rows(
+    annotated: AnnotatedImage, stored_size: tuple[int, int] | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """
+    Boxes in pixels of the image as stored, and a sentence for each expression that cannot be used.
+
+    Args:
+        annotated ([`AnnotatedImage`]): the image.
+        stored_size (`tuple[int, int]` or `None`): width and height of the file; `None` if there is none.
+
+    Returns:
+        `tuple`: The usable rows without `where`, and what is wrong with the others. A box beyond the image means that
+        the image is another than the one the boxes are for, so then no row of it is usable.
+    """
+    if not annotated.rows:
+        return [], []
+    if (problem := _problem_with_size(annotated, stored_size)) is not None:
+        return [], [f"{annotated.rows[0]['where']}: {problem}."]
+    size = annotated.size or stored_size or (math.inf, math.inf)  # what the boxes are for
+    limits = stored_size or size
+    scale = (limits[0] / size[0], limits[1] / size[1]) if annotated.size else (1.0, 1.0)
+    rows, problems, beyond = [], [], False
+    for row in annotated.rows:
+        box = row["box"]
+        problem = _problem_with(row["expression"], box)
+        if problem is None and box is not None and _sticks_out(box, size):
+            problem = (
+                f"the box {_round(box)} is not within the {size[0]} x {size[1]} pixels of {annotated.name}, "
+                "so no row of that image is used"
+            )
+            beyond = True
+        if problem is not None:
+            problems.append(f"{row['where']}: {problem}.")
+            continue
+        placed = {name: value for name, value in row.items() if name != "where"}
+        placed["box"] = None if box is None else _place(box, scale, limits)
+        if row.get("boxes") is not None:
+            placed["boxes"] = [_place(each, scale, limits) for each in row["boxes"]]
+        rows.append(placed)
+    return ([] if beyond else rows), problems
+
+
+def _problem_with_size(annotated: AnnotatedImage, stored_size: tuple[int, int] | None) -> str | None:
+    """What is wrong with the size that the boxes are for, if anything."""
+    if annotated.size is None:
+        return None
+    if not all(_is_coordinate(value) and value > 0 for value in annotated.size):
+        return f"the size of {annotated.name} is {reprlib.repr(annotated.size)}, expected its width and height"
+    if stored_size and _is_turned(stored_size, annotated.size):
+        return (
+            f"the image {annotated.name} has {stored_size[0]} x {stored_size[1]} pixels, "
+            f"expected {annotated.size[0]} x {annotated.size[1]}, not turned"
+        )
+    return None
+
+
+def _problem_with(expression: Any, box: Any) -> str | None:
+    """What is wrong with an expression or box whatever the image, if anything."""
+    if not _has_words(expression):
+        return f"the expression is {reprlib.repr(expression)}, expected words"
+    if box is None:
+        return None
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_coordinate, box)):
+        return f"the box is {reprlib.repr(box)}, expected 4 finite numbers"
+    if not (box[0] < box[2] and box[1] < box[3]):
+        return f"the box {_round(box)} is empty or inverted, expected xmin < xmax and ymin < ymax"
+    if min(box[0], box[1]) < -MAX_OVERHANG or min(box[2], box[3]) <= 0:
+        return f"the box {_round(box)} starts outside the image"
+    return None
+
+
+def _has_words(expression: Any) -> bool:
+    if not isinstance(expression, str) or not expression.strip():
+        return False
+    try:
+        expression.encode()
+    except UnicodeEncodeError:  # JSON can say half a character, a lone surrogate; Arrow cannot keep it
+        return False
+    return True
+
+
+def _is_coordinate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
+
+
+def _is_turned(size: tuple[int, int], expected: tuple[int, int]) -> bool:
+    """Whether a size is nearer to the expected one after a quarter turn; for squares nobody can tell."""
+    shape, expected_shape = (math.log(width / height) for width, height in (size, expected))
+    return abs(shape + expected_shape) + 0.1 < abs(shape - expected_shape)
+
+
+def _sticks_out(box: list[float], size: tuple[float, float]) -> bool:
+    (width, height), (xmin, ymin, xmax, ymax) = size, box
+    beyond = xmax > width + MAX_OVERHANG or ymax > height + MAX_OVERHANG
+    return beyond or xmin >= width or ymin >= height
+
+
+def _place(box: list[float], scale: tuple[float, float], limits: tuple[float, float]) -> list[float]:
+    """The box in other pixels, cut to the image."""
+    return [float(min(max(value * scale[axis % 2], 0.0), limits[axis % 2])) for axis, value in enumerate(box)]
+
+
+def _round(box: list[float]) -> str:
+    return "[" + ", ".join(f"{value:.7g}" for value in box) + "]"

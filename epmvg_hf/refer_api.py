@@ -1,0 +1,232 @@
+"""The files of the refer API: RefCOCO, RefCOCO+, RefCOCOg and ReferItGame ("refclef"), one row per sentence.
+
+The format (https://github.com/lichengunc/refer) has two files. `refs(<split_by>).p` is a pickled list of references:
+an annotation, its split, and the sentences that single the annotated object out. `instances.json` has images and
+annotations as COCO has them, with boxes `[x, y, width, height]` in pixels, counted from 0 and not rounded.
+"""
+
+import json
+import re
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+
+from .annotated_images import AnnotatedImage
+from .benchmarks import Wanted
+from .grounding_builder import GroundingSource, digest_files
+from .image_files import ImageFolders, file_statuses
+from .safe_pickle import read_pickle
+
+FOLDERS = {"refcoco": "refcoco", "refcoco+": "refcoco+", "refcocog": "refcocog", "referitgame": "refclef"}
+SPLIT_NAMES = {"validation": "val"}  # the others are called alike
+
+MAX_JSON_BYTES = 2**30  # a bound on files of unknown origin; those of RefCOCO have some 120 MB
+MAX_COORDINATE = 1e9  # JSON and pickles have integers beyond the range of floats
+
+# Outlines of objects, most of instances.json. Its quotes make it a key: within a string they would be escaped.
+POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[][0-9.,eE+\s-]*\]')
+
+ID, STRING, LIST = (int, str), (str,), (list,)
+EXPECTED = {ID: "an integer or a string", STRING: "a string", LIST: "a list"}
+
+
+class ReferFiles(GroundingSource):
+    """
+    One split from the refer API's files. A row is one sentence: `expression` is its `sent`, the cleaned text that the
+    API's users take.
+
+    The API's own `getRefIds(split="test")` also gives testA, testB and testC; here a split is that split alone.
+
+    Args:
+        name (`str`): of the benchmark.
+        folder (`Path`): the folder with `refs(<split_by>).p` and `instances.json`.
+        split (`str`): `"train"`, `"validation"`, `"test"`, `"testA"`, `"testB"` or `"testC"`.
+        split_by (`str`): `"unc"`, `"google"`, `"umd"` or `"berkeley"`.
+        images ([`ImageFolders`]): the images, under the file names in `instances.json`.
+
+    Raises:
+        `FileNotFoundError`: One of the two files is missing.
+    """
+
+    def __init__(self, name: str, folder: Path, split: str, split_by: str, images: ImageFolders):
+        self.name, self.split, self.images = name, split, images
+        self.refs_path, self.instances_path = folder / f"refs({split_by}).p", folder / "instances.json"
+        for path in (self.refs_path, self.instances_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"no {path.name} in {folder}, expected refs({split_by}).p and instances.json.")
+        self.columns = {column: datasets.Value("string") for column in ("ref_id", "ann_id", "sent_id")}
+
+    @classmethod
+    def find(cls, wanted: Wanted) -> "ReferFiles | None":
+        name, data_dir = wanted.benchmark.name, wanted.data_dir
+        if wanted.split_by == "standard":  # the way of ReferItGame that the refer API does not have
+            return None
+        places = [data_dir / FOLDERS[name], data_dir / "data" / FOLDERS[name]]
+        if data_dir.name not in set(FOLDERS.values()) - {FOLDERS[name]}:  # RefCOCO+ has a refs(unc).p as RefCOCO has
+            places.append(data_dir)
+        for folder in places:
+            if (folder / f"refs({wanted.split_by}).p").is_file():
+                return cls(name, folder, wanted.split, wanted.split_by, wanted.images)
+        return None
+
+    @classmethod
+    def looks_for(cls, wanted: Wanted) -> str:
+        folder = FOLDERS[wanted.benchmark.name]
+        if wanted.split_by == "standard":
+            return f'(for split_by="unc" or "berkeley" only) {folder}/refs(<split_by>).p and instances.json'
+        return f"{folder}/refs({wanted.split_by}).p and instances.json"
+
+    def fingerprint(self) -> str:
+        """Digest of both files, and of what is known of all images without opening one."""
+        return digest_files([self.refs_path, self.instances_path], file_statuses(self.images.paths.values()))
+
+    def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
+        images, annotations, problems = read_instances(self.instances_path)
+        wanted, splits = SPLIT_NAMES.get(self.split, self.split), set()
+        known = {"ref_id": set(), "sent_id": set()}
+        found: dict[str, AnnotatedImage] = {}
+        for where, ref in self._read_refs():
+            try:
+                splits.add(field_of(ref, "split", STRING, where))
+                if ref["split"] != wanted:
+                    continue
+                image = listed(ref, "image_id", images, where, self.instances_path)
+                annotation = listed(ref, "ann_id", annotations, where, self.instances_path)
+                image_id, name = self._identify_image(ref, annotation, image, where)
+                shared = {
+                    "box": read_box(annotation, f"{where}: annotation {ref['ann_id']} in {self.instances_path}"),
+                    "ref_id": new_id_of(ref, "ref_id", known, where),
+                    "ann_id": str(ref["ann_id"]),
+                }
+                sentences = field_of(ref, "sentences", LIST, where)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            rows, bad_sentences = read_sentences(sentences, known, where)
+            problems += bad_sentences
+            if rows:
+                # No size, so that boxes are never scaled: they are in pixels of the original image, which is the one
+                # that everybody has, and the sizes in instances.json may be placeholders of a conversion.
+                target = found.setdefault(image_id, AnnotatedImage(name, image_id, None, []))
+                target.rows += [row | shared for row in rows]
+        if not found and not problems:
+            raise FileNotFoundError(
+                f"{self.refs_path} has no reference of the split {wanted!r}, only of {', '.join(sorted(splits))}."
+            )
+        return list(found.values()), problems
+
+    def _read_refs(self) -> Iterable[tuple[str, Any]]:
+        refs = read_pickle(self.refs_path)
+        if type(refs) is not list or not refs:
+            raise ValueError(f"{self.refs_path} holds {reprlib.repr(refs)}, expected a list of references.")
+        return ((f"{self.refs_path}, reference [{number}]", ref) for number, ref in enumerate(refs))
+
+    def _identify_image(self, ref: dict, annotation: dict, image: dict, where: str) -> tuple[str, str]:
+        """Our id of an image and the name of its file; the `file_name` of a reference is that of no file."""
+        owner = id_of(annotation, "image_id", f"{where}: annotation {ref['ann_id']} in {self.instances_path}")
+        if owner != str(ref["image_id"]):
+            raise ValueError(
+                f"{where} is of the image {ref['image_id']}, but its annotation {ref['ann_id']} in "
+                f"{self.instances_path} is of the image {owner}, expected the same."
+            )
+        entry = f"{where}: image {owner} in {self.instances_path}"
+        # ReferItGame's may be in folders, as in "00/images/25.jpg". Ours are found by the last part.
+        name = PurePosixPath(field_of(image, "file_name", STRING, entry)).name
+        if not name:
+            raise ValueError(f"{entry} has no name in its file_name, expected that of an image file.")
+        # ReferItGame's other formats know an image by its name only.
+        return (PurePosixPath(name).stem if self.name == "referitgame" else owner), name
+
+
+def read_instances(path: Path) -> tuple[dict[str, dict], dict[str, dict], list[str]]:
+    """Images and annotations by id, not checked any further, and what is wrong with those without own id."""
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}.")
+    try:
+        # Without the outlines, which are not used, this takes a fifth of the time and of the memory.
+        instances = json.loads(POLYGONS.sub(b'"segmentation":[]', path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}.") from error
+    images, problems = by_id(field_of(instances, "images", LIST, str(path)), f"{path}, image")
+    annotations, more = by_id(field_of(instances, "annotations", LIST, str(path)), f"{path}, annotation")
+    return images, annotations, problems + more
+
+
+def by_id(entries: list, what: str) -> tuple[dict[str, dict], list[str]]:
+    """Entries by their id, and what is wrong with the others. Of several with one id the first counts."""
+    found, problems = {}, []
+    for number, entry in enumerate(entries):
+        where = f"{what} [{number}]"
+        try:
+            key = id_of(entry, "id", where)
+            if key in found:
+                raise ValueError(f"{where} has the id {shorten(key)} of one before it, expected each id once.")
+            found[key] = entry
+        except ValueError as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def read_sentences(sentences: list, known: dict[str, set[str]], where: str) -> tuple[list[dict], list[str]]:
+    """Rows with what each sentence of a reference has of its own, and what is wrong with the other sentences."""
+    if not sentences:
+        return [], [f"{where} has no sentences, expected at least one."]
+    rows, problems = [], []
+    for number, sentence in enumerate(sentences):
+        place = f"{where}, sentence [{number}]"
+        try:
+            expression = field_of(sentence, "sent", STRING, place)
+            sent_id = new_id_of(sentence, "sent_id", known, place)
+            rows.append({"where": place, "expression": expression, "sent_id": sent_id})
+        except ValueError as error:
+            problems.append(str(error))
+    return rows, problems
+
+
+def read_box(annotation: dict, where: str) -> list[float]:
+    """xyxy float pixels, 0-based and half-open, as COCO's boxes are: `x + width` is where the object ends."""
+    bbox = field_of(annotation, "bbox", LIST, where)
+    if len(bbox) != 4 or not all(type(value) in (int, float) and abs(value) < MAX_COORDINATE for value in bbox):
+        raise ValueError(f"{where} has {reprlib.repr(bbox)} as bbox, expected [x, y, width, height] in pixels.")
+    x, y, width, height = bbox
+    return [x, y, x + width, y + height]
+
+
+def listed(ref: dict, name: str, entries: dict[str, dict], where: str, path: Path) -> dict:
+    """The image or annotation that a reference names."""
+    key = id_of(ref, name, where)
+    if key not in entries:
+        raise ValueError(f"{where} has the {name} {shorten(key)}, expected one that is in {path}.")
+    return entries[key]
+
+
+def new_id_of(entry: Any, name: str, known: dict[str, set[str]], where: str) -> str:
+    """An id that no entry before had. It is known from now on."""
+    key = id_of(entry, name, where)
+    if key in known[name]:
+        raise ValueError(f"{where} has the {name} {shorten(key)} of one before it, expected each {name} once.")
+    known[name].add(key)
+    return key
+
+
+def id_of(entry: Any, name: str, where: str) -> str:
+    return str(field_of(entry, name, ID, where))
+
+
+def field_of(entry: Any, name: str, kinds: tuple[type, ...], where: str) -> Any:
+    """A field of a dict; a `ValueError` if it is not there or of another type (`True` is no integer)."""
+    if type(entry) is not dict:
+        raise ValueError(f"{where} is {reprlib.repr(entry)}, expected a dict.")
+    if name not in entry:
+        raise ValueError(f"{where} has no {name}, expected {EXPECTED[kinds]}.")
+    if type(entry[name]) not in kinds:
+        raise ValueError(f"{where} has {reprlib.repr(entry[name])} as {name}, expected {EXPECTED[kinds]}.")
+    return entry[name]
+
+
+def shorten(key: str) -> str:
+    return key if len(key) <= 40 else f"{key[:40]}..."
