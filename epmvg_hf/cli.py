@@ -1,0 +1,95 @@
+"""The command `epmvg`: what is in a folder of data, and which images must not be trained on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .benchmarks import BENCHMARKS, Benchmark, resolve_name
+from .check_data import COCO_BENCHMARKS, SplitReport, check_splits, held_out_images, overlaps
+
+MAX_SHOWN = 10
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+DataDir = Annotated[Path, typer.Argument(help="Folder with the files.", exists=True, file_okay=False)]
+
+
+@app.command()
+def check_data(
+    name: Annotated[str, typer.Argument(help="The benchmark, such as refcoco, gref_umd or flickr30k_entities.")],
+    data_dir: DataDir,
+    split_by: Annotated[str | None, typer.Option(help="Which way to split it.")] = None,
+    image_dir: Annotated[Path | None, typer.Option(help="Folder with the images.", exists=True)] = None,
+    source: Annotated[str | None, typer.Option(help="refer, index, parquet or official.")] = None,
+) -> None:
+    """What a folder has of a benchmark, beside the official counts. Exit status 1 if a split is another."""
+    try:
+        benchmark, implied = resolve_name(name)
+        reports, absent = check_splits(benchmark, data_dir.resolve(), split_by or implied, image_dir, source)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for reason in absent:
+        typer.echo(f"not here: {reason}")
+    typer.echo(table(benchmark, reports))
+    for report in reports:
+        for problem in report.problems[:MAX_SHOWN]:
+            typer.echo(f"{report.split}: {problem}")
+        if len(report.problems) > MAX_SHOWN:
+            typer.echo(f"{report.split}: {len(report.problems) - MAX_SHOWN:,} more problems")
+    for one, other, images in overlaps(reports):
+        typer.echo(f"{one} and {other} have {images:,} images in common")
+    if not reports or not all(report.is_official for report in reports):
+        raise typer.Exit(1)
+
+
+def table(benchmark: Benchmark, reports: list[SplitReport]) -> str:
+    """A Markdown table, each count followed by the official one."""
+    lines = [
+        f"{benchmark.title}: found (official)",
+        "",
+        "| split | files | expressions | references | images | missing images | unusable | official |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for report in reports:
+        official = report.official
+        counts = [
+            _beside(report.expressions, official and official.expressions),
+            _beside(report.references, official and official.references),
+            _beside(len(report.image_ids), official and official.images),
+            f"{report.missing_images:,}",
+            f"{len(report.problems):,}",
+            "unknown" if official is None else "yes" if report.is_official else "NO",
+        ]
+        lines.append(f"| {report.split} | {report.files} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
+def _beside(found: int | None, official: int | None) -> str:
+    shown = "-" if found is None else f"{found:,}"
+    return shown if official is None else f"{shown} ({official:,})"
+
+
+@app.command()
+def exclude_images(
+    data_dir: DataDir,
+    output: Annotated[Path | None, typer.Option(help="File for the ids; without it they are printed.")] = None,
+) -> None:
+    """
+    The COCO train2014 ids of every validation and test split of RefCOCO, RefCOCO+ and RefCOCOg below a folder, one per
+    line: a detector or CLIP trained without them has not seen what it is tested on.
+    """
+    ids: set[str] = set()
+    for name in COCO_BENCHMARKS:
+        for split_by in BENCHMARKS[name].splits:
+            for split, images in held_out_images(BENCHMARKS[name], data_dir.resolve(), split_by).items():
+                typer.echo(f"{name} ({split_by}) {split}: {len(images):,} images", err=True)
+                ids |= images
+    if not ids:
+        typer.echo(f"no validation or test split of {', '.join(COCO_BENCHMARKS)} in {data_dir}", err=True)
+        raise typer.Exit(1)
+    lines = "\n".join(sorted(ids, key=int)) + "\n"
+    if output is None:
+        typer.echo(lines, nl=False)
+    else:
+        output.write_text(lines)
+        typer.echo(f"wrote {len(ids):,} ids to {output}", err=True)
