@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""Acc@0.5 on all splits of one or more benchmarks, as one table.
+
+accelerate launch examples/evaluate_benchmarks.py outputs/demo --benchmarks shapes
+accelerate launch examples/evaluate_benchmarks.py MODEL --benchmarks refcoco=DIR gref_umd=DIR flickr30k_entities=DIR
+accelerate launch examples/evaluate_benchmarks.py MODEL --benchmarks custom=DIR --splits test --box_format xyxy
+
+(It cannot be called evaluate.py: that would hide the library of this name, which it uses.)
+
+Writes `evaluation.md` and `evaluation.json` to `--output_dir`.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from epmvg_hf import (
+    EpmVGForVisualGrounding,
+    EpmVGProcessor,
+    EpmVGTrainer,
+    EpmVGTrainingArguments,
+    load_grounding_dataset,
+)
+from epmvg_hf.benchmarks import resolve_name
+from epmvg_hf.evaluation import evaluate_boxes
+from epmvg_hf.shapes import SPLITS as SHAPES_SPLITS
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub name of a trained model")
+    parser.add_argument("--benchmarks", nargs="+", required=True, help="NAME=FOLDER with its files, or shapes")
+    parser.add_argument("--splits", nargs="+", default=None, help="by default all but train and trainval")
+    parser.add_argument("--missing_images", choices=["error", "skip"], default="error")
+    parser.add_argument("--errors", choices=["raise", "skip"], default="raise")
+    parser.add_argument("--box_format", choices=["xyxy", "xywh"], default=None, help="of custom data")
+    parser.add_argument("--limit", type=int, default=None, help="first expressions of each split only")
+    parser.add_argument("--batch_size", type=int, default=16, help="images at a time, on each process")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"))
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO)
+    training_arguments = EpmVGTrainingArguments(
+        str(arguments.output_dir),
+        per_device_eval_batch_size=arguments.batch_size,
+        bf16=arguments.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+    trainer = EpmVGTrainer(
+        EpmVGForVisualGrounding.from_pretrained(arguments.model),
+        training_arguments,
+        processing_class=EpmVGProcessor.from_pretrained(arguments.model),
+    )
+    results = []
+    for benchmark in arguments.benchmarks:
+        name, _, folder = benchmark.partition("=")
+        for split in arguments.splits or test_splits(name):
+            with training_arguments.main_process_first(desc=f"preparing {name} {split}"):
+                dataset = load(name, folder or None, split, arguments)
+            results.append({"benchmark": name, "split": split, **evaluate(trainer, dataset)})
+    if trainer.is_world_process_zero():
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        record = {"model": arguments.model, "results": results}
+        (arguments.output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+        (arguments.output_dir / "evaluation.md").write_text(table(results))
+        print(table(results))
+
+
+def test_splits(name: str) -> list[str]:
+    if name == "custom":
+        raise ValueError("custom data has the splits that you gave it: name them with --splits")
+    if name == "shapes":
+        splits = list(SHAPES_SPLITS)
+    else:
+        benchmark, split_by = resolve_name(name)
+        splits = benchmark.splits[split_by or next(iter(benchmark.splits))]
+    return [split for split in splits if not split.startswith("train")]
+
+
+def load(name: str, folder: str | None, split: str, arguments: argparse.Namespace):
+    options = {}
+    if name != "shapes":
+        options = {"missing_images": arguments.missing_images, "errors": arguments.errors}
+    if name == "custom":
+        options["box_format"] = arguments.box_format
+    elif name != "shapes" and resolve_name(name)[0].name == "flickr30k_entities":
+        options["boxes"] = "any"
+    dataset = load_grounding_dataset(name, folder, split, **options)
+    return dataset if arguments.limit is None else dataset.select(range(min(arguments.limit, len(dataset))))
+
+
+def evaluate(trainer: EpmVGTrainer, dataset) -> dict:
+    output = trainer.predict(dataset)
+    every_box = dataset["boxes"][:] if "boxes" in dataset.column_names else None
+    scores = evaluate_boxes(output.predictions, output.label_ids, dataset["image_id"][:], every_box)
+    return {**scores, "expressions_per_second": output.metrics["test_samples_per_second"]}
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| benchmark | split | expressions | images | Acc@0.5 (95 % interval) | any box | mean IoU | expressions/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        cells = [
+            result["benchmark"],
+            result["split"],
+            f"{result['expressions']:,}",
+            f"{result['images']:,}",
+            accuracy(result, "acc@0.5"),
+            accuracy(result, "any_box_acc@0.5") if "any_box_acc@0.5" in result else "",
+            f"{result['mean_iou']:.3f}",
+            f"{result['expressions_per_second']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def accuracy(result: dict, name: str) -> str:
+    low, high = result[f"{name}_interval"]
+    return f"{100 * result[name]:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+if __name__ == "__main__":
+    main()
