@@ -60,8 +60,8 @@ class ModelArguments:
     teacher_name: str | None = field(
         default=None,
         metadata={
-            "help": "CLIP to distil from: none, an open_clip architecture, local-dir:, hf-hub: or transformers: and where, "
-            "or a JSON config."
+            "help": "CLIP to distil from: none, an open_clip architecture, a JSON config, or local-dir:, hf-hub: or "
+            "transformers: with the place."
         },
     )
     teacher_pretrained: str | None = field(
@@ -73,12 +73,19 @@ class ModelArguments:
 class DataArguments:
     """What to train on; see `load_grounding_dataset`."""
 
-    dataset_name: str = field(default="shapes", metadata={"help": "shapes or flickr30k_entities."})
+    dataset_name: str = field(
+        default="shapes",
+        metadata={"help": "shapes, refcoco, refcoco+, refcocog, referitgame, flickr30k_entities or custom."},
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the benchmark's files."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split that chooses the best checkpoint."})
     test_split: str = field(default="test", metadata={"help": "Split for --do_predict."})
-    missing_images: str = field(default="error", metadata={"help": "error, skip or keep."})
+    split_by: str | None = field(default=None, metadata={"help": "Way to split, such as unc, umd or google."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder with the images, if not below data_dir."})
+    box_format: str | None = field(default=None, metadata={"help": "xyxy or xywh, for custom data."})
+    missing_images: str = field(default="error", metadata={"help": "error or skip."})
+    errors: str = field(default="raise", metadata={"help": "raise or skip what cannot be used."})
     num_labelled_images: int | None = field(
         default=None,
         metadata={"help": "Use the boxes of the first training images only, the others for their expressions alone."},
@@ -92,9 +99,9 @@ ARGUMENTS = (ModelArguments, DataArguments, EpmVGTrainingArguments)
 
 
 def make_model(
-    arguments: ModelArguments, expressions: list[str], teacher: ClipTeacher | None
+    arguments: ModelArguments, expressions: list[str], teacher_projection_dim: int | None
 ) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
-    """The model and its processor, saved ones or new ones, with projections into the space of the teacher."""
+    """The model and its processor, saved ones or new ones, with projections to a teacher's space of that width."""
     attention = None
     if arguments.attn_implementation is not None:
         # A convolutional backbone has no attention and refuses all but eager.
@@ -102,8 +109,8 @@ def make_model(
         attention = {"": name, "text_config": name, "backbone_config": "eager"}
     if arguments.model_name_or_path is not None:
         config = EpmVGConfig.from_pretrained(arguments.model_name_or_path)
-        if teacher is not None and config.teacher_projection_dim is None:
-            config.teacher_projection_dim = teacher.embed_dim  # two new projections; the rest is as saved
+        if config.teacher_projection_dim is None:
+            config.teacher_projection_dim = teacher_projection_dim  # two new projections; the rest is as saved
         model = EpmVGForVisualGrounding.from_pretrained(
             arguments.model_name_or_path, config=config, attn_implementation=attention
         )
@@ -115,8 +122,8 @@ def make_model(
     else:
         tokenizer = train_tokenizer(expressions, config.text_config.vocab_size)
     config.text_config.vocab_size = len(tokenizer)
-    if teacher is not None:
-        config.teacher_projection_dim = teacher.embed_dim
+    if teacher_projection_dim is not None:
+        config.teacher_projection_dim = teacher_projection_dim
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
     config._attn_implementation = attention
     return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
@@ -150,7 +157,11 @@ def main():
                 data_arguments.dataset_name,
                 data_dir=data_arguments.data_dir,
                 split=split,
+                split_by=data_arguments.split_by,
+                image_dir=data_arguments.image_dir,
+                box_format=data_arguments.box_format,
                 missing_images=data_arguments.missing_images,
+                errors=data_arguments.errors,
                 num_images=data_arguments.num_train_images if split == data_arguments.train_split else None,
             )
 
@@ -167,7 +178,8 @@ def main():
     wanted = model_arguments.teacher_name not in (None, "none")
     if wanted and training_arguments.do_train and training_arguments.distils:
         teacher = ClipTeacher.from_pretrained(model_arguments.teacher_name, model_arguments.teacher_pretrained)
-    model, processor = make_model(model_arguments, expressions, teacher)
+    projected = teacher.embed_dim if teacher is not None and training_arguments.distils_embeddings else None
+    model, processor = make_model(model_arguments, expressions, projected)
     trainer = EpmVGTrainer(
         model=model,
         args=training_arguments,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import run_grounding as example
 from command_line import parse_arguments
-from conftest import TinyTeacher, tiny_model
+from conftest import tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,7 +34,8 @@ def test_main_job_and_prediction(tmp_path):
         "--output_dir", str(output), "--num_train_images", "24", "--max_eval_rows", "40", "--num_train_epochs", "1",
         "--attn_implementation", "sdpa",
         "--eval_steps", "2", "--save_steps", "2", "--picture_rows", "3", "--bf16", "false", "--use_cpu", "true",
-        "--num_labelled_images", "16", "--logging_steps", "1",
+        "--num_labelled_images", "16", "--logging_steps", "1", "--relation_loss_coefficient", "1",
+        "--feature_loss_coefficient", "1",
     ]  # fmt: skip
     result = subprocess.run(
         command, env=_environment(tmp_path), cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300
@@ -84,7 +85,7 @@ def test_a_saved_model_without_projections_can_be_distilled_into(tmp_path, proce
     processor.save_pretrained(tmp_path)
     arguments = example.ModelArguments(model_name_or_path=str(tmp_path))
     assert example.make_model(arguments, [], None)[0].config.teacher_projection_dim is None
-    model, _ = example.make_model(arguments, [], TinyTeacher(embed_dim=24))
+    model, _ = example.make_model(arguments, [], 24)
     assert model.model.teacher_image_projection.out_features == 24
 
 
