@@ -57,6 +57,7 @@ SETTINGS: dict[str, tuple[float, dict[str, float]]] = {
     "teacher_map_captions_3": (0.0, TEACHER_MAP | {"caption_ratio": 3.0}),
     "all": (1.0, RELATION | FEATURE | TEACHER_MAP),
     "relation_feature": (0.0, RELATION | FEATURE),
+    "light_relation_feature": (0.0, dict.fromkeys(RELATION | FEATURE, 0.1)),
     "teacher_map": (0.0, TEACHER_MAP),
     "relation": (0.0, RELATION),
     "feature": (0.0, FEATURE),
@@ -70,6 +71,7 @@ DESCRIPTIONS = {
     "teacher_map_captions_3": "map from the teacher + captions, 3 captioned images per labelled one",
     "all": "all: map from the box and from the teacher, relation, feature",
     "relation_feature": "relation + feature",
+    "light_relation_feature": "relation + feature, each with weight 0.1",
     "teacher_map": "map from the teacher",
     "relation": "relation",
     "feature": "feature",
@@ -297,37 +299,66 @@ def write_report(arguments: argparse.Namespace) -> None:
         for name in arguments.settings
         for labelled in arguments.labelled
     }
-    lines = ["| setting | " + " | ".join(f"{count:,} labelled" for count in arguments.labelled) + " |"]
-    lines.append("| --- |" + " --- |" * len(arguments.labelled))
-    for name in arguments.settings:
-        cells = [cell([run["acc@0.5"] for run in results[name, labelled]]) for labelled in arguments.labelled]
-        lines.append(f"| {DESCRIPTIONS[name]} | " + " | ".join(cells) + " |")
-    if arguments.dataset_name == "shapes":
-        lines += ["", "By kind of expression, few labels, mean over seeds:", ""]
-        lines += ["| setting | " + " | ".join(KINDS) + " |", "| --- |" + " --- |" * len(KINDS)]
-        for name in arguments.settings:
-            runs = results[name, arguments.labelled[0]]
-            if runs:
-                means = [statistics.mean(run["acc@0.5_by_kind"][kind] for run in runs) for kind in KINDS]
-                lines.append(f"| {DESCRIPTIONS[name]} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
-    lines += ["", "Modality gap, few labels, mean over seeds (before -> after training):", ""]
-    lines += [
-        "| setting | space | distance of centroids | matching pairs | mismatched pairs |",
-        "| --- |" + " --- |" * 4,
+    few = {name: runs for name in arguments.settings if (runs := results[name, arguments.labelled[0]])}
+    sections = [
+        "Acc@0.5, mean ± standard deviation over seeds (number of seeds):",
+        accuracy_table(arguments, results),
+        "Each run, by seed:",
+        table_of_runs(arguments, results),
+        "Modality gap, few labels, mean over seeds (before -> after training):",
+        gap_table(few),
     ]
-    for name in arguments.settings:
-        runs = results[name, arguments.labelled[0]]
-        for space in runs[0]["gap_after"] if runs else ():
+    if arguments.dataset_name == "shapes":
+        sections += ["Acc@0.5 by kind of expression, few labels, mean over seeds:", kind_table(few)]
+    report = "\n\n".join(sections) + "\n"
+    (folder / "ablation.md").write_text(report)
+    plot(folder / "ablation.png", arguments, results)
+    print(report)
+
+
+def accuracy_table(arguments: argparse.Namespace, results: dict) -> str:
+    rows = [
+        [DESCRIPTIONS[name], *(cell([run["acc@0.5"] for run in results[name, n]]) for n in arguments.labelled)]
+        for name in arguments.settings
+    ]
+    return markdown(["setting", *(f"{count:,} labelled" for count in arguments.labelled)], rows)
+
+
+def table_of_runs(arguments: argparse.Namespace, results: dict) -> str:
+    def by_seed(runs: list[dict]) -> str:
+        return ", ".join(f"{run['seed']}: {run['acc@0.5']:.3f} ({run['seconds']} s)" for run in runs)
+
+    rows = [
+        [DESCRIPTIONS[name], *(by_seed(results[name, count]) for count in arguments.labelled)]
+        for name in arguments.settings
+    ]
+    return markdown(["setting", *(f"{count:,} labelled" for count in arguments.labelled)], rows)
+
+
+def kind_table(few: dict[str, list[dict]]) -> str:
+    def mean(runs: list[dict], kind: str) -> str:
+        return f"{statistics.mean(run['acc@0.5_by_kind'][kind] for run in runs):.3f}"
+
+    rows = [[DESCRIPTIONS[name], *(mean(runs, kind) for kind in KINDS)] for name, runs in few.items()]
+    return markdown(["setting", *KINDS], rows)
+
+
+def gap_table(few: dict[str, list[dict]]) -> str:
+    rows = []
+    for name, runs in few.items():
+        for space in runs[0]["gap_after"]:
             cells = []
             for measure in ("gap", "alignment", "mismatch"):
                 before, after = (
                     statistics.mean(run[when][space][measure] for run in runs) for when in ("gap_before", "gap_after")
                 )
                 cells.append(f"{before:.2f} -> {after:.2f}")
-            lines.append(f"| {DESCRIPTIONS[name]} | {space.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    (folder / "ablation.md").write_text("\n".join(lines) + "\n")
-    plot(folder / "ablation.png", arguments, results)
-    print("\n".join(lines))
+            rows.append([DESCRIPTIONS[name], space.replace("_", " "), *cells])
+    return markdown(["setting", "space", "distance of centroids", "matching pairs", "mismatched pairs"], rows)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def cell(values: list[float]) -> str:

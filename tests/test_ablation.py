@@ -86,9 +86,11 @@ def test_report_has_means_deviations_and_gaps(tmp_path):
     for seed, accuracy in enumerate((0.1, 0.2, 0.3)):
         kinds = dict.fromkeys(("attribute", "size", "extreme", "ordinal", "relation"), accuracy)
         result = {"acc@0.5": accuracy, "acc@0.5_by_kind": kinds, "gap_before": gap, "gap_after": gap}
+        result |= {"seed": seed, "seconds": 60 + seed}
         ablation.result_file(arguments, "none", 500, seed).write_text(json.dumps(result))
     ablation.write_report(arguments)
     lines = (tmp_path / "ablation.md").read_text().splitlines()
     assert "| no distillation, no map loss | 0.200 ± 0.100 (3) |" in lines
+    assert "| no distillation, no map loss | 0: 0.100 (60 s), 1: 0.200 (61 s), 2: 0.300 (62 s) |" in lines
     assert any(line.startswith("| no distillation, no map loss | tokens | 1.00 -> 1.00 | 0.25") for line in lines)
     assert (tmp_path / "ablation.png").stat().st_size > 5_000
