@@ -15,6 +15,17 @@ from transformers import BertTokenizer
 
 from epmvg_hf import ClipTeacher, EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
 
+# Arguments of a quiet optimizer step on the CPU.
+ONE_STEP = {
+    "use_cpu": True,
+    "max_steps": 1,
+    "logging_steps": 1,
+    "augment": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
 WORDS = ["the", "a", "red", "green", "blue", "left", "right", "small", "large", "circle", "star", "man", "dog", "on"]
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import datasets
-from conftest import TinyTeacher, tiny_model, tiny_processor
+from conftest import ONE_STEP, TinyTeacher, tiny_model, tiny_processor
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
@@ -39,16 +39,9 @@ def main(folder: Path, batch_size: int):
     for run, changes in RUNS.items():
         args = EpmVGTrainingArguments(
             output_dir=str(folder),
-            use_cpu=True,
-            max_steps=1,
-            logging_steps=1,
             per_device_train_batch_size=batch_size,
             max_grad_norm=0.0,
-            augment=False,
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **{"cache_teacher": False, **changes},
+            **{**ONE_STEP, "cache_teacher": False, **changes},
         )
         with args.main_process_first():
             dataset = load_grounding_dataset("shapes", split="train", num_images=4)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import datasets
-from conftest import tiny_model, tiny_processor
+from conftest import ONE_STEP, tiny_model, tiny_processor
 
 from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 
@@ -14,15 +14,9 @@ def main(folder: Path, batch_size: int):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     args = EpmVGTrainingArguments(
         output_dir=str(folder),
-        use_cpu=True,
-        max_steps=1,
-        logging_steps=1,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=2,
-        augment=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **ONE_STEP,
     )
     with args.main_process_first():
         dataset = load_grounding_dataset("shapes", split="train", num_images=5)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyTeacher, tiny_model
+from conftest import ONE_STEP, TinyTeacher, tiny_model
 from safetensors.torch import load_file
 
 from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
@@ -22,16 +22,10 @@ def dataset():
 
 def _trainer(folder, processor, dataset, model=None, teacher=None, caption_dataset=None, callbacks=None, **arguments):
     defaults = {
+        **ONE_STEP,
         "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": 1,
-        "logging_steps": 1,
         "per_device_train_batch_size": 12,
         "max_grad_norm": 0.0,
-        "augment": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         **dict.fromkeys(WITHOUT, 1.0),
     }
     return EpmVGTrainer(

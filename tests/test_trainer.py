@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ONE_STEP, tiny_model
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -29,16 +29,10 @@ def dataset():
 
 def _trainer(folder, processor, dataset, model=None, callbacks=None, **arguments) -> EpmVGTrainer:
     defaults = {
+        **ONE_STEP,
         "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": 1,
-        "logging_steps": 1,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
-        "augment": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     return EpmVGTrainer(
         model=model or tiny_model(box_head="map"),
