@@ -4,11 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
 from .configuration_epmvg import EpmVGConfig
 from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
+from .pipeline_visual_grounding import VisualGroundingPipeline
 from .processing_epmvg import EpmVGProcessor
 
 if is_torchvision_available():
@@ -58,6 +60,7 @@ __all__ = [
     "GroundingAugmentation",
     "ImageGroups",
     "TeacherOutput",
+    "VisualGroundingPipeline",
     "as_grounding_dataset",
     "load_grounding_dataset",
 ]
@@ -82,3 +85,9 @@ AutoImageProcessor.register(
     else {"torchvision": EpmVGImageProcessor, "pil": EpmVGImageProcessorPil},
 )
 AutoProcessor.register(EpmVGConfig, EpmVGProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    "visual-grounding",
+    pipeline_class=VisualGroundingPipeline,
+    pt_model=EpmVGForVisualGrounding,  # a class, not AutoModel, which gives the bare EpmVGModel
+    type="multimodal",
+)
