@@ -52,6 +52,7 @@ CAPTIONS = RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box"
 SETTINGS: dict[str, tuple[float, dict[str, float]]] = {
     "none": (0.0, {}),
     "box_map": (1.0, {}),
+    "both_maps": (1.0, TEACHER_MAP),
     "all_captions": (1.0, CAPTIONS),
     "all_captions_3": (1.0, CAPTIONS | {"caption_ratio": 3.0}),
     "teacher_map_captions_3": (0.0, TEACHER_MAP | {"caption_ratio": 3.0}),
@@ -66,6 +67,7 @@ SETTINGS: dict[str, tuple[float, dict[str, float]]] = {
 DESCRIPTIONS = {
     "none": "no distillation, no map loss",
     "box_map": "map from the box (no teacher: the control)",
+    "both_maps": "map from the box and from the teacher (the default)",
     "all_captions": "all + captions, 1 captioned image per labelled one",
     "all_captions_3": "all + captions, 3 captioned images per labelled one",
     "teacher_map_captions_3": "map from the teacher + captions, 3 captioned images per labelled one",

@@ -53,6 +53,10 @@ class ModelArguments:
             "help": "Attention of text tower and transformers: eager, sdpa, ...; without it transformers chooses."
         },
     )
+    map_loss_coefficient: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the map loss towards the box; with few labels and a teacher, 0 is better."},
+    )
     tokenizer_name: str | None = field(
         default=None,
         metadata={"help": "Tokenizer of a new model; without it one is trained on the training expressions."},
@@ -180,6 +184,8 @@ def main():
         teacher = ClipTeacher.from_pretrained(model_arguments.teacher_name, model_arguments.teacher_pretrained)
     projected = teacher.embed_dim if teacher is not None and training_arguments.distils_embeddings else None
     model, processor = make_model(model_arguments, expressions, projected)
+    if model_arguments.map_loss_coefficient is not None:
+        model.config.map_loss_coefficient = model_arguments.map_loss_coefficient
     trainer = EpmVGTrainer(
         model=model,
         args=training_arguments,
