@@ -144,7 +144,8 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
     r"""
     Letterbox for visual grounding: the longer side is resized to the canvas, the aspect is kept, and the picture lies
     on a fixed square canvas, which is padded with 0 after normalisation. With the default settings this is the
-    evaluation transform of TransVG (djiajunustc/TransVG, `utils/transforms.py`).
+    evaluation transform of TransVG (djiajunustc/TransVG, `datasets/transforms.py`), whose pixels differ here and there
+    by one of 255 levels, since it resizes with PIL, as [`EpmVGImageProcessorPil`] does (`backend="pil"`).
 
     Images are PIL images, arrays or tensors (channels first or last; gray ones with a channel axis), or paths. EXIF
     orientation is **not** applied: boxes refer to the pixels as they are stored. An array as small as 3 x W or H x 3

@@ -36,6 +36,9 @@ class EpmVGProcessor(ProcessorMixin):
         max_text_length (`int`, *optional*, defaults to 20): expressions are cut to so many tokens, special ones
             included; saved with the processor. A `max_length` of a call goes before it, one saved with the tokenizer
             does not.
+        do_lower_case (`bool`, *optional*, defaults to `False`): expressions are lower-cased before the tokenizer sees
+            them, as TransVG does; saved with the processor. Also with a tokenizer that lower-cases itself, this makes
+            words of what would be a special token, such as "[SEP]".
     """
 
     # The model takes no segment ids, whatever the tokenizer offers.
@@ -49,9 +52,17 @@ class EpmVGProcessor(ProcessorMixin):
     }
     images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
 
-    def __init__(self, image_processor=None, tokenizer=None, max_text_length: int = 20, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        max_text_length: int = 20,
+        do_lower_case: bool = False,
+        **kwargs,
+    ):
         super().__init__(image_processor, tokenizer, **kwargs)
         self.max_text_length = max_text_length
+        self.do_lower_case = do_lower_case
 
     @property
     def model_input_names(self) -> list[str]:
@@ -169,6 +180,8 @@ class EpmVGProcessor(ProcessorMixin):
 
     def _tokenize(self, expressions: list[str], **text_kwargs) -> dict:
         """Tokenizes, and warns where expressions are cut."""
+        if self.do_lower_case:
+            expressions = [expression.lower() for expression in expressions]
         encoded = self.tokenizer(expressions, **text_kwargs)
         # What was cut fills its row to the limit, so only full rows need a second look.
         limit = text_kwargs["max_length"]

@@ -379,7 +379,7 @@ def _build(source: _Source, name: str) -> nn.Module:
 
     from_file = isinstance(source.weights, Path)
     if from_file:
-        _check_weights(source.weights)
+        check_weights(source.weights)
     config = dict(source.model_config)
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if not custom_text:
@@ -411,7 +411,7 @@ def _build(source: _Source, name: str) -> nn.Module:
     return clip
 
 
-def _check_weights(path: Path) -> None:
+def check_weights(path: Path) -> None:
     """
     Raises for a file that is not there, or that is not known to be loaded without running code from it. open_clip
     loads with `weights_only=True` too, but on a `TypeError` tries again without saying so.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional as tvf
 
 from epmvg_hf.image_processing_epmvg import EpmVGImageProcessor
 from epmvg_hf.image_processing_pil_epmvg import EpmVGImageProcessorPil
@@ -25,7 +26,12 @@ def transvg_image(case):
     return Image.fromarray(noise).resize((case["width"], case["height"]), Image.BICUBIC)
 
 
-@pytest.mark.parametrize("backend, tolerance", [(EpmVGImageProcessor, 0.1), (EpmVGImageProcessorPil, 1e-4)])
+# TransVG resizes with PIL; torchvision's resize rounds here and there to the next of 255 levels.
+ONE_LEVEL = 1.01 / 255 / 0.224
+TOLERANCES = [(EpmVGImageProcessor, ONE_LEVEL), (EpmVGImageProcessorPil, 1e-5)]
+
+
+@pytest.mark.parametrize("backend, tolerance", TOLERANCES)
 def test_transvg_cases(backend, tolerance):
     path = Path(__file__).parents[2] / "shared" / "transvg" / "transform_cases.json"
     if not path.exists():
@@ -45,6 +51,24 @@ def test_transvg_cases(backend, tolerance):
         assert torch.equal(inputs.pixel_mask[0], mask)
         label = letterbox.to_labels(torch.tensor([case["box_xyxy"]], dtype=torch.float64))
         torch.testing.assert_close(label[0], torch.tensor(case["label_cxcywh"]).double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(50, 33), (501, 333), (97, 64), (64, 64), (130, 90), (3, 200), (201, 2), (13, 7)])
+@pytest.mark.parametrize("backend, tolerance", TOLERANCES)
+def test_any_shape_is_that_of_transvg(backend, tolerance, size):
+    """TransVG's evaluation transform, with torchvision's functions for PIL images as there."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    width, height = (round(side * 64 / max(size)) for side in size)
+    resized = tvf.to_tensor(tvf.resize(image, [height, width]))
+    picture = tvf.normalize(resized, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    top, left = round((64 - height) / 2.0 - 0.1), round((64 - width) / 2.0 - 0.1)
+    expected = torch.zeros(3, 64, 64)
+    expected[:, top : top + height, left : left + width] = picture
+
+    inputs = backend(size=64)(image, return_tensors="pt")
+    torch.testing.assert_close(inputs.pixel_values[0], expected, atol=tolerance, rtol=0)
+    assert inputs.pixel_mask[0].sum() == inputs.pixel_mask[0, top : top + height, left : left + width].sum()
+    assert inputs.pixel_mask[0].sum() == height * width
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,17 +1,11 @@
-import importlib.util
-import json
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from safetensors import safe_open
 from transformers import AutoModel
 
-from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGModel
+from epmvg_hf import EpmVGForVisualGrounding, EpmVGModel
 
-TRANSVG = Path(__file__).parents[2] / "shared" / "transvg"
 both_heads = pytest.mark.parametrize("box_head", ["reg", "map"])
 
 
@@ -314,68 +308,6 @@ def test_bad_inputs_are_named(change, message):
 def test_wrong_stride_is_named():
     with pytest.raises(ValueError, match=r"maps 64 pixels to 8 cells, but config\.backbone_stride is 16"):
         tiny_model(backbone_stride=16)(**_inputs())
-
-
-# TransVG's parameter names -> ours, for the deterministic weights of ../shared/transvg.
-_RENAMES = [
-    (r"^visumodel\.backbone\.0\.body\.conv1\.", "model.vision_model.embedder.embedder.convolution."),
-    (r"^visumodel\.backbone\.0\.body\.bn1\.", "model.vision_model.embedder.embedder.normalization."),
-    (r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.0\.", r"STAGE\1.layers.\2.shortcut.convolution."),
-    (
-        r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.1\.",
-        r"STAGE\1.layers.\2.shortcut.normalization.",
-    ),
-    (r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.conv(\d)\.", r"STAGE\1.layers.\2.BLOCK\3.convolution."),
-    (r"^visumodel\.backbone\.0\.body\.layer(\d)\.(\d+)\.bn(\d)\.", r"STAGE\1.layers.\2.BLOCK\3.normalization."),
-    (r"STAGE(\d)", lambda match: f"model.vision_model.encoder.stages.{int(match[1]) - 1}"),
-    (r"BLOCK(\d)", lambda match: f"layer.{int(match[1]) - 1}"),
-    (r"^visumodel\.input_proj\.", "model.input_projection."),
-    (r"^visumodel\.transformer\.encoder\.", "model.encoder."),
-    (r"^vl_transformer\.encoder\.", "model.fusion."),
-    (r"\.norm1\.", ".self_attn_layer_norm."),
-    (r"\.norm2\.", ".final_layer_norm."),
-    (r"\.linear(\d)\.", r".fc\1."),
-    (r"self_attn\.out_proj", "self_attn.o_proj"),
-    (r"^textmodel\.bert\.", "model.text_model."),
-    (r"^visu_proj\.", "model.visual_projection."),
-    (r"^text_proj\.", "model.text_projection."),
-    (r"^reg_token\.weight", "model.reg_token"),
-    (r"^vl_pos_embed\.weight", "model.fusion_positions"),
-    (r"^bbox_embed\.layers\.(\d)\.", lambda match: f"box_head.{2 * int(match[1])}."),
-]
-
-
-def _from_transvg(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, value in checkpoint.items():
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if "in_proj_" in name:
-            for projection, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[name.replace("in_proj_", f"{projection}_proj.")] = part
-        elif "pooler" not in name:
-            renamed[name] = value[0] if name == "model.reg_token" else value
-    return renamed
-
-
-@pytest.mark.skipif(not TRANSVG.exists(), reason="needs ../shared/transvg")
-@pytest.mark.parametrize("case_number", [0, 1])
-@torch.no_grad()
-def test_boxes_of_the_original_transvg(case_number):
-    spec = importlib.util.spec_from_file_location("name_keyed_weights", TRANSVG / "name_keyed_weights.py")
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
-    case = json.loads((TRANSVG / "reference_cases.json").read_text())[case_number]
-    size, length = case["imsize"], case["max_query_len"]
-    model = EpmVGForVisualGrounding(EpmVGConfig(image_size=size, max_text_length=length)).eval()
-    weights = _from_transvg(reference.state_dict(TRANSVG / "checkpoint_keys_resnet50.json", size, length))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert unexpected == [] and all(name.endswith("num_batches_tracked") for name in missing)
-
-    inputs = reference.inputs(case)
-    padding = inputs.pop("padding")
-    boxes = model(**inputs, pixel_mask=(~padding).long()).pred_boxes
-    torch.testing.assert_close(boxes, torch.tensor(case["boxes"]), atol=1e-5, rtol=0)
 
 
 def test_rows_without_a_box_take_no_part_in_the_loss():

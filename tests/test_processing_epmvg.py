@@ -1,10 +1,12 @@
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_image_processing_epmvg import ONE_LEVEL, transvg_image
 from transformers import AutoImageProcessor, AutoTokenizer, BertTokenizer, PreTrainedConfig
 from transformers.utils import ModelOutput
 
@@ -159,7 +161,34 @@ def test_max_length_that_the_tokenizer_remembers_does_not_count(processor, tmp_p
     assert fresh(text="the red dog").input_ids.shape == (1, 5)
 
 
+def test_lower_case_is_a_setting(tmp_path):
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)}, do_lower_case=False)
+    image_processor = EpmVGImageProcessor(size=64)
+    as_written = EpmVGProcessor(image_processor, tokenizer)
+    lowered = EpmVGProcessor(image_processor, tokenizer, do_lower_case=True)
+    assert as_written(text="The RED dog").input_ids.tolist() == [[2, 1, 1, 7, 3]]
+    assert lowered(text="The RED dog").input_ids.tolist() == [[2, 5, 6, 7, 3]]
+    lowered.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["do_lower_case"] is True
+
+
 # Round trip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transvg_cases(backend):
+    path = Path(__file__).parents[2] / "shared" / "transvg" / "transform_cases.json"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    for case in json.loads(path.read_text()):
+        processor = make_processor(backend, size=640)
+        inputs = processor(images=transvg_image(case), text="dog", boxes=case["box_xyxy"])
+        torch.testing.assert_close(inputs.labels[0], torch.tensor(case["label_cxcywh"]), atol=1e-6, rtol=0)
+        y, x = torch.tensor(case["positions_yx"]).unbind(1)
+        pixels = inputs.pixel_values[0][:, y, x].T
+        torch.testing.assert_close(pixels, torch.tensor(case["pixels"]), atol=ONE_LEVEL, rtol=0)
+        (found,) = processor.post_process_grounding(ModelOutput(pred_boxes=inputs.labels), inputs)
+        torch.testing.assert_close(found["box"], torch.tensor(case["box_xyxy"]).float(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("size, pad_offset", [(64, 0.0), (128, 0.5), (97, 0.31), (640, 0.5)])
@@ -301,7 +330,7 @@ def test_save_and_load(registered, backend, tmp_path):
 
     loaded = EpmVGProcessor.from_pretrained(tmp_path, backend="torchvision" if backend is BACKENDS[0] else "pil")
     assert isinstance(loaded.image_processor, backend)
-    assert loaded.max_text_length == 11
+    assert loaded.max_text_length == 11 and not loaded.do_lower_case
     assert loaded.to_dict() == processor.to_dict()
     inputs = loaded(**arguments, padding="max_length")
     assert set(inputs) == set(expected)

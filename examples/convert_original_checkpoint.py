@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""A checkpoint of the original TransVG -> a folder that `EpmVGForVisualGrounding.from_pretrained` loads.
+
+python examples/convert_original_checkpoint.py --checkpoint best_checkpoint.pth --output_dir transvg_unc
+python examples/convert_original_checkpoint.py --checkpoint best_checkpoint.pth --output_dir weights --tokenizer none
+
+Nothing in the checkpoint is executed. Each of its tensors is converted, or named below with the reason why it is not.
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import BertTokenizer
+
+from epmvg_hf import EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
+from epmvg_hf.transvg_conversion import convert_transvg, read_transvg_checkpoint
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="file .pth that TransVG saved")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--tokenizer",
+        default="google-bert/bert-base-uncased",
+        help='Hub name or folder of the tokenizer, which the checkpoint lacks; "none": model and image processor only',
+    )
+    parser.add_argument(
+        "--image_size", type=int, help="canvas in pixels, if the checkpoint does not tell it and it is not 640"
+    )
+    arguments = parser.parse_args(command_line)
+
+    tensors, args, unused = read_transvg_checkpoint(arguments.checkpoint)
+    model, unused_tensors = convert_transvg(tensors, args, arguments.image_size)
+    # The evaluation transform of TransVG, written out so that the folder does not depend on defaults.
+    side = model.config.image_size
+    processor = EpmVGImageProcessor(size={"height": side, "width": side}, pad_offset=0.5)
+    if arguments.tokenizer != "none":
+        tokenizer = load_tokenizer(arguments.tokenizer, model)
+        length = model.config.max_text_length
+        processor = EpmVGProcessor(processor, tokenizer, max_text_length=length, do_lower_case=True)
+
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(arguments.output_dir)
+    processor.save_pretrained(arguments.output_dir)
+    print(report(model, len(tensors) - len(unused_tensors), unused | unused_tensors))
+    print(f"written to {arguments.output_dir}")
+
+
+def load_tokenizer(name: str, model: EpmVGForVisualGrounding) -> BertTokenizer:
+    try:
+        # TransVG knows no other; unlike AutoTokenizer, it also takes a folder with nothing but BERT's vocab.txt.
+        tokenizer = BertTokenizer.from_pretrained(name)
+    except Exception as error:  # a folder can be wrong in any way, and so can a download
+        raise ValueError(f"there is no tokenizer in {name}: {error}") from error
+    vocab_size = model.config.text_config.vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"{name} has {len(tokenizer)} tokens, but the checkpoint embeddings of {vocab_size} only.")
+    if len(tokenizer) < vocab_size:
+        print(f"warning: {name} has {len(tokenizer)} of the {vocab_size} tokens that the checkpoint embeds")
+    return tokenizer
+
+
+def report(model: EpmVGForVisualGrounding, used: int, unused: dict[str, str]) -> str:
+    config = model.config
+    lines = [
+        f"ResNet {config.backbone_config.depths}, {config.encoder_layers} encoder layers, "
+        f"{config.text_config.num_hidden_layers} layers of BERT, {config.fusion_layers} fusion layers, "
+        f"{config.image_size} pixels, {config.max_text_length} tokens",
+        f"{used} tensors converted; not used:",
+        *(f"- {name}: {reason}" for name, reason in unused.items()),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
