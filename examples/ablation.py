@@ -373,13 +373,15 @@ def cell(values: list[float]) -> str:
 
 def plot(file: Path, arguments: argparse.Namespace, results: dict) -> None:
     figure, axis = plt.subplots(figsize=(9, 5))
-    for name in arguments.settings:
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    for position, name in enumerate(arguments.settings):
         runs = [(labelled, [run["acc@0.5"] for run in results[name, labelled]]) for labelled in arguments.labelled]
         runs = [(labelled, values) for labelled, values in runs if values]
         if runs:
             counts, means = zip(*((labelled, statistics.mean(values)) for labelled, values in runs), strict=True)
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in runs]
-            axis.errorbar(counts, means, spread, label=DESCRIPTIONS[name], marker="o", capsize=3)
+            beside = np.array(counts) * 1.02**position  # bars of one column would hide each other
+            axis.errorbar(beside, means, spread, label=DESCRIPTIONS[name], marker="o", markersize=4, capsize=2)
     axis.set(
         xscale="log", xlabel="labelled expressions", ylabel=f"Acc@0.5 on {arguments.dataset_name}", ylim=(0, None)
     )
