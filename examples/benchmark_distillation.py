@@ -62,7 +62,7 @@ def main():
             torch.manual_seed(0)
             model_arguments = ModelArguments(config_name=arguments.config_name, attn_implementation="eager")
             distils = mode != "no teacher"
-            model, processor = make_model(model_arguments, dataset["expression"], teacher if distils else None)
+            model, processor = make_model(model_arguments, dataset["expression"], None)
             times = StepTimes()
             with tempfile.TemporaryDirectory() as folder:
                 args = EpmVGTrainingArguments(
