@@ -90,6 +90,8 @@ class ClipTeacher(nn.Module):
         self.image_std = tuple(map(float, preprocess["std"]))
         # Anything but "bilinear" is bicubic in open_clip, "random" included.
         self.interpolation = "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"
+        # Several times as fast for a ResNet in bfloat16 on a CPU, the same for a ViT.
+        self.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
 
@@ -259,9 +261,11 @@ class ClipTeacher(nn.Module):
                 f"pixel_values must lie in [0, 1], not yet normalised, and these go from {low:.3g} to {high:.3g}."
             )
         size = (self.image_size, self.image_size)
-        pixels = nn.functional.interpolate(
-            pixels, size, mode=self.interpolation, align_corners=False, antialias=True
-        ).clamp(0, 1)
+        if pixels.shape[2:] != size:
+            pixels = nn.functional.interpolate(
+                pixels, size, mode=self.interpolation, align_corners=False, antialias=True
+            )
+        pixels = pixels.clamp(0, 1)
         mean, std = pixels.new_tensor([self.image_mean, self.image_std])[..., None, None]
         return ((pixels - mean) / std).to(next(self.clip.visual.parameters()).dtype)
 

@@ -69,11 +69,12 @@ class TeacherCache:
     ) -> "TeacherCache":
         """
         Computes what is not on disk yet. An interrupted build goes on where it stopped; processes that build the same
-        cache at the same time share the work, and none returns before all is there.
+        cache at the same time share the work, and none returns before all is there. The teacher computes in the
+        caller's autocast.
 
-        A cache is found again by the teacher's fingerprint, the settings of the image processor and the fingerprint
-        of the dataset. A dataset whose fingerprint is random gets a new cache every time; image files that are
-        replaced behind an unchanged dataset are not noticed.
+        A cache is found again by the teacher's fingerprint, the dtype it computes in, the settings of the image
+        processor and the fingerprint of the dataset. A dataset whose fingerprint is random gets a new cache every
+        time; image files that are replaced behind an unchanged dataset are not noticed.
 
         Args:
             teacher ([`ClipTeacher`]): is run where its parameters are.
@@ -98,10 +99,13 @@ class TeacherCache:
         groups = ImageGroups(dataset)
         image_rows = [rows[0] for rows in groups.groups]
         expressions = list(dict.fromkeys(groups.rows.select_columns(["expression"])[:]["expression"]))
+        device = next(teacher.parameters()).device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         key = {
             "format_version": _FORMAT_VERSION,
             "teacher": teacher.fingerprint,
             "embed_dim": teacher.embed_dim,
+            "autocast": str(autocast),
             "output_patches": output_patches,
             "image_processor": _settings_of(image_processor),
             "dataset": dataset._fingerprint,
@@ -111,7 +115,6 @@ class TeacherCache:
             "expressions_per_shard": _EXPRESSIONS_PER_SHARD,
         }
         folder = _make_folder(cache_dir, key)
-        device = next(teacher.parameters()).device
         image_columns = ("image_embeds", "patch_embeds") if output_patches else ("image_embeds",)
         text_columns = ("expression", "text_embeds")
 

@@ -144,17 +144,18 @@ class EpmVGTrainer(Trainer):
                 )
             self.train_collator.keep_expressions = True
             return
-        caches = [
-            TeacherCache.build(
-                self.teacher,
-                dataset,
-                self.processing_class.image_processor,
-                cache_dir=self.args.teacher_cache_dir,
-                output_patches=self.args.teacher_map_loss_coefficient > 0,
-                disable_tqdm=self.args.disable_tqdm or not self.is_local_process_zero(),
-            )
-            for dataset in datasets
-        ]
+        with self.accelerator.autocast():
+            caches = [
+                TeacherCache.build(
+                    self.teacher,
+                    dataset,
+                    self.processing_class.image_processor,
+                    cache_dir=self.args.teacher_cache_dir,
+                    output_patches=self.args.teacher_map_loss_coefficient > 0,
+                    disable_tqdm=self.args.disable_tqdm or not self.is_local_process_zero(),
+                )
+                for dataset in datasets
+            ]
         self.train_collator.teacher_cache = TeacherCache.concatenate(caches)
 
     def _get_dataloader(self, dataset: Dataset | IterableDataset, *args, is_training: bool = False, **kwargs):

@@ -245,7 +245,8 @@ def test_projections_that_no_term_uses_ask_for_no_gradient(tmp_path, processor, 
     assert asking() == set() and len(asking(teacher=TinyTeacher())) == 2
 
 
-def test_the_teacher_runs_in_the_autocast_dtype(tmp_path, processor, dataset):
+@pytest.mark.parametrize("cache_teacher", [True, False])
+def test_the_teacher_runs_in_the_autocast_dtype(tmp_path, processor, dataset, cache_teacher):
     class Noting(TinyTeacher):
         def encode_images(self, pixel_values, output_patches=True):
             self.dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
@@ -253,7 +254,8 @@ def test_the_teacher_runs_in_the_autocast_dtype(tmp_path, processor, dataset):
 
     for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         teacher = Noting()
-        _trainer(tmp_path, processor, dataset, teacher=teacher, cache_teacher=False, bf16=bf16).train()
+        arguments = {"cache_teacher": cache_teacher, "teacher_cache_dir": str(tmp_path / "cache"), "bf16": bf16}
+        _trainer(tmp_path, processor, dataset, teacher=teacher, **arguments).train()
         assert teacher.dtype == dtype
 
 

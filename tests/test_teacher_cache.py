@@ -248,6 +248,14 @@ def test_computes_anew_after_a_change(build, teacher, change):
     assert folder_of(build()) == folder and not teacher.seen()
 
 
+def test_computes_anew_in_another_dtype(build, teacher):
+    folder = folder_of(build())
+    teacher.seen()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert folder_of(build()) != folder
+    assert teacher.seen() == once()
+
+
 def test_a_saved_image_processor_finds_the_cache(build, processor, teacher, tmp_path):
     build(image_processor=processor.image_processor)
     processor.save_pretrained(tmp_path / "processor")
