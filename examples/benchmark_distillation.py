@@ -2,18 +2,22 @@
 """What a training step costs without a teacher, with a cached one, and with one that runs in every step.
 
 python examples/benchmark_distillation.py                       # the demo's model, data and teacher
-python examples/benchmark_distillation.py --rounds 5 --threads 1
+python examples/benchmark_distillation.py --steps 300 --threads 1
+
+The three trainings take turns, step by step, on the same batches: what else the machine does meets all of them alike.
 """
 
 import argparse
 import json
 import os
-import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset
 from run_grounding import ModelArguments, make_model
 from transformers import TrainerCallback
 
@@ -21,24 +25,29 @@ from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_gro
 
 HERE = Path(__file__).parent
 MODES = ("no teacher", "cached", "on the fly")
+WARM_UP = 5
 
 
-class StepTimes(TrainerCallback):
-    """Seconds from the end of one step to the end of the next: data, forward, backward and optimizer."""
+class Turns(TrainerCallback):
+    """Lets several trainings, each in a thread, run one step in turn, and keeps how long each step took."""
 
-    def __init__(self):
-        self.ends = []
+    def __init__(self, own: threading.Semaphore, following: threading.Semaphore):
+        self.own, self.following = own, following
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.own.acquire()
+        self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
+        self.seconds.append(time.perf_counter() - self.start)
+        self.following.release()
+        self.own.acquire()
+        # The next step begins with its data.
+        self.start = time.perf_counter()
 
-    def seconds(self, warm_up: int) -> list[float]:
-        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)][warm_up:]
-
-
-def chunks(values: list[float], arguments: argparse.Namespace) -> list[list[float]]:
-    """The steps of each round."""
-    return [values[start : start + arguments.steps] for start in range(0, len(values), arguments.steps)]
+    def on_train_end(self, args, state, control, **kwargs):
+        self.following.release()
 
 
 def main():
@@ -47,58 +56,72 @@ def main():
     parser.add_argument("--config_name", default="tiny.json", help="model configuration, see run_grounding.py")
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=8, help="images")
-    parser.add_argument("--steps", type=int, default=40, help="measured steps of each round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, each of all modes in turn")
+    parser.add_argument("--steps", type=int, default=200, help="measured steps of each mode, after 5 others")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     teacher = ClipTeacher.from_pretrained(arguments.teacher)
     dataset = load_grounding_dataset("shapes", split="train", num_images=arguments.images)
-    seconds = {mode: [] for mode in MODES}
-    warm_up = 5
-    for _ in range(arguments.rounds):
-        for mode in MODES:
-            torch.manual_seed(0)
-            model_arguments = ModelArguments(config_name=arguments.config_name, attn_implementation="eager")
-            distils = mode != "no teacher"
-            model, processor = make_model(model_arguments, dataset["expression"], None)
-            times = StepTimes()
-            with tempfile.TemporaryDirectory() as folder:
-                args = EpmVGTrainingArguments(
-                    output_dir=folder,
-                    use_cpu=True,
-                    bf16=True,
-                    max_steps=warm_up + arguments.steps + 1,
-                    per_device_train_batch_size=arguments.batch_size,
-                    augment=False,
-                    cache_teacher=mode == "cached",
-                    save_strategy="no",
-                    logging_steps=1_000,
-                    disable_tqdm=True,
-                    dataloader_pin_memory=False,
-                )
-                EpmVGTrainer(
-                    model,
-                    args,
-                    train_dataset=dataset,
-                    processing_class=processor,
-                    teacher=teacher if distils else None,
-                    callbacks=[times],
-                ).train()
-            seconds[mode] += times.seconds(warm_up)
-    medians = {mode: statistics.median(values) for mode, values in seconds.items()}
-    for mode in MODES:
-        # A ratio within each round: what else the machine does changes between rounds.
-        ratios = [
-            statistics.median(own) / statistics.median(base)
-            for own, base in zip(
-                chunks(seconds[mode], arguments), chunks(seconds["no teacher"], arguments), strict=True
-            )
+    batons = [threading.Semaphore(0) for _ in MODES]
+    turns = [Turns(own, following) for own, following in zip(batons, batons[1:] + batons[:1], strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [
+            make_trainer(arguments, mode, teacher, dataset, folder, own)
+            for mode, own in zip(MODES, turns, strict=True)
         ]
-        spread = ", ".join(f"{100 * (ratio - 1):+.1f} %" for ratio in ratios)
-        print(f"{mode:12} {medians[mode] * 1e3:8.1f} ms a step; beside no teacher, by round: {spread}")
-    print(json.dumps({"threads": arguments.threads, "steps": len(seconds["cached"]), **medians}))
+        threads = [threading.Thread(target=trainer.train) for trainer in trainers]
+        for thread in threads:
+            thread.start()
+        batons[0].release()
+        for thread in threads:
+            thread.join()
+    report(arguments, np.array([own.seconds[WARM_UP:] for own in turns]))
+
+
+def make_trainer(
+    arguments: argparse.Namespace, mode: str, teacher: ClipTeacher, dataset: Dataset, folder: str, turns: Turns
+) -> EpmVGTrainer:
+    torch.manual_seed(0)
+    model_arguments = ModelArguments(config_name=arguments.config_name, attn_implementation="eager")
+    model, processor = make_model(model_arguments, dataset["expression"], None)
+    args = EpmVGTrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=True,
+        max_steps=WARM_UP + arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        augment=False,
+        cache_teacher=mode == "cached",
+        save_strategy="no",
+        logging_steps=1_000,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    return EpmVGTrainer(
+        model,
+        args,
+        train_dataset=dataset,
+        processing_class=processor,
+        teacher=None if mode == "no teacher" else teacher,
+        callbacks=[turns],
+    )
+
+
+def report(arguments: argparse.Namespace, seconds: np.ndarray) -> None:
+    """Medians of the steps `(3, steps)`, and of their ratios to the same step without a teacher."""
+    medians = np.median(seconds, axis=1)
+    ratios = seconds / seconds[0] - 1
+    resampled = np.random.default_rng(0).integers(arguments.steps, size=(10_000, arguments.steps))
+    for mode, median, ratio in zip(MODES, medians, ratios, strict=True):
+        low, high = np.quantile(np.median(ratio[resampled], axis=1), [0.025, 0.975])
+        print(
+            f"{mode:12} {median * 1e3:8.1f} ms a step, {np.median(ratio):+.1%} beside the same step without a teacher "
+            f"(95 % interval {low:+.1%} to {high:+.1%})"
+        )
+    print(
+        json.dumps({"threads": arguments.threads, "steps": arguments.steps, **dict(zip(MODES, medians, strict=True))})
+    )
 
 
 if __name__ == "__main__":
