@@ -475,7 +475,8 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
             nn.Linear(config.d_model, 4),
         )
         if config.box_head == "map":
-            self.log_map_sharpness = nn.Parameter(torch.empty(()))
+            # Of one entry, not none: FSDP cannot shard a scalar.
+            self.log_map_sharpness = nn.Parameter(torch.empty(1))
         self.post_init()
 
     @can_return_tuple

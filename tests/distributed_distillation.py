@@ -3,10 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
+import torch
 from conftest import ONE_STEP, TinyTeacher, tiny_model, tiny_processor
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
@@ -33,39 +36,62 @@ class Gradients(TrainerCallback):
         }
 
 
+def sharded_gradients(trainer: EpmVGTrainer) -> dict[str, torch.Tensor]:
+    """Those of the first batch with the student's parameters spread over the processes by FSDP2, layer by layer."""
+    ((batch,), totals) = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    model = trainer.model
+    for module in list(model.modules()):
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module)
+    fully_shard(model)
+    trainer.compute_loss(model, batch, num_items_in_batch=totals).backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def main(folder: Path, batch_size: int):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     logs = {}
     for run, changes in RUNS.items():
-        args = EpmVGTrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=batch_size,
-            max_grad_norm=0.0,
-            **{**ONE_STEP, "cache_teacher": False, **changes},
-        )
-        with args.main_process_first():
-            dataset = load_grounding_dataset("shapes", split="train", num_images=4)
-        # Images have 8, 1, 5 and 2 expressions.
-        counts = [8, 1, 5, 2]
-        keep = [row for row, image in enumerate(dataset["image_id"]) if row % 8 < counts[int(image[-6:])]]
-        captioned = load_grounding_dataset("shapes", split="validation", num_images=4).remove_columns("box")
-        callback = Gradients()
-        trainer = EpmVGTrainer(
-            tiny_model(box_head="map", frozen_batch_norm=True, teacher_projection_dim=24),
-            args,
-            train_dataset=dataset.select(keep),
-            processing_class=tiny_processor(),
-            teacher=TinyTeacher(),
-            caption_dataset=captioned,
-            callbacks=[callback],
-        )
+        trainer, callback = make_trainer(folder, batch_size, changes)
         trainer.train()
         if trainer.is_world_process_zero():
             log = trainer.state.log_history[0]
             logs[run] = {name: value for name, value in log.items() if "loss" in name or name == "grad_norm"}
             save_file(callback.gradients, folder / f"{run}.safetensors")
+    processes = trainer.args.world_size
+    if processes > 1:
+        trainer, _ = make_trainer(folder, batch_size, RUNS["all"])
+        gradients = sharded_gradients(trainer)
+        if trainer.is_world_process_zero():
+            save_file(gradients, folder / "all, sharded.safetensors")
     if trainer.is_world_process_zero():
-        (folder / "result.json").write_text(json.dumps({"processes": args.world_size, "logs": logs}))
+        (folder / "result.json").write_text(json.dumps({"processes": processes, "logs": logs}))
+
+
+def make_trainer(folder: Path, batch_size: int, changes: dict[str, Any]) -> tuple[EpmVGTrainer, Gradients]:
+    args = EpmVGTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        max_grad_norm=0.0,
+        **{**ONE_STEP, "cache_teacher": False, **changes},
+    )
+    with args.main_process_first():
+        dataset = load_grounding_dataset("shapes", split="train", num_images=4)
+    # Images have 8, 1, 5 and 2 expressions.
+    counts = [8, 1, 5, 2]
+    keep = [row for row, image in enumerate(dataset["image_id"]) if row % 8 < counts[int(image[-6:])]]
+    captioned = load_grounding_dataset("shapes", split="validation", num_images=4).remove_columns("box")
+    callback = Gradients()
+    trainer = EpmVGTrainer(
+        tiny_model(box_head="map", frozen_batch_norm=True, teacher_projection_dim=24),
+        args,
+        train_dataset=dataset.select(keep),
+        processing_class=tiny_processor(),
+        teacher=TinyTeacher(),
+        caption_dataset=captioned,
+        callbacks=[callback],
+    )
+    return trainer, callback
 
 
 if __name__ == "__main__":

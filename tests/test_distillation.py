@@ -180,17 +180,19 @@ def _run(folder: Path, processes: int) -> dict:
 def test_two_processes_equal_one(tmp_path):
     """
     Every term: 8 images of 1 to 8 expressions, half of them without boxes, as one batch or as half a batch on each of
-    two processes.
+    two processes; and all terms together with the student sharded by FSDP2, the teacher outside.
     """
     one, two = _run(tmp_path / "one", processes=1), _run(tmp_path / "two", processes=2)
     assert (one["processes"], two["processes"]) == (1, 2)
     for run, log in one["logs"].items():
         for name, value in log.items():
             assert two["logs"][run][name] == pytest.approx(value, rel=1e-5), (run, name)
-        gradients, others = (load_file(tmp_path / folder / f"{run}.safetensors") for folder in ("one", "two"))
+    for run, other in [(run, run) for run in one["logs"]] + [("all", "all, sharded")]:
+        gradients = load_file(tmp_path / "one" / f"{run}.safetensors")
+        others = load_file(tmp_path / "two" / f"{other}.safetensors")
         assert gradients.keys() == others.keys()
         difference = sum(((gradients[name] - others[name]) ** 2).sum() for name in gradients) ** 0.5
-        assert difference <= 1e-5 * log["grad_norm"], run
+        assert difference <= 1e-5 * one["logs"][run]["grad_norm"], other
     assert {f"loss_{name}" for name in ("bbox", "giou", "map", "relation", "feature", "teacher_map")} <= set(
         one["logs"]["all"]
     )
