@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
 from .configuration_epmvg import EpmVGConfig
 from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
+from .patch_backbone import PatchBackbone, PatchBackboneConfig
 from .pipeline_visual_grounding import VisualGroundingPipeline
 from .processing_epmvg import EpmVGProcessor
 
@@ -85,6 +86,8 @@ AutoImageProcessor.register(
     else {"torchvision": EpmVGImageProcessor, "pil": EpmVGImageProcessorPil},
 )
 AutoProcessor.register(EpmVGConfig, EpmVGProcessor)
+AutoConfig.register(PatchBackboneConfig.model_type, PatchBackboneConfig)
+AutoBackbone.register(PatchBackboneConfig, PatchBackbone)
 PIPELINE_REGISTRY.register_pipeline(
     "visual-grounding",
     pipeline_class=VisualGroundingPipeline,

@@ -26,7 +26,8 @@ class EpmVGConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a ResNet-50 with its last stage):
-            Vision backbone, any configuration that `AutoBackbone` accepts. The last feature map is used.
+            Vision backbone, any configuration that `AutoBackbone` accepts. Several feature maps (`out_features`) are
+            averaged to the cells of the last one and concatenated.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BERT-base):
             Text tower, any configuration that `AutoModel` turns into a text encoder (`input_ids` to
             `last_hidden_state`; no encoder-decoder).

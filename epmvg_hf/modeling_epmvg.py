@@ -13,14 +13,13 @@
 # limitations under the License.
 """PyTorch EpmVG: a TransVG-compatible grounding student that reads B images and N expressions."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoModel
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import load_backbone
@@ -36,6 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_epmvg import EpmVGConfig
 from .losses import box_loss, box_map_target, has_box, map_loss
+from .pretrained_towers import FromTowersMixin, text_model_options
 
 
 @dataclass
@@ -276,7 +276,7 @@ class EpmVGEncoder(EpmVGPreTrainedModel):
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
-class EpmVGModel(EpmVGPreTrainedModel):
+class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     """
     The bare grounding student: vision backbone and DETR encoder, text tower, and a fusion transformer over
     `[REG] . text . visual` (TransVG). The visual branch runs once per image, however many expressions it has.
@@ -285,14 +285,15 @@ class EpmVGModel(EpmVGPreTrainedModel):
     def __init__(self, config: EpmVGConfig):
         super().__init__(config)
         self.vision_model = load_backbone(config)
-        self.input_projection = nn.Conv2d(self.vision_model.channels[-1], config.d_model, kernel_size=1)
+        channels = sum(self.vision_model.channels)
+        self.input_projection = nn.Conv2d(channels, config.d_model, kernel_size=1)
         self.sine_positions = DetrSinePositionEmbedding(config.d_model // 2, normalize=True)
         self.encoder = EpmVGEncoder(
             config, config.encoder_layers, config.encoder_attention_heads, config.encoder_ffn_dim
         )
         self.visual_projection = nn.Linear(config.d_model, config.d_model)
 
-        self.text_model = _build_text_model(config.text_config)
+        self.text_model = AutoModel.from_config(config.text_config, **text_model_options(config.text_config))
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.d_model)
 
         grid = config.image_size // config.backbone_stride
@@ -303,7 +304,7 @@ class EpmVGModel(EpmVGPreTrainedModel):
 
         if config.teacher_projection_dim is not None:
             width = config.teacher_projection_dim
-            self.teacher_image_projection = nn.Linear(self.vision_model.channels[-1], width, bias=False)
+            self.teacher_image_projection = nn.Linear(channels, width, bias=False)
             self.teacher_text_projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
 
         self.post_init()
@@ -412,9 +413,10 @@ class EpmVGModel(EpmVGPreTrainedModel):
     def _encode_pixels(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backbone's last map `(B, C, grid_height, grid_width)` and the mask of its cells."""
-        feature_map = self.vision_model(pixel_values.to(self.dtype)).feature_maps[-1]
-        grid = feature_map.shape[-2:]
+        """The backbone's maps as one `(B, C, grid_height, grid_width)` and the mask of its cells."""
+        *lower, last = self.vision_model(pixel_values.to(self.dtype)).feature_maps
+        grid = last.shape[-2:]
+        feature_map = torch.cat([*(nn.functional.adaptive_avg_pool2d(level, grid) for level in lower), last], dim=1)
         stride = self.config.backbone_stride
         for cells, pixels in zip(grid, pixel_values.shape[-2:], strict=True):
             if cells not in (pixels // stride, -(-pixels // stride)):
@@ -459,7 +461,7 @@ class EpmVGModel(EpmVGPreTrainedModel):
         return torch.cat([before_visual, visual])[None]
 
 
-class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
+class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
     """[`EpmVGModel`] with a box head: one box per expression, and the grounding loss when `labels` are given."""
 
     def __init__(self, config: EpmVGConfig):
@@ -573,13 +575,6 @@ class EpmVGForVisualGrounding(EpmVGPreTrainedModel):
         pointed_at = torch.einsum("nv,nvd->nd", weights.to(fused_visual.dtype), fused_visual)
         offset, size = self.box_head(torch.cat([outputs.reg_state, pointed_at], dim=-1)).float().split(2, dim=-1)
         return torch.cat([(centre + 0.5 * offset.tanh()).clamp(0, 1), size.sigmoid()], dim=-1)
-
-
-def _build_text_model(text_config) -> PreTrainedModel:
-    """The text tower, without the pooling layer that some towers have and that would never get a gradient."""
-    signature = inspect.signature(MODEL_MAPPING[type(text_config)].__init__)
-    pooling = {"add_pooling_layer": False} if "add_pooling_layer" in signature.parameters else {}
-    return AutoModel.from_config(text_config, **pooling)
 
 
 def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,8 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import ModelOutput, logging
 
+from .configuration_epmvg import EpmVGConfig
+
 logger = logging.get_logger(__name__)
 
 
@@ -63,6 +65,32 @@ class EpmVGProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
         self.max_text_length = max_text_length
         self.do_lower_case = do_lower_case
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: str, text: str, config: EpmVGConfig, do_lower_case: bool = False
+    ) -> "EpmVGProcessor":
+        r"""
+        The processor of a model that [`~EpmVGModel.from_vision_text_pretrained`] made: the mean and deviation of the
+        vision tower, the tokenizer of the text tower, canvas and text length of the model.
+
+        Args:
+            vision (`str`): folder or Hub id of the vision tower, with its image processor.
+            text (`str`): folder or Hub id of the text tower, with its tokenizer.
+            config ([`EpmVGConfig`]): the model's configuration.
+            do_lower_case (`bool`, *optional*, defaults to `False`): see [`EpmVGProcessor`].
+
+        Raises:
+            ValueError: there is no image processor with the vision tower, or the tokenizer has more tokens than the
+                text tower.
+        """
+        from . import EpmVGImageProcessor  # which is that of torchvision where there is one
+        from .pretrained_towers import tower_statistics, tower_tokenizer
+
+        size = {"height": config.image_size, "width": config.image_size}
+        image_processor = EpmVGImageProcessor(size=size, **tower_statistics(vision))
+        tokenizer = tower_tokenizer(text, config.text_config.vocab_size)
+        return cls(image_processor, tokenizer, config.max_text_length, do_lower_case)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -1,0 +1,107 @@
+# Copyright 2026 The EpmVG HF authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""CLIP's vision tower and ViT as backbones: transformers has no `AutoBackbone` for them."""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel, ViTModel
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import BackboneOutput
+
+
+@strict
+class PatchBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`PatchBackbone`].
+
+    Args:
+        tower_config (`CLIPVisionConfig`, `ViTConfig` or `dict`, *optional*, defaults to CLIP's ViT-B/32):
+            The vision transformer.
+        out_features (`list[str]`, *optional*, defaults to the last):
+            Which feature maps to return: `"stem"` is the first layer's input, `"stage1"` the first layer's output, and
+            so on.
+        out_indices (`list[int]`, *optional*):
+            The same by number, `"stem"` being 0.
+    """
+
+    model_type = "epmvg_patch_backbone"
+    sub_configs_defaults = {  # noqa: RUF012 (read by transformers, never changed)
+        "tower_config": SubConfigSpec(AutoConfig, model_type="clip_vision_model")
+    }
+
+    tower_config: dict | PreTrainedConfig | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        chosen = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
+        kwargs.pop("stage_names", None)  # saved, but the tower says it
+        super().__post_init__(**kwargs)
+        if self.tower_config.model_type not in ("clip_vision_model", "vit"):
+            raise ValueError(
+                f"tower_config is of type {self.tower_config.model_type!r}, expected clip_vision_model or vit"
+            )
+        layers = self.tower_config.num_hidden_layers
+        self.stage_names = ["stem", *(f"stage{layer}" for layer in range(1, layers + 1))]
+        self.set_output_features_output_indices(**chosen)
+
+
+class PatchBackbone(BackboneMixin, PreTrainedModel):
+    """
+    A vision transformer whose patch tokens are feature maps `(B, hidden_size, height / patch, width / patch)`. The map
+    of the last stage is the tower's `last_hidden_state`, an earlier one the output of its layer; the class token is
+    left out. Position embeddings are interpolated to the size of the image.
+    """
+
+    config: PatchBackboneConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PatchBackboneConfig):
+        super().__init__(config)
+        tower = config.tower_config
+        self.num_features = [tower.hidden_size] * len(config.stage_names)
+        # Neither keeps what only the pooled class token passes through: it would never get a gradient.
+        if isinstance(tower, CLIPVisionConfig):
+            self.tower = CLIPVisionModel(tower)
+            self.tower.post_layernorm = nn.Identity()
+        else:
+            self.tower = ViTModel(tower, add_pooling_layer=False)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`): normalised images.
+        """
+        outputs = self.tower(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True, return_dict=True)
+        states = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
+        patch = self.config.tower_config.patch_size
+        height, width = (side // patch for side in pixel_values.shape[-2:])
+        return BackboneOutput(
+            feature_maps=tuple(
+                states[index][:, 1:].transpose(1, 2).unflatten(2, (height, width)).contiguous()
+                for index in self.out_indices
+            )
+        )
+
+
+__all__ = ["PatchBackbone", "PatchBackboneConfig"]
