@@ -1,8 +1,10 @@
 """`transformers.Trainer` for B images and N expressions."""
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
@@ -17,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from .augmentation import GroundingAugmentation
 from .collator import CaptionedGroups, EpmVGDataCollator, ImageGroups
 from .distillation import DistillationLoss
+from .ema import WeightAverage
 from .grounding_accuracy import GroundingAccuracy
 from .losses import has_box
 from .modeling_epmvg import EpmVGForVisualGrounding
@@ -30,7 +34,8 @@ logger = logging.getLogger(__name__)
 # What a batch holds besides the inputs of the model.
 _OTHER_COLUMNS = ("boxes", "row_index", "expressions")
 _TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds", "teacher_patch_embeds")
-_VISION_MODULES = ("vision_model", "input_projection", "encoder", "visual_projection")
+# As in TransVG, whose projection behind the encoder learns with the fusion transformer.
+_VISION_MODULES = ("vision_model", "input_projection", "encoder")
 
 
 class EpmVGTrainer(Trainer):
@@ -112,6 +117,20 @@ class EpmVGTrainer(Trainer):
             for name, parameter in model.named_parameters():
                 if "teacher_image_projection" in name or "teacher_text_projection" in name:
                     parameter.requires_grad_(False)
+        for pattern in args.frozen_parameters or ():
+            found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+            if not found:
+                raise ValueError(f"frozen_parameters has {pattern!r}, which is found in no parameter's name")
+            for parameter in found:
+                parameter.requires_grad_(False)
+        self._average = None
+        if args.ema_decay is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "ema_decay needs whole weights on every process, which FSDP and DeepSpeed do not keep"
+                )
+            self._average = WeightAverage(args.ema_decay)
+            self.add_callback(self._average)
         if caption_dataset is not None:
             self._captions = CaptionTurnsCallback()
             self.add_callback(self._captions)
@@ -205,6 +224,22 @@ class EpmVGTrainer(Trainer):
             rate = self.args.vision_learning_rate
         return self.args.learning_rate if rate is None else rate
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.args.lr_drop_epochs is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps_per_epoch = num_training_steps / self.args.num_train_epochs
+        drops = [round(epoch * steps_per_epoch) for epoch in self.args.lr_drop_epochs]
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            return min(1.0, step / max(warmup, 1) if warmup else 1.0) * 0.1 ** sum(step >= drop for drop in drops)
+
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
@@ -273,6 +308,30 @@ class EpmVGTrainer(Trainer):
             self._loss_terms = {}
         super().log(logs, start_time)
 
+    # Averaged weights ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """While training with `args.ema_decay`, the model is its average in here."""
+        trained = self.model
+        if self._average is not None and self._average.model is not None:
+            self.model = self._average.model.module
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        with self._averaged_weights():
+            super()._save(output_dir, state_dict)
+        if self._average is not None and self._average.model is not None:
+            self._average.save_trained(self.model, self.args.output_dir if output_dir is None else output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._average is not None:
+            self._average.checkpoint = resume_from_checkpoint
+
     # Evaluation ------------------------------------------------------------------------------------------------
 
     def prediction_step(
@@ -306,7 +365,8 @@ class EpmVGTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._evaluated = []
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        with self._averaged_weights():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         batches = gather_object(self._evaluated)
         self._evaluated = []
 

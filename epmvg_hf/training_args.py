@@ -16,6 +16,15 @@ class EpmVGTrainingArguments(TrainingArguments):
             Learning rate of the vision backbone and its encoder; `learning_rate` when not given.
         text_learning_rate (`float`, *optional*):
             Learning rate of the text tower; `learning_rate` when not given.
+        lr_drop_epochs (`list[float]`, *optional*):
+            After each of so many of the `num_train_epochs`, all learning rates are divided by 10, and nothing else
+            but `warmup_steps` changes them; `lr_scheduler_type` is then not looked at (TransVG: 60 of 90).
+        frozen_parameters (`list[str]`, *optional*):
+            Regular expressions, searched in the names of parameters: those found are never trained (TransVG: the
+            backbone's first stage; CLIP-VG: both towers).
+        ema_decay (`float`, *optional*):
+            Average the weights exponentially over the steps, with this decay (SimVG: 0.999). Evaluated, saved and kept
+            at the end is the average, see [`~ema.WeightAverage`]. Not with FSDP or DeepSpeed.
         freeze_backbone_epochs (`int`, *optional*, defaults to 0):
             Epochs at the start in which the vision backbone and the text tower are not trained (VLTVG: 10).
         max_expressions_per_image (`int`, *optional*):
@@ -52,6 +61,15 @@ class EpmVGTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Learning rate of the vision backbone and its encoder."}
     )
     text_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the text tower."})
+    lr_drop_epochs: list[float] | None = field(
+        default=None, metadata={"help": "Epochs after which learning rates are divided by 10, instead of a schedule."}
+    )
+    frozen_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions found in the names of parameters that are not trained."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of an average of the weights, which is what is evaluated and saved."}
+    )
     freeze_backbone_epochs: int = field(
         default=0, metadata={"help": "First epochs in which the vision backbone and the text tower are not trained."}
     )
@@ -93,6 +111,12 @@ class EpmVGTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator reads the dataset's own columns")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}")
+        if any(not 0 < epoch < self.num_train_epochs for epoch in self.lr_drop_epochs or ()):
+            raise ValueError(
+                f"lr_drop_epochs must lie within the {self.num_train_epochs} epochs, got {self.lr_drop_epochs}"
+            )
         if self.caption_ratio <= 0:
             raise ValueError(f"caption_ratio must be positive, got {self.caption_ratio}")
         for name in ("relation_loss_coefficient", "feature_loss_coefficient", "teacher_map_loss_coefficient"):

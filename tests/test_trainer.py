@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ONE_STEP, tiny_model
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from epmvg_hf import (
     EpmVGDataCollator,
@@ -164,6 +164,7 @@ def test_learning_rates_per_part(tmp_path, processor, dataset):
         "model.input_projection.weight": (1e-5, 0.1),
         "model.text_model.encoder.layer.0.output.dense.weight": (2e-5, 0.1),
         "model.text_projection.weight": (1e-3, 0.1),
+        "model.visual_projection.weight": (1e-3, 0.1),
         "model.fusion.layers.0.self_attn_layer_norm.weight": (1e-3, 0.0),
         "box_head.0.weight": (1e-3, 0.1),
     }
@@ -194,6 +195,115 @@ def test_backbones_freeze_for_the_first_epochs(tmp_path, processor, dataset):
     assert not {"vision_model", "text_model"} & changed(start, first)
     assert {"fusion", "encoder", "reg_token", "box_head"} <= changed(start, first)
     assert {"vision_model", "text_model"} <= changed(first, second)
+
+
+def test_frozen_parameters_are_never_trained(tmp_path, processor, dataset):
+    model = tiny_model(box_head="map")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    patterns = [r"vision_model\.(embedder|encoder\.stages\.0)\.", "text_model.*word_embeddings"]
+    trainer = _trainer(
+        tmp_path, processor, dataset, model=model, max_steps=-1, num_train_epochs=2, freeze_backbone_epochs=1,
+        weight_decay=0.1, frozen_parameters=patterns,
+    )  # fmt: skip
+    trainer.train()
+    unchanged = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert unchanged == {
+        name
+        for name in before
+        if name.startswith(("model.vision_model.embedder.", "model.vision_model.encoder.stages.0."))
+        and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    } | {"model.text_model.embeddings.word_embeddings.weight"}
+    with pytest.raises(ValueError, match="frozen_parameters has 'vison', which is found in no parameter's name"):
+        _trainer(tmp_path, processor, dataset, frozen_parameters=["vison"])
+
+
+class Rates(TrainerCallback):
+    """The learning rates of the text tower and of the rest, at each step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.rates.append(sorted({group["lr"] for group in optimizer.param_groups}))
+
+
+def _rates(tmp_path, processor, dataset, **arguments) -> list[list[float]]:
+    rates = Rates()
+    _trainer(
+        tmp_path, processor, dataset, callbacks=[rates], max_steps=-1, num_train_epochs=3, learning_rate=1e-2,
+        text_learning_rate=1e-3, **arguments,
+    ).train()  # fmt: skip
+    return rates.rates
+
+
+def test_learning_rates_drop_by_epochs(tmp_path, processor, dataset):
+    """Two steps an epoch; every part's rate alike."""
+    rates = _rates(tmp_path, processor, dataset, lr_drop_epochs=[1, 2], warmup_steps=1)
+    factors = [0, 1, 0.1, 0.1, 0.01, 0.01]
+    np.testing.assert_allclose(rates[1:], [[1e-3 * factor, 1e-2 * factor] for factor in factors[1:]])
+    assert rates[0] == [0]
+
+
+def test_learning_rates_follow_a_cosine(tmp_path, processor, dataset):
+    rates = _rates(tmp_path, processor, dataset, lr_scheduler_type="cosine")
+    factors = [(1 + np.cos(np.pi * step / 6)) / 2 for step in range(6)]
+    np.testing.assert_allclose(rates, [[1e-3 * factor, 1e-2 * factor] for factor in factors])
+
+
+def test_gradients_are_clipped_over_all_parts(tmp_path, processor, dataset):
+    model = tiny_model(box_head="map", frozen_batch_norm=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = _trainer(
+        tmp_path, processor, dataset, model=model, optim="sgd", learning_rate=1.0, max_grad_norm=0.01,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0.1
+    step = torch.cat([(value - before[name]).flatten() for name, value in model.state_dict().items()])
+    assert step.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_mixed_precision_trains_weights_in_float32(tmp_path, processor, dataset):
+    def first_log(**arguments):
+        model = tiny_model(box_head="map", frozen_batch_norm=True)
+        trainer = _trainer(tmp_path, processor, dataset, model=model, **arguments)
+        trainer.train()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        return trainer.state.log_history[0]
+
+    whole, mixed = first_log(), first_log(bf16=True)
+    assert mixed["loss"] != whole["loss"]
+    assert mixed["loss"] == pytest.approx(whole["loss"], rel=0.02)
+
+
+def test_training_stops_early(tmp_path, processor, dataset):
+    """On the validation metric, which a learning rate of 0 does not improve."""
+    trainer = _trainer(
+        tmp_path, processor, dataset, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)], max_steps=8,
+        learning_rate=0.0, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="acc@0.5", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.state.best_metric == trainer.evaluate()["eval_acc@0.5"]
+
+
+def test_a_batch_size_that_fits_is_found(tmp_path, processor, dataset):
+    """Images of a batch; the memory here is full with more than three."""
+    trainer = _trainer(tmp_path, processor, dataset, auto_find_batch_size=True, max_steps=-1, num_train_epochs=1)
+    sizes, compute_loss = [], trainer.compute_loss
+
+    def with_little_memory(model, inputs, **kwargs):
+        sizes.append(len(inputs["pixel_values"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = with_little_memory
+    trainer.train()
+    fitting = [size for size in sizes if size <= 3]
+    assert max(sizes) == 8 and max(fitting) >= 2 and sum(fitting) == 16
+    assert trainer.state.global_step == len(fitting)
 
 
 def test_best_checkpoint_is_kept_and_loads(tmp_path, processor, dataset):

@@ -43,3 +43,15 @@ def test_streamed_rows_are_collated_where_they_are_used(tmp_path):
 def test_impossible_distillation_is_refused(argument, value):
     with pytest.raises(ValueError, match=f"{argument} must"):
         EpmVGTrainingArguments(use_cpu=True, **{argument: value})
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.5])
+def test_impossible_averages_are_refused(decay):
+    with pytest.raises(ValueError, match="ema_decay must lie between 0 and 1"):
+        EpmVGTrainingArguments(use_cpu=True, ema_decay=decay)
+
+
+@pytest.mark.parametrize("epochs", [[0], [2, 3]])
+def test_learning_rates_drop_within_the_epochs(epochs):
+    with pytest.raises(ValueError, match="lr_drop_epochs must lie within the 3 epochs"):
+        EpmVGTrainingArguments(use_cpu=True, num_train_epochs=3, lr_drop_epochs=epochs)

@@ -1,0 +1,51 @@
+"""An average of the weights over the steps of training."""
+
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import TrainerCallback
+
+# Beside the average, which is the checkpoint's model.
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+
+
+class WeightAverage(TrainerCallback):
+    """
+    Averages the weights exponentially: after the first optimizer step the average is the model, after each further one
+    `decay * average + (1 - decay) * model`. [`EpmVGTrainer`] evaluates and saves the average; its checkpoints hold the
+    weights in training in a file of their own, with which training goes on. At the end the model becomes the average,
+    or the best checkpoint's where that is asked for.
+
+    Args:
+        decay (`float`): between 0 and 1.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.model: AveragedModel | None = None
+        self.checkpoint: str | None = None
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        # Resumed, this copies the average, which is what the checkpoint's model is.
+        self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        if self.checkpoint is not None:
+            file = Path(self.checkpoint) / TRAINED_WEIGHTS
+            if not file.is_file():
+                raise ValueError(f"{self.checkpoint} cannot be resumed with ema_decay: it was saved without")
+            load_model(model, file)
+            self.model.n_averaged.fill_(state.global_step)
+            self.checkpoint = None
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.model.update_parameters(model)
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
+            model.load_state_dict(self.model.module.state_dict())
+        self.model = None
+
+    def save_trained(self, model: nn.Module, folder: str) -> None:
+        """Writes the weights in training beside the average."""
+        save_model(model, str(Path(folder) / TRAINED_WEIGHTS))
