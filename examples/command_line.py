@@ -10,11 +10,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 
 def parse_arguments(types: tuple[type, ...], description: str, default_file: Path, arguments: list[str]) -> tuple:
-    """Defaults come from one YAML or JSON file, the first argument if it is one; flags override them."""
+    """
+    Defaults come from one YAML or JSON file, the first argument if it is one, and from the file beside it that its key
+    `base` names, where it leaves something out; flags override both.
+    """
     file = default_file
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         file, arguments = Path(arguments[0]), arguments[1:]
     defaults = yaml.safe_load(file.read_text())  # JSON is YAML
+    if "base" in defaults:
+        defaults = yaml.safe_load((file.parent / defaults.pop("base")).read_text()) | defaults
     parser = HfArgumentParser(types, description=description)
     unknown = sorted(set(defaults) - {action.dest for action in parser._actions})
     if unknown:

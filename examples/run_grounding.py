@@ -5,6 +5,7 @@ accelerate launch examples/run_grounding.py                                 # co
 accelerate launch examples/run_grounding.py --learning_rate 3e-4            # the same with one change
 accelerate launch examples/run_grounding.py --num_labelled_images 100       # few boxes, other images by captions
 accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my # all arguments from a YAML or JSON file
+accelerate launch examples/run_grounding.py examples/configs/refcoco.yaml --data_dir DIR    # a recipe
 """
 
 import json
@@ -17,7 +18,7 @@ import numpy as np
 from command_line import checkpoint_to_resume, config_file, parse_arguments, use_all_cores
 from datasets import Dataset
 from trained_tokenizer import train_tokenizer
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, set_seed
 
 from epmvg_hf import (
     ClipTeacher,
@@ -38,7 +39,7 @@ logger = logging.getLogger("run_grounding")
 
 @dataclass
 class ModelArguments:
-    """What to train: a saved model, or a new one from a configuration."""
+    """What to train: a saved model, a new one with pretrained towers, or a new one from a configuration alone."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model and processor to start from; without it a new model is made."}
@@ -46,6 +47,18 @@ class ModelArguments:
     config_name: str = field(
         default="tiny.json",
         metadata={"help": "JSON file with the new model's EpmVGConfig, or the name of one in examples/configs."},
+    )
+    vision_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Pretrained vision tower of a new model: a DETR, CLIP, ViT, timm model or AutoBackbone."},
+    )
+    text_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Pretrained text tower of a new model, with its tokenizer: a BERT, RoBERTa, CLIP, ..."},
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Canvas in pixels, instead of config_name's."})
+    max_text_length: int | None = field(
+        default=None, metadata={"help": "Tokens of an expression, instead of config_name's."}
     )
     attn_implementation: str | None = field(
         default=None,
@@ -59,7 +72,7 @@ class ModelArguments:
     )
     tokenizer_name: str | None = field(
         default=None,
-        metadata={"help": "Tokenizer of a new model; without it one is trained on the training expressions."},
+        metadata={"help": "Tokenizer of a new model without towers; else one is trained on the training expressions."},
     )
     teacher_name: str | None = field(
         default=None,
@@ -69,7 +82,8 @@ class ModelArguments:
         },
     )
     teacher_pretrained: str | None = field(
-        default=None, metadata={"help": "The teacher's weights, if its name is an architecture or a config."}
+        default=None,
+        metadata={"help": "The teacher's weights, if its name is an architecture or a config; else none."},
     )
 
 
@@ -84,6 +98,9 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the benchmark's files."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split that chooses the best checkpoint."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop when so many evaluations in a row found no better checkpoint."}
+    )
     test_split: str = field(default="test", metadata={"help": "Split for --do_predict."})
     split_by: str | None = field(default=None, metadata={"help": "Way to split, such as unc, umd or google."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder with the images, if not below data_dir."})
@@ -111,7 +128,11 @@ def make_model(
         # A convolutional backbone has no attention and refuses all but eager.
         name = arguments.attn_implementation
         attention = {"": name, "text_config": name, "backbone_config": "eager"}
+    of_new_models = ("vision_name_or_path", "text_name_or_path", "image_size", "max_text_length")
+    given = [name for name in of_new_models if getattr(arguments, name) is not None]
     if arguments.model_name_or_path is not None:
+        if given:
+            raise ValueError(f"a saved model has its own {', '.join(given)}: leave out one or the other")
         config = EpmVGConfig.from_pretrained(arguments.model_name_or_path)
         if config.teacher_projection_dim is None:
             config.teacher_projection_dim = teacher_projection_dim  # two new projections; the rest is as saved
@@ -120,14 +141,25 @@ def make_model(
         )
         return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
 
-    config = EpmVGConfig.from_json_file(config_file(arguments.config_name, HERE / "configs"))
+    settings = json.loads(config_file(arguments.config_name, HERE / "configs").read_text())
+    settings |= {name: getattr(arguments, name) for name in given if not name.endswith("_name_or_path")}
+    if teacher_projection_dim is not None:
+        settings["teacher_projection_dim"] = teacher_projection_dim
+    towers = arguments.vision_name_or_path, arguments.text_name_or_path
+    if any(towers):
+        if not all(towers):
+            raise ValueError("vision_name_or_path and text_name_or_path must be given together")
+        for name in ("backbone_config", "backbone_stride", "text_config"):
+            settings.pop(name, None)
+        model = EpmVGForVisualGrounding.from_vision_text_pretrained(*towers, attn_implementation=attention, **settings)
+        return model, EpmVGProcessor.from_vision_text_pretrained(*towers, model.config)
+
+    config = EpmVGConfig(**settings)
     if arguments.tokenizer_name is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
     else:
         tokenizer = train_tokenizer(expressions, config.text_config.vocab_size)
     config.text_config.vocab_size = len(tokenizer)
-    if teacher_projection_dim is not None:
-        config.teacher_projection_dim = teacher_projection_dim
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
     config._attn_implementation = attention
     return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
@@ -146,10 +178,10 @@ def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, D
     return dataset.select([row for row, has_box in enumerate(chosen) if has_box]), captioned
 
 
-def main():
+def main(command_line: list[str] | None = None):
     default_file = HERE / "configs" / "shapes.yaml"
     model_arguments, data_arguments, training_arguments = parse_arguments(
-        ARGUMENTS, __doc__, default_file, sys.argv[1:]
+        ARGUMENTS, __doc__, default_file, sys.argv[1:] if command_line is None else command_line
     )
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.WARNING)
     set_seed(training_arguments.seed)
@@ -181,14 +213,19 @@ def main():
     teacher = None
     wanted = model_arguments.teacher_name not in (None, "none")
     if wanted and training_arguments.do_train and training_arguments.distils:
-        teacher = ClipTeacher.from_pretrained(model_arguments.teacher_name, model_arguments.teacher_pretrained)
+        pretrained = model_arguments.teacher_pretrained
+        teacher = ClipTeacher.from_pretrained(
+            model_arguments.teacher_name, None if pretrained == "none" else pretrained
+        )
     projected = teacher.embed_dim if teacher is not None and training_arguments.distils_embeddings else None
     model, processor = make_model(model_arguments, expressions, projected)
     if model_arguments.map_loss_coefficient is not None:
         model.config.map_loss_coefficient = model_arguments.map_loss_coefficient
+    patience = data_arguments.early_stopping_patience
     trainer = EpmVGTrainer(
         model=model,
         args=training_arguments,
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
         train_dataset=train_dataset,
         eval_dataset=load_evaluation(data_arguments.eval_split) if training_arguments.do_eval else None,
         processing_class=processor,

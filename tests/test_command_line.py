@@ -29,6 +29,13 @@ def test_defaults_files_and_flags(tmp_path):
         assert not training.do_train
 
 
+def test_a_file_can_build_on_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("learning_rate: 0.1\nseed: 3\noutput_dir: x\n")
+    (tmp_path / "a.yaml").write_text("base: base.yaml\nlearning_rate: 0.2\n")
+    training = _parse([str(tmp_path / "a.yaml"), "--output_dir", str(tmp_path)])[2]
+    assert (training.learning_rate, training.seed, training.output_dir) == (0.2, 3, str(tmp_path))
+
+
 def test_an_unknown_argument_in_a_file_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("learnin_rate: 0.1\noutput_dir: x\n")
     with pytest.raises(ValueError, match=r"a\.yaml: unknown argument\(s\) learnin_rate"):

@@ -254,8 +254,8 @@ def test_more_tokens_than_positions_are_refused(towers, text):
 
 
 def test_settings_that_contradict_detr_are_refused(towers):
-    with pytest.raises(ValueError, match=r"d_model is 32, but .* was trained with 16"):
-        load(towers, "detr", image_size=32, d_model=32)
+    with pytest.raises(ValueError, match=r"d_model is 16, but .* was trained with 32"):
+        load(towers, "detr", image_size=32, d_model=16)
     with pytest.raises(ValueError, match="out_features must not be"):
         load(towers, "detr", image_size=32, out_features=["stage1"])
 

@@ -10,6 +10,7 @@ from command_line import parse_arguments
 from conftest import tiny_model
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_towers import save_text_tower, save_vision_tower
 
 from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
 
@@ -21,8 +22,8 @@ def _environment(tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_parses(config):
-    parse_arguments(example.ARGUMENTS, "", config, [])
+def test_every_config_parses(config, tmp_path):
+    parse_arguments(example.ARGUMENTS, "", config, ["--output_dir", str(tmp_path)])
 
 
 def test_main_job_and_prediction(tmp_path):
@@ -97,3 +98,26 @@ def test_labelled_images_are_the_first_and_the_others_lose_their_boxes():
     assert example.split_labelled(dataset, None) == (dataset, None)
     with pytest.raises(ValueError, match="expected from 1 to 4"):
         example.split_labelled(dataset, 5)
+
+
+def test_towers_and_sizes_are_of_new_models(tmp_path):
+    arguments = example.ModelArguments(model_name_or_path=str(tmp_path), image_size=64)
+    with pytest.raises(ValueError, match="a saved model has its own image_size"):
+        example.make_model(arguments, [], None)
+    with pytest.raises(ValueError, match="must be given together"):
+        example.make_model(example.ModelArguments(vision_name_or_path=str(tmp_path)), [], None)
+
+
+def test_a_new_model_takes_towers_and_keeps_the_other_settings(tmp_path):
+    vision, text = save_vision_tower("swin", tmp_path / "swin"), save_text_tower("roberta", tmp_path / "roberta")
+    arguments = example.ModelArguments(
+        config_name="tiny.json", vision_name_or_path=vision, text_name_or_path=text, image_size=48,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model, processor = example.make_model(arguments, [], 24)
+    config = model.config
+    assert (config.backbone_config.model_type, config.text_config.model_type) == ("swin", "roberta")
+    assert (config.d_model, config.box_head, config.image_size, config.backbone_stride) == (128, "map", 48, 8)
+    assert config._attn_implementation == config.text_config._attn_implementation == "eager"
+    assert model.model.teacher_image_projection.out_features == 24
+    assert type(processor.tokenizer).__name__ == "RobertaTokenizer" and processor.max_text_length == 20

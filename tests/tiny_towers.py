@@ -35,10 +35,10 @@ from transformers import (
 
 TRANSFORMER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-DETR = {"d_model": 16, "num_queries": 4, "encoder_layers": 2, "decoder_layers": 1} | {
+DETR = {"d_model": 32, "num_queries": 4, "encoder_layers": 2, "decoder_layers": 1} | {
     f"{part}_{name}": value
     for part in ("encoder", "decoder")
-    for name, value in (("attention_heads", 2), ("ffn_dim", 32))
+    for name, value in (("attention_heads", 8), ("ffn_dim", 32))
 }
 STATISTICS = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 
@@ -97,17 +97,17 @@ def save_text_tower(kind: str, folder: Path) -> str:
     return str(folder)
 
 
-def save_clip(folder: Path) -> str:
+def save_clip(folder: Path, layers: int = 3, positions: int = 20) -> str:
     torch.manual_seed(2)
     vocabulary = _bytes({}, *(f"{chr(code)}</w>" for code in range(97, 123)), "<|startoftext|>", "<|endoftext|>")
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[])
     model = CLIPModel(
         CLIPConfig(
-            vision_config={**TRANSFORMER, "image_size": 32, "patch_size": 8},
+            vision_config={**TRANSFORMER, "image_size": 32, "patch_size": 8, "num_hidden_layers": layers},
             text_config={
                 **TRANSFORMER,
                 "vocab_size": len(tokenizer),
-                "max_position_embeddings": 20,
+                "max_position_embeddings": positions,
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
                 "pad_token_id": tokenizer.pad_token_id,
