@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,6 @@ from .custom_files import (
     read_coco,
     read_csv,
     read_jsonl,
-    shorten,
 )
 from .grounding_builder import GroundingSource
 from .image_files import ImageRoot, file_statuses, list_files, measure_image
@@ -137,7 +137,7 @@ class CustomData(GroundingSource):
         except ValueError as error:
             raise ValueError(f"{self._where(item.rows[0][0])}: {error}") from error
         except OSError as error:  # such as a name that is too long
-            problem = f"the image {shorten(item.name)} cannot be looked for: {error.strerror}"
+            problem = f"the image {reprlib.repr(item.name)} cannot be looked for: {error.strerror}"
             raise ValueError(f"{self._where(item.rows[0][0])}: {problem}.") from error
 
     def _where(self, source_row: str) -> str:
@@ -189,7 +189,7 @@ class CustomData(GroundingSource):
 def find_file(data_dir: Path, split: str) -> Path:
     """The one file of a split."""
     if not SPLIT_NAME.fullmatch(split):
-        raise ValueError(f"split must be a name of letters, digits, '_', '-' and '.', not {shorten(split)}.")
+        raise ValueError(f"split must be a name of letters, digits, '_', '-' and '.', not {reprlib.repr(split)}.")
     if split.lower() == "all":
         raise ValueError(f'`datasets` takes the split name "{split}" for every split, expected another name.')
     stems = ("val", "validation") if split in ("val", "validation") else (split,)

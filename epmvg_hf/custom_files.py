@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -139,7 +140,7 @@ def parse_number(text: str) -> float | None:
     try:
         return float(text) if text.strip() else None
     except ValueError:
-        raise ValueError(f"{shorten(text)} in the box is no number") from None
+        raise ValueError(f"{reprlib.repr(text)} in the box is no number") from None
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def parse_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise ValueError(f"not usable JSON ({error})") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f"{shorten(parsed)} is not an object")
+        raise ValueError(f"{reprlib.repr(parsed)} is not an object")
     return parsed
 
 
@@ -229,7 +230,7 @@ def read_coco_images(
             images[image_id] = None
             name = check_name(pick(entry, "file_name"))
             if name in names:
-                raise ValueError(f"an image before it has the same file_name {shorten(name)}")
+                raise ValueError(f"an image before it has the same file_name {reprlib.repr(name)}")
             names.add(name)
             images[image_id] = (name, read_size(entry))
         except ValueError as error:
@@ -239,10 +240,10 @@ def read_coco_images(
 
 def read_id(entry: Any, field: str) -> int | str:
     if not isinstance(entry, dict):
-        raise ValueError(f"{shorten(entry)} is not an object")
+        raise ValueError(f"{reprlib.repr(entry)} is not an object")
     value = pick(entry, field)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"the {field} is {shorten(value)}, expected a number or text")
+        raise ValueError(f"the {field} is {reprlib.repr(value)}, expected a number or text")
     return value
 
 
@@ -251,7 +252,7 @@ def read_size(entry: dict[str, Any]) -> tuple[int, int] | None:
     if size == (None, None):
         return None
     if not all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in size):
-        raise ValueError(f"width and height are {shorten(list(size))}, expected positive integers")
+        raise ValueError(f"width and height are {reprlib.repr(list(size))}, expected positive integers")
     return size
 
 
@@ -269,11 +270,13 @@ def read_coco_expressions(entry: dict[str, Any]) -> list[str]:
 def check_name(name: Any) -> str:
     """The path of an image, in one way of writing it. Whether it stays in its folder is for [`ImageRoot`] to say."""
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"the image is {shorten(name)}, expected a path")
+        raise ValueError(f"the image is {reprlib.repr(name)}, expected a path")
     try:
         name.encode()
     except UnicodeEncodeError:  # JSON can say that, Arrow cannot keep it
-        raise ValueError(f"the image is {shorten(name)}, which has half of a character, a lone surrogate") from None
+        raise ValueError(
+            f"the image is {reprlib.repr(name)}, which has half of a character, a lone surrogate"
+        ) from None
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
@@ -289,7 +292,7 @@ def to_xyxy(box: Any, box_format: str) -> list[float] | None:
     if box is None:
         return None
     if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(is_finite, box)):
-        raise ValueError(f"the box is {shorten(box)}, expected 4 finite numbers")
+        raise ValueError(f"the box is {reprlib.repr(box)}, expected 4 finite numbers")
     box = [float(value) for value in box]
     if box_format == "xyxy":
         return box
@@ -310,9 +313,3 @@ def look_normalised(boxes: Iterable[list[float] | None]) -> bool:
     """Whether there are boxes, and all of them end within the first pixel."""
     ends = [max(box) for box in boxes if box is not None]
     return bool(ends) and max(ends) <= 1.001  # a sum such as x + width is rounded
-
-
-def shorten(value: Any) -> str:
-    """A value of unknown length, for error messages."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -1,12 +1,13 @@
 """Any dataset of images, expressions and boxes, as the rows that models are trained on."""
 
 import hashlib
+import reprlib
 from typing import Any
 
 import datasets
 
 from .annotated_images import AnnotatedImage, place_rows
-from .custom_files import BOX_COLUMNS, check_columns, list_expressions, look_normalised, shorten, to_xyxy
+from .custom_files import BOX_COLUMNS, check_columns, list_expressions, look_normalised, to_xyxy
 
 BATCH_ROWS = 64  # rows with images that are in memory at once
 
@@ -231,7 +232,7 @@ def pick_nested(batch: dict[str, list], name: str, position: int) -> Any:
 def pick_id(batch: dict[str, list], name: str, position: int) -> str:
     value = pick_nested(batch, name, position)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"the image_id is {shorten(value)}, expected a number or text")
+        raise ValueError(f"the image_id is {reprlib.repr(value)}, expected a number or text")
     return str(value)
 
 
@@ -240,7 +241,7 @@ def encode_image(value: Any) -> tuple[dict[str, Any], str | None]:
     try:
         image = value if isinstance(value, dict | None) else datasets.Image().encode_example(value)
     except (AttributeError, TypeError):  # what it says of a number
-        raise ValueError(f"the image is {shorten(value)}, expected an image, its bytes or its path") from None
+        raise ValueError(f"the image is {reprlib.repr(value)}, expected an image, its bytes or its path") from None
     content, path = (image or {}).get("bytes"), (image or {}).get("path")
     if not (content or path):
         raise ValueError("there is no image")

@@ -9,6 +9,7 @@ either a box or the flags `scene` and `nobndbox`. Those boxes are integers, 1-ba
 import hashlib
 import os
 import re
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -242,7 +243,7 @@ def read_split_list(path: Path) -> list[str]:
     image_ids = path.read_text(encoding="utf-8", errors="replace").split()
     for image_id in image_ids:
         if not re.fullmatch("[0-9]{1,20}", image_id):  # also keeps every path made of it inside the data folder
-            raise ValueError(f"{path}: {image_id[:80]!r} is not an image id, expected digits only.")
+            raise ValueError(f"{path}: {reprlib.repr(image_id)} is not an image id, expected digits only.")
     if not image_ids or len(set(image_ids)) != len(image_ids):
         raise ValueError(f"{path} has {'an image id twice' if image_ids else 'no image ids'}, expected each id once.")
     return image_ids

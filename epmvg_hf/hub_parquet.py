@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -325,7 +326,9 @@ def read_name(file_name: Any) -> str:
     """
     match = FILE_NAME.fullmatch(file_name) if isinstance(file_name, str) else None
     if match is None:
-        raise ValueError(f"file_name is {str(file_name)[:80]!r}, expected one as COCO_train2014_000000581857_16.jpg.")
+        raise ValueError(
+            f"file_name is {reprlib.repr(file_name)}, expected one as COCO_train2014_000000581857_16.jpg."
+        )
     return f"{match[1]}.jpg"
 
 
@@ -340,13 +343,13 @@ def read_numbers(values: Any, column: str) -> list[float]:
     if not usable or not all(
         isinstance(each, int | float) and abs(each) < 1e9 and math.isfinite(each) for each in values
     ):
-        raise ValueError(f"{column} has the box {str(values)[:80]}, expected 4 finite numbers.")
+        raise ValueError(f"{column} has the box {reprlib.repr(values)}, expected 4 finite numbers.")
     return [float(value) for value in values]
 
 
 def read_list(values: Any, column: str, kind: type = object) -> list[Any]:
     if not isinstance(values, list) or not values or not all(isinstance(value, kind) for value in values):
-        raise ValueError(f"{column} is {str(values)[:80]}, expected a list of expressions.")
+        raise ValueError(f"{column} is {reprlib.repr(values)}, expected a list of expressions.")
     if len(values) > MAX_EXPRESSIONS:
         raise ValueError(f"{column} has {len(values):,} expressions, expected at most {MAX_EXPRESSIONS:,}.")
     return values
@@ -359,14 +362,14 @@ def read_json(row: dict[str, Any], column: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{column} is {str(text)[:80]!r}, expected a JSON object.")
+        raise ValueError(f"{column} is {reprlib.repr(str(text))}, expected a JSON object.")
     return found
 
 
 def read_size(info: dict[str, Any]) -> tuple[int, int]:
     size = info.get("width"), info.get("height")
     if not all(type(value) is int and 0 < value < 100_000 for value in size):
-        raise ValueError(f"raw_image_info has the width and height {str(size)[:80]}, expected pixels.")
+        raise ValueError(f"raw_image_info has the width and height {reprlib.repr(size)}, expected pixels.")
     return size
 
 

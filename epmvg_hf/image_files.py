@@ -1,6 +1,7 @@
 """Image files of unknown origin: found by name below a folder, measured and checked without being decoded."""
 
 import os
+import reprlib
 import struct
 from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
@@ -54,12 +55,14 @@ class ImageRoot:
         """The path of a file, if it is there; a `ValueError` if the name would lead out of the folder."""
         path = PureWindowsPath(name)  # takes both slashes, and knows drives
         if not path.parts or path.anchor or ".." in path.parts or "\0" in name:
-            raise ValueError(f"the image {name[:200]!r} is not a path within {self.root}, expected a relative one.")
+            raise ValueError(
+                f"the image {reprlib.repr(name)} is not a path within {self.root}, expected a relative one."
+            )
         found = self.root.joinpath(*path.parts)
         try:
             return str(found) if found.is_file() else None
         except OSError as error:  # such as a name that is too long
-            raise ValueError(f"the image {name[:200]!r} cannot be looked for: {error.strerror}.") from error
+            raise ValueError(f"the image {reprlib.repr(name)} cannot be looked for: {error.strerror}.") from error
 
     def describe(self) -> str:
         """The place, for error messages."""

@@ -164,7 +164,9 @@ def by_id(entries: list, what: str) -> tuple[dict[str, dict], list[str]]:
         try:
             key = id_of(entry, "id", where)
             if key in found:
-                raise ValueError(f"{where} has the id {shorten(key)} of one before it, expected each id once.")
+                raise ValueError(
+                    f"{where} has the id {reprlib.repr(entry['id'])} of one before it, expected each id once."
+                )
             found[key] = entry
         except ValueError as error:
             problems.append(str(error))
@@ -200,7 +202,7 @@ def listed(ref: dict, name: str, entries: dict[str, dict], where: str, path: Pat
     """The image or annotation that a reference names."""
     key = id_of(ref, name, where)
     if key not in entries:
-        raise ValueError(f"{where} has the {name} {shorten(key)}, expected one that is in {path}.")
+        raise ValueError(f"{where} has the {name} {reprlib.repr(ref[name])}, expected one that is in {path}.")
     return entries[key]
 
 
@@ -208,7 +210,9 @@ def new_id_of(entry: Any, name: str, known: dict[str, set[str]], where: str) -> 
     """An id that no entry before had. It is known from now on."""
     key = id_of(entry, name, where)
     if key in known[name]:
-        raise ValueError(f"{where} has the {name} {shorten(key)} of one before it, expected each {name} once.")
+        raise ValueError(
+            f"{where} has the {name} {reprlib.repr(entry[name])} of one before it, expected each {name} once."
+        )
     known[name].add(key)
     return key
 
@@ -226,7 +230,3 @@ def field_of(entry: Any, name: str, kinds: tuple[type, ...], where: str) -> Any:
     if type(entry[name]) not in kinds:
         raise ValueError(f"{where} has {reprlib.repr(entry[name])} as {name}, expected {EXPECTED[kinds]}.")
     return entry[name]
-
-
-def shorten(key: str) -> str:
-    return key if len(key) <= 40 else f"{key[:40]}..."

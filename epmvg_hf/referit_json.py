@@ -7,6 +7,7 @@ box, xyxy integers, 0-based and inclusive. `referit_imsize.json` has width and h
 
 import json
 import re
+import reprlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -133,14 +134,16 @@ def read_json(path: Path) -> JsonObject:
 def read_image_id(region: str, path: Path) -> str:
     match = REGION.fullmatch(region)  # also keeps the name of the image file plain
     if match is None:
-        raise ValueError(f"{path}: {region[:80]!r} is not a region, expected digits_digits.")
+        raise ValueError(f"{path}: {reprlib.repr(region)} is not a region, expected digits_digits.")
     return match[1]
 
 
 def read_size(sizes: JsonObject, image_id: str, path: Path) -> tuple[int, int]:
     size = _value_of(sizes, f"{image_id}.jpg", path)
     if not _are_integers(size, 2) or 0 in size:
-        raise ValueError(f"{path}: {image_id}.jpg has the size {_show(size)}, expected [width, height] in pixels.")
+        raise ValueError(
+            f"{path}: {image_id}.jpg has the size {reprlib.repr(size)}, expected [width, height] in pixels."
+        )
     return size[0], size[1]
 
 
@@ -149,7 +152,7 @@ def read_box(boxes: JsonObject, region: str, path: Path) -> list[float]:
     box = _value_of(boxes, region, path)
     if not _are_integers(box, 4) or box[0] > box[2] or box[1] > box[3]:
         raise ValueError(
-            f"{path}: region {region} has the box {_show(box)}, expected [xmin, ymin, xmax, ymax], "
+            f"{path}: region {region} has the box {reprlib.repr(box)}, expected [xmin, ymin, xmax, ymax], "
             f"integers from 0 to {MAX_PIXELS:,} with xmin <= xmax and ymin <= ymax."
         )
     return [float(box[0]), float(box[1]), box[2] + 1.0, box[3] + 1.0]
@@ -159,7 +162,7 @@ def read_rows(region: str, expressions: Any, box: list[float], path: Path) -> li
     """A row per expression, also for one that two players typed."""
     where = f"{path}, region {region}"
     if not isinstance(expressions, list) or not expressions:
-        raise ValueError(f"{where}: it has {_show(expressions)}, expected a list of expressions.")
+        raise ValueError(f"{where}: it has {reprlib.repr(expressions)}, expected a list of expressions.")
     return [
         {"where": where, "expression": expression, "box": box, "ann_id": region, "sent_id": f"{region}-{number}"}
         for number, expression in enumerate(expressions)
@@ -177,8 +180,3 @@ def _are_integers(values: Any, length: int) -> bool:
     if not isinstance(values, list) or len(values) != length:
         return False
     return all(type(value) is int and 0 <= value <= MAX_PIXELS for value in values)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
