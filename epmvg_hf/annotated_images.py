@@ -8,7 +8,7 @@ from typing import Any
 # How far a box may stick out of its image, in pixels: COCO's polygons are rounded. Such a box is cut to the image.
 MAX_OVERHANG = 1.0
 
-MAX_COORDINATE = 1e9  # beyond any image, and within the integers that are floats as well
+MAX_COORDINATE = 1e9  # beyond any image; JSON and pickles have integers beyond the range of floats
 
 
 @dataclass
@@ -75,6 +75,11 @@ def place_rows(
     return ([] if beyond else rows), problems
 
 
+def is_box(value: Any) -> bool:
+    """Whether a value from a file is a list or tuple of four coordinates, in whatever convention."""
+    return isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_coordinate, value))
+
+
 def _problem_with_size(annotated: AnnotatedImage, stored_size: tuple[int, int] | None) -> str | None:
     """What is wrong with the size that the boxes are for, if anything."""
     if annotated.size is None:
@@ -95,7 +100,7 @@ def _problem_with(expression: Any, box: Any) -> str | None:
         return f"the expression is {reprlib.repr(expression)}, expected words"
     if box is None:
         return None
-    if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_coordinate, box)):
+    if not is_box(box):
         return f"the box is {reprlib.repr(box)}, expected 4 finite numbers"
     if not (box[0] < box[2] and box[1] < box[3]):
         return f"the box {_round(box)} is empty or inverted, expected xmin < xmax and ymin < ymax"

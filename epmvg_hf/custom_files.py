@@ -3,11 +3,12 @@
 import csv
 import json
 import logging
-import math
 import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+
+from .annotated_images import is_box
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +292,7 @@ def to_xyxy(box: Any, box_format: str) -> list[float] | None:
     """Four finite numbers as xyxy. Whether such a box is empty is for [`place_rows`] to say."""
     if box is None:
         return None
-    if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(is_finite, box)):
+    if not is_box(box):
         raise ValueError(f"the box is {reprlib.repr(box)}, expected 4 finite numbers")
     box = [float(value) for value in box]
     if box_format == "xyxy":
@@ -300,13 +301,6 @@ def to_xyxy(box: Any, box_format: str) -> list[float] | None:
     if not (width > 0 and height > 0):
         raise ValueError(f"the box {box} is empty, expected x, y, width and height with width > 0 and height > 0")
     return [x, y, x + width, y + height]
-
-
-def is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
 
 
 def look_normalised(boxes: Iterable[list[float] | None]) -> bool:

@@ -10,7 +10,6 @@
 
 import hashlib
 import json
-import math
 import re
 import reprlib
 import uuid
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .annotated_images import AnnotatedImage
+from .annotated_images import AnnotatedImage, is_box
 from .benchmarks import Counts, Wanted
 from .grounding_builder import GroundingSource
 from .image_files import ImageRoot, file_statuses, list_files
@@ -338,11 +337,7 @@ def image_id_in(name: str) -> str:
 
 
 def read_numbers(values: Any, column: str) -> list[float]:
-    usable = isinstance(values, list) and len(values) == 4
-    # No coordinate is that large; a sum or product with it would not be one either.
-    if not usable or not all(
-        isinstance(each, int | float) and abs(each) < 1e9 and math.isfinite(each) for each in values
-    ):
+    if not is_box(values):
         raise ValueError(f"{column} has the box {reprlib.repr(values)}, expected 4 finite numbers.")
     return [float(value) for value in values]
 

@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .annotated_images import AnnotatedImage
+from .annotated_images import AnnotatedImage, is_box
 from .benchmarks import Wanted
 from .grounding_builder import GroundingSource, digest_files
 from .image_files import ImageFolders, file_statuses
@@ -26,8 +26,6 @@ SPLIT_NAMES = {"validation": "val"}  # the others are called alike
 
 # Where `<name>/<name>_<split>.pth` or the file itself may be: TransVG's `--split_root` is a folder "data" or "split".
 FOLDERS = ("{name}", ".", "data/{name}", "split/{name}", "split/data/{name}", "ln_data/{name}")
-
-MAX_COORDINATE = 1e9  # pickles have integers beyond the range of floats
 
 
 @dataclass(frozen=True)
@@ -153,14 +151,12 @@ def read_entry(entry: Any, layout: Layout, where: str) -> tuple[str, str, dict[s
 
 
 def read_numbers(box: Any, where: str) -> list[float]:
-    numbers = box.tolist() if isinstance(box, np.ndarray) and box.shape == (4,) else box
-    if type(numbers) not in (list, tuple) or len(numbers) != 4 or not all(is_coordinate(value) for value in numbers):
+    numbers = box.tolist() if isinstance(box, np.ndarray) else box
+    if type(numbers) in (list, tuple):
+        numbers = [value.item() if isinstance(value, np.generic) else value for value in numbers]
+    if not is_box(numbers):
         raise ValueError(f"{where} has the box {reprlib.repr(box)}, expected 4 numbers of pixels.")
     return [float(value) for value in numbers]
-
-
-def is_coordinate(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and abs(value) < MAX_COORDINATE
 
 
 def read_name(name: Any, pattern: re.Pattern, layout: Layout, where: str) -> str:

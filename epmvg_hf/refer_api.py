@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 
-from .annotated_images import AnnotatedImage
+from .annotated_images import AnnotatedImage, is_box
 from .benchmarks import Wanted
 from .grounding_builder import GroundingSource, digest_files
 from .image_files import ImageFolders, file_statuses
@@ -24,7 +24,6 @@ FOLDERS = {"refcoco": "refcoco", "refcoco+": "refcoco+", "refcocog": "refcocog",
 SPLIT_NAMES = {"validation": "val"}  # the others are called alike
 
 MAX_JSON_BYTES = 2**30  # a bound on files of unknown origin; those of RefCOCO have some 120 MB
-MAX_COORDINATE = 1e9  # JSON and pickles have integers beyond the range of floats
 
 # Outlines of objects, most of instances.json. Its quotes make it a key: within a string they would be escaped.
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[][0-9.,eE+\s-]*\]')
@@ -192,7 +191,7 @@ def read_sentences(sentences: list, known: dict[str, set[str]], where: str) -> t
 def read_box(annotation: dict, where: str) -> list[float]:
     """xyxy float pixels, 0-based and half-open, as COCO's boxes are: `x + width` is where the object ends."""
     bbox = field_of(annotation, "bbox", LIST, where)
-    if len(bbox) != 4 or not all(type(value) in (int, float) and abs(value) < MAX_COORDINATE for value in bbox):
+    if not is_box(bbox):
         raise ValueError(f"{where} has {reprlib.repr(bbox)} as bbox, expected [x, y, width, height] in pixels.")
     x, y, width, height = bbox
     return [x, y, x + width, y + height]

@@ -461,6 +461,7 @@ JXU_PROBLEMS = [
     ({"raw_anns": "{'bbox': []}"}, "row 0: raw_anns is \"{'bbox': []}\", expected a JSON object"),
     ({"raw_anns": "[" * 100_000}, "row 0: raw_anns is '[[[["),
     ({"raw_anns": "{}"}, "row 0: raw_anns has the box None, expected 4 finite numbers"),
+    ({"raw_anns": '{"bbox": [1, 2, 3, true]}'}, "row 0: raw_anns has the box [1, 2, 3, True]"),
     ({"raw_anns": '{"bbox": [1, 2, 3, Infinity]}'}, "row 0: raw_anns has the box [1, 2, 3, inf]"),
     ({"raw_anns": '{"bbox": [1, 2, 3, ' + "9" * 400 + "]}"}, "row 0: raw_anns has the box [1, 2, 3, 999"),
     ({"raw_image_info": "{}"}, "row 0: raw_image_info has the width and height (None, None), expected pixels"),

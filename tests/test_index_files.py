@@ -201,6 +201,7 @@ PROBLEMS = [
     ("unc", (*COCO[0][:2], [1, 2, 3], *COCO[0][3:]), "has the box [1, 2, 3]" + PIXELS),
     ("unc", (*COCO[0][:2], "1234", *COCO[0][3:]), "has the box '1234'" + PIXELS),
     ("unc", (*COCO[0][:2], [1, 2, 3, "4"], *COCO[0][3:]), "has the box [1, 2, 3, '4']" + PIXELS),
+    ("unc", (*COCO[0][:2], [1, 2, 3, True], *COCO[0][3:]), "has the box [1, 2, 3, True]" + PIXELS),
     ("unc", (*COCO[0][:2], [1, 2, 3, float("nan")], *COCO[0][3:]), "has the box [1, 2, 3, nan]" + PIXELS),
     ("unc", (*COCO[0][:2], [1, 2, 3, 10**400], *COCO[0][3:]), PIXELS),
     ("unc", (*COCO[0][:2], np.ones((4, 4)), *COCO[0][3:]), PIXELS),
