@@ -105,7 +105,7 @@ class Wanted:
         if split_by not in benchmark.splits:
             raise ValueError(f"{benchmark.title} can be split by {', '.join(benchmark.splits)}, not by {split_by!r}.")
         splits = benchmark.splits[split_by]
-        full = "validation" if split == "val" else split
+        full = full_split_name(split)
         if full not in splits:
             way = f" split by {split_by}" if len(benchmark.splits) > 1 else ""
             raise ValueError(f"{benchmark.title}{way} has the splits {', '.join(splits)}, not {split!r}.")
@@ -115,6 +115,16 @@ class Wanted:
             raise ValueError(f'boxes must be "union" for {benchmark.title}, whose expressions have one box each.')
         folders = [image_dir] if image_dir else sorted_matches(data_dir, benchmark.image_folders)
         return cls(benchmark, data_dir, full, split_by, ImageFolders(folders), boxes, cache_dir)
+
+
+def full_split_name(split: str) -> str:
+    """What we call a split: "validation" for "val"; the others are called alike everywhere."""
+    return "validation" if split == "val" else split
+
+
+def short_split_name(split: str) -> str:
+    """What most files call a split: "val" for "validation"; the others are called alike everywhere."""
+    return "val" if split == "validation" else split
 
 
 def sorted_matches(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import datasets
 
 from .annotated_images import AnnotatedImage
+from .benchmarks import full_split_name, short_split_name
 from .custom_files import (
     Entry,
     check_box_format,
@@ -92,7 +93,7 @@ class CustomData(GroundingSource):
         columns: dict[str, str] | None = None,
     ):
         self.file = find_file(data_dir, split)
-        self.split = "validation" if split == "val" else split.replace("-", "_")
+        self.split = full_split_name(split).replace("-", "_")
         self.images = ImageRoot(image_dir or data_dir)
         check_box_format(self.file, box_format)
         self.box_format = box_format
@@ -192,7 +193,7 @@ def find_file(data_dir: Path, split: str) -> Path:
         raise ValueError(f"split must be a name of letters, digits, '_', '-' and '.', not {reprlib.repr(split)}.")
     if split.lower() == "all":
         raise ValueError(f'`datasets` takes the split name "{split}" for every split, expected another name.')
-    stems = ("val", "validation") if split in ("val", "validation") else (split,)
+    stems = dict.fromkeys((short_split_name(split), full_split_name(split)))
     files = list_files(data_dir)
     found = [stem + suffix for stem in stems for suffix in SUFFIXES if stem + suffix in files]
     if len(found) > 1:

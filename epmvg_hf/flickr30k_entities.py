@@ -19,11 +19,10 @@ from xml.etree import ElementTree
 import datasets
 
 from .annotated_images import AnnotatedImage
-from .benchmarks import Wanted
+from .benchmarks import Wanted, short_split_name
 from .grounding_builder import GroundingSource
 from .image_files import ImageFolders, file_statuses, list_files
 
-SPLIT_LISTS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}
 ANNOTATION_FOLDERS = ("Annotations", "Sentences")
 
 MAX_ANNOTATION_BYTES = 2**20  # a bound on files of unknown origin; real ones have up to 17 kB
@@ -54,7 +53,7 @@ class Flickr30kEntities(GroundingSource):
         self.split, self.images, self.boxes = split, images, boxes
         self.root = Path(data_dir).resolve()
         self.annotations = AnnotationFiles(self.root)
-        self.image_ids = read_split_list(self.root / SPLIT_LISTS[split])
+        self.image_ids = read_split_list(self.root / list_name(split))
         string, number = datasets.Value("string"), datasets.Value("int32")
         self.columns = {
             "sentence": string,
@@ -74,7 +73,7 @@ class Flickr30kEntities(GroundingSource):
 
     @classmethod
     def looks_for(cls, wanted: Wanted) -> str:
-        return f"{SPLIT_LISTS[wanted.split]} with annotations.zip or the folders Annotations and Sentences"
+        return f"{list_name(wanted.split)} with annotations.zip or the folders Annotations and Sentences"
 
     def fingerprint(self) -> str:
         """Digest of everything the rows depend on, without opening an image."""
@@ -235,6 +234,11 @@ def positive_integer(element: ElementTree.Element, path: str, source: Path, what
     if text is None or not POSITIVE.fullmatch(text):
         raise ValueError(f"{source}: {what} has {text!r} as <{path}>, expected an integer from 1.")
     return int(text)
+
+
+def list_name(split: str) -> str:
+    """The file with the image ids of a split."""
+    return f"{short_split_name(split)}.txt"
 
 
 def read_split_list(path: Path) -> list[str]:

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .annotated_images import AnnotatedImage, is_box
-from .benchmarks import Counts, Wanted
+from .benchmarks import Counts, Wanted, short_split_name
 from .grounding_builder import GroundingSource
 from .image_files import ImageRoot, file_statuses, list_files
 
@@ -268,8 +268,8 @@ def read_jxu(path: Path, split: str) -> Iterator[ReferredObject | str]:
             name = read_name(row["file_name"])
             if image_id_in(name) != as_id(row["image_id"]):
                 raise ValueError(f"file_name {row['file_name']!r} is not of image_id {row['image_id']!r}.")
-            if row["split"] != {"validation": "val"}.get(split, split):
-                raise ValueError(f"split is {row['split']!r}, expected that of the {split} split.")
+            if row["split"] != short_split_name(split):
+                raise ValueError(f"split is {reprlib.repr(row['split'])}, expected that of the {split} split.")
             size = read_size(read_json(row, "raw_image_info"))
             rows = [
                 {

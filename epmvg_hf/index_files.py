@@ -17,12 +17,10 @@ import datasets
 import numpy as np
 
 from .annotated_images import AnnotatedImage, is_box
-from .benchmarks import Wanted
+from .benchmarks import Wanted, short_split_name
 from .grounding_builder import GroundingSource, digest_files
 from .image_files import ImageFolders, file_statuses
 from .safe_pickle import read_torch_file
-
-SPLIT_NAMES = {"validation": "val"}  # the others are called alike
 
 # Where `<name>/<name>_<split>.pth` or the file itself may be: TransVG's `--split_root` is a folder "data" or "split".
 FOLDERS = ("{name}", ".", "data/{name}", "split/{name}", "split/data/{name}", "ln_data/{name}")
@@ -132,8 +130,7 @@ class IndexFile(GroundingSource):
 
 
 def file_name(wanted: Wanted) -> str:
-    name, split = wanted.benchmark.index_names[wanted.split_by], SPLIT_NAMES.get(wanted.split, wanted.split)
-    return f"{name}_{split}.pth"
+    return f"{wanted.benchmark.index_names[wanted.split_by]}_{short_split_name(wanted.split)}.pth"
 
 
 def read_entry(entry: Any, layout: Layout, where: str) -> tuple[str, str, dict[str, Any]]:

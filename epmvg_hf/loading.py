@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .benchmarks import Benchmark, Wanted, resolve_name
+from .benchmarks import Benchmark, Wanted, full_split_name, resolve_name
 
 if TYPE_CHECKING:
     import datasets
@@ -140,8 +140,7 @@ def load_grounding_dataset(
         _refuse(name, "seed and num_images", **files, **own, **kinds)
         from .shapes import load_shapes
 
-        split = "validation" if split == "val" else split
-        return load_shapes(split, seed, num_images, streaming, num_proc, cache_dir)
+        return load_shapes(full_split_name(split), seed, num_images, streaming, num_proc, cache_dir)
 
     from .grounding_builder import open_source
 

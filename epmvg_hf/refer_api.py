@@ -15,13 +15,12 @@ from typing import Any
 import datasets
 
 from .annotated_images import AnnotatedImage, is_box
-from .benchmarks import Wanted
+from .benchmarks import Wanted, short_split_name
 from .grounding_builder import GroundingSource, digest_files
 from .image_files import ImageFolders, file_statuses
 from .safe_pickle import read_pickle
 
 FOLDERS = {"refcoco": "refcoco", "refcoco+": "refcoco+", "refcocog": "refcocog", "referitgame": "refclef"}
-SPLIT_NAMES = {"validation": "val"}  # the others are called alike
 
 MAX_JSON_BYTES = 2**30  # a bound on files of unknown origin; those of RefCOCO have some 120 MB
 
@@ -84,7 +83,7 @@ class ReferFiles(GroundingSource):
 
     def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
         images, annotations, problems = read_instances(self.instances_path)
-        wanted, splits = SPLIT_NAMES.get(self.split, self.split), set()
+        wanted, splits = short_split_name(self.split), set()
         known = {"ref_id": set(), "sent_id": set()}
         found: dict[str, AnnotatedImage] = {}
         for where, ref in self._read_refs():

@@ -15,14 +15,13 @@ from typing import Any
 import datasets
 
 from .annotated_images import AnnotatedImage
-from .benchmarks import Wanted
+from .benchmarks import Wanted, short_split_name
 from .grounding_builder import GroundingSource, digest_files
 from .image_files import ImageFolders, file_statuses
 
 FOLDERS = (".", "referit", "data", "data/metadata", "referit/data/metadata")
 QUERIES = "referit_query_{}.json"
 BOXES, SIZES = "referit_bbox.json", "referit_imsize.json"
-QUERY_NAMES = {"train": "train", "validation": "val", "trainval": "trainval", "test": "test"}
 
 MAX_JSON_BYTES = 2**28  # bounds on files of unknown origin; the largest real one has 3 MB
 MAX_PIXELS = 100_000  # of a side
@@ -96,13 +95,13 @@ class ReferItJson(GroundingSource):
 
 
 def query_names(split: str) -> str:
-    names = QUERIES.format(QUERY_NAMES[split])
+    names = QUERIES.format(short_split_name(split))
     return names if split != "trainval" else f"{names} (or {QUERIES.format('train')} and {QUERIES.format('val')})"
 
 
 def find_queries(folder: Path, split: str) -> list[Path]:
     """The files with the expressions of a split; none if any is missing."""
-    alone = folder / QUERIES.format(QUERY_NAMES[split])
+    alone = folder / QUERIES.format(short_split_name(split))
     if alone.is_file() or split != "trainval":
         return [alone] if alone.is_file() else []
     both = [folder / QUERIES.format(part) for part in ("train", "val")]
