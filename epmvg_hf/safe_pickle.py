@@ -173,7 +173,9 @@ def check_plain(value: Any) -> None:
         if kind in CONTAINERS:
             if id(value) not in seen:
                 seen.add(id(value))
-                todo.extend(value.values() if kind is dict else value)  # keys were checked on the way in
+                parts = value.values() if kind is dict else value  # keys were checked on the way in
+                if not SCALARS.issuperset(map(type, parts)):
+                    todo.extend(parts)
         elif kind not in SCALARS and kind is not np.ndarray:
             raise RefusedError(f"holds a bare {kind.__name__}, {EXPECTED}")
 
@@ -216,7 +218,7 @@ class Memo(dict):
     """What the pickle refers back to: it stores objects unfinished and wants them finished."""
 
     def __getitem__(self, key: int) -> Any:
-        value = super().__getitem__(key)
+        value = dict.__getitem__(self, key)
         if type(value) is not Unfinished:
             return value
         if value.value is None:
@@ -394,7 +396,10 @@ class PlainUnpickler(pickle._Unpickler):
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
+        if type(key) is str and type(self.stack[-1]) is dict:  # in Python 2's files, one instruction in six
+            self.stack[-1][key] = value
+        else:
+            self.set_items([key, value])
 
     def load_setitems(self) -> None:
         self.set_items(self.pop_mark())
