@@ -137,9 +137,6 @@ class CustomData(GroundingSource):
             return super().path_of(item)
         except ValueError as error:
             raise ValueError(f"{self._where(item.rows[0][0])}: {error}") from error
-        except OSError as error:  # such as a name that is too long
-            problem = f"the image {reprlib.repr(item.name)} cannot be looked for: {error.strerror}"
-            raise ValueError(f"{self._where(item.rows[0][0])}: {problem}.") from error
 
     def _where(self, source_row: str) -> str:
         return f"{self.file}, {'line' if self.names else 'annotation'} {source_row}"
