@@ -144,7 +144,7 @@ def load_grounding_dataset(
 
     from .grounding_builder import open_source
 
-    images = None if image_dir is None else _folder(image_dir, name)
+    images = None if image_dir is None else _folder(image_dir, name, "image_dir")
     if name == "custom":
         _refuse(name, "data_dir, image_dir, box_format and columns", **scenes, **kinds)
         from .custom_data import CustomData
@@ -197,12 +197,12 @@ def source_kinds(benchmark: Benchmark) -> dict[str, type["GroundingSource"]]:
     return {"refer": ReferFiles, "index": IndexFile, "parquet": HubParquet}
 
 
-def _folder(data_dir: str | os.PathLike | None, name: str) -> Path:
-    if data_dir is None:
-        raise ValueError(f'data_dir is needed for "{name}": the folder with its annotations and images.')
-    folder = Path(data_dir).expanduser().resolve()
+def _folder(path: str | os.PathLike | None, name: str, argument: str = "data_dir") -> Path:
+    if path is None:
+        raise ValueError(f'{argument} is needed for "{name}": the folder with its annotations and images.')
+    folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
-        raise FileNotFoundError(f"data_dir {folder} is no folder.")
+        raise FileNotFoundError(f"{argument} {folder} is no folder.")
     return folder
 
 

@@ -94,8 +94,10 @@ def test_bad_missing_images(flickr):
 def test_an_empty_folder_is_told_what_it_lacks(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no files of the train split of .* in {tmp_path}, expected .*; or "):
         load_grounding_dataset(name, tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"data_dir .*nowhere is no folder"):
         load_grounding_dataset(name, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"image_dir .*nowhere is no folder"):
+        load_grounding_dataset(name, tmp_path, image_dir=tmp_path / "nowhere")
 
 
 def test_images_are_excluded_by_ids_or_a_file_of_ids(tmp_path):
