@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before transformers and datasets are imported: no test may look at the Hub.
@@ -96,6 +97,15 @@ def tiny_config(**changes) -> EpmVGConfig:
 def tiny_model(seed: int = 0, **changes) -> EpmVGForVisualGrounding:
     torch.manual_seed(seed)
     return EpmVGForVisualGrounding(tiny_config(**changes)).eval()
+
+
+def assert_random_numbers_are_left_alone(action: Callable[[], object]) -> None:
+    """The random numbers after the action are those that would have come without it."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    action()
+    assert torch.equal(torch.rand(3), expected)
 
 
 class TinyTeacher(ClipTeacher):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_random_numbers_are_left_alone
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
@@ -246,11 +247,7 @@ def test_a_hugging_face_text_tower(tmp_path, tokenizer, pixel_values):
 
 
 def test_loading_leaves_the_random_numbers_alone(folder):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    load(folder)
-    assert torch.equal(torch.rand(3), expected)
+    assert_random_numbers_are_left_alone(lambda: load(folder))
 
 
 # Never random, never code

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_random_numbers_are_left_alone
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -236,11 +237,7 @@ def test_the_configuration_does_not_round_the_weights(own, folder):
 
 
 def test_loading_leaves_the_random_numbers_alone(folder):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    load(folder)
-    assert torch.equal(torch.rand(3), expected)
+    assert_random_numbers_are_left_alone(lambda: load(folder))
 
 
 def test_fingerprint(folders, folder, own):
