@@ -5,10 +5,10 @@ an annotation, its split, and the sentences that single the annotated object out
 annotations as COCO has them, with boxes `[x, y, width, height]` in pixels, counted from 0 and not rounded.
 """
 
-import json
 import re
 import reprlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +18,7 @@ from .annotated_images import AnnotatedImage, is_box
 from .benchmarks import Wanted, short_split_name
 from .grounding_builder import GroundingSource, digest_files
 from .image_files import ImageFolders, file_statuses
+from .json_files import read_json
 from .safe_pickle import read_pickle
 
 FOLDERS = {"refcoco": "refcoco", "refcoco+": "refcoco+", "refcocog": "refcocog", "referitgame": "refclef"}
@@ -141,14 +142,8 @@ class ReferFiles(GroundingSource):
 
 def read_instances(path: Path) -> tuple[dict[str, dict], dict[str, dict], list[str]]:
     """Images and annotations by id, not checked any further, and what is wrong with those without own id."""
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}.")
-    try:
-        # Without the outlines, which are not used, this takes a fifth of the time and of the memory.
-        instances = json.loads(POLYGONS.sub(b'"segmentation":[]', path.read_bytes()))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}.") from error
+    # Without the outlines, which are not used, this takes a fifth of the time and of the memory.
+    instances = read_json(path, MAX_JSON_BYTES, partial(POLYGONS.sub, b'"segmentation":[]'))
     images, problems = by_id(field_of(instances, "images", LIST, str(path)), f"{path}, image")
     annotations, more = by_id(field_of(instances, "annotations", LIST, str(path)), f"{path}, annotation")
     return images, annotations, problems + more

@@ -5,7 +5,6 @@ The JSON files (https://github.com/ronghanghu/text_objseg) call a region `<image
 box, xyxy integers, 0-based and inclusive. `referit_imsize.json` has width and height of each image.
 """
 
-import json
 import re
 import reprlib
 from collections import Counter
@@ -18,6 +17,7 @@ from .annotated_images import AnnotatedImage
 from .benchmarks import Wanted, short_split_name
 from .grounding_builder import GroundingSource, digest_files
 from .image_files import ImageFolders, file_statuses
+from .json_files import read_json
 
 FOLDERS = (".", "referit", "data", "data/metadata", "referit/data/metadata")
 QUERIES = "referit_query_{}.json"
@@ -67,17 +67,17 @@ class ReferItJson(GroundingSource):
 
     def fingerprint(self) -> str:
         """Digest of everything the rows depend on, without opening an image."""
-        names = {region.rpartition("_")[0] for path in self.query_files for region in read_json(path)}
+        names = {region.rpartition("_")[0] for path in self.query_files for region in read_object(path)}
         there = [path for name in names if (path := self.images.find(f"{name}.jpg"))]
         others = [path for path in (self.folder / BOXES, self.folder / SIZES) if path.is_file()]
         return digest_files([*self.query_files, *others], file_statuses(there))
 
     def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
-        boxes = read_json(self.folder / BOXES)
-        sizes = read_json(self.folder / SIZES) if (self.folder / SIZES).is_file() else None
+        boxes = read_object(self.folder / BOXES)
+        sizes = read_object(self.folder / SIZES) if (self.folder / SIZES).is_file() else None
         images, problems, seen = {}, [], set()
         for path in self.query_files:
-            queries = read_json(path)
+            queries = read_object(path)
             for region, expressions in queries.items():
                 try:
                     if region in seen or region in queries.repeated:
@@ -117,14 +117,8 @@ class JsonObject(dict):
         self.repeated = {name for name, count in counts.items() if count > 1}
 
 
-def read_json(path: Path) -> JsonObject:
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}.")
-    try:
-        found = json.loads(path.read_bytes().decode(), object_pairs_hook=JsonObject)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 JSON: {error}.") from error
+def read_object(path: Path) -> JsonObject:
+    found = read_json(path, MAX_JSON_BYTES, object_pairs_hook=JsonObject)
     if not isinstance(found, JsonObject):
         raise ValueError(f"{path} has a {type(found).__name__} at its top, expected a JSON object.")
     return found

@@ -366,10 +366,10 @@ def test_file_names_do_not_lead_out(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "instances.json is not readable JSON"),
-        (b"\xff\xfe\x00", "instances.json is not readable JSON"),
-        (b"[" * 100_000, "instances.json is not readable JSON"),
-        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "instances.json is not readable JSON"),
+        (b"{", "instances.json cannot be read as UTF-8 JSON"),
+        (b"\xff\xfe\x00", "instances.json cannot be read as UTF-8 JSON"),
+        (b"[" * 100_000, "instances.json cannot be read as UTF-8 JSON"),
+        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "instances.json cannot be read as UTF-8 JSON"),
         (b"[]", "instances.json is [], expected a dict"),
         (b'{"images": []}', "instances.json has no annotations, expected a list"),
         (b'{"images": {}}', "instances.json has {} as images, expected a list"),

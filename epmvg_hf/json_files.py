@@ -1,0 +1,36 @@
+"""JSON files of unknown origin."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def read_json(
+    path: Path,
+    max_bytes: int,
+    edit: Callable[[bytes], bytes] | None = None,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """
+    What is in a JSON file.
+
+    Args:
+        path (`Path`): the file, in UTF-8.
+        max_bytes (`int`): what it may have.
+        edit (`Callable`, *optional*): makes of its bytes those that are parsed.
+        object_pairs_hook (`Callable`, *optional*): as in `json.loads`.
+
+    Raises:
+        `ValueError`: The file is larger, or no JSON in UTF-8.
+    """
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {max_bytes:,}.")
+    content = path.read_bytes()
+    if edit is not None:
+        content = edit(content)
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=object_pairs_hook)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ValueError(f"{path} cannot be read as UTF-8 JSON: {error}.") from error
