@@ -66,11 +66,9 @@ class ReferItJson(GroundingSource):
         return f"{query_names(wanted.split)} with {BOXES} (there or in {', '.join(FOLDERS[1:])})"
 
     def fingerprint(self) -> str:
-        """Digest of everything the rows depend on, without opening an image."""
-        names = {region.rpartition("_")[0] for path in self.query_files for region in read_object(path)}
-        there = [path for name in names if (path := self.images.find(f"{name}.jpg"))]
+        """Digest of all files, and of what is known of all images without opening one."""
         others = [path for path in (self.folder / BOXES, self.folder / SIZES) if path.is_file()]
-        return digest_files([*self.query_files, *others], file_statuses(there))
+        return digest_files([*self.query_files, *others], file_statuses(self.images.paths.values()))
 
     def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
         boxes = read_object(self.folder / BOXES)
