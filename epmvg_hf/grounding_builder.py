@@ -1,15 +1,18 @@
 """One `datasets` builder for every annotation format: rows of image, expression and box, checked as they are made."""
 
 import hashlib
+import itertools
 import json
 import logging
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from .annotated_images import AnnotatedImage, place_rows
 from .benchmarks import Wanted
@@ -18,6 +21,7 @@ from .image_files import ImageFolders, ImageRoot, measure_image
 logger = logging.getLogger(__name__)
 
 LEFT_OUT = "left-out-{}.json"  # beside the rows that a process prepares
+ROWS_AT_ONCE = 1_000  # in memory, and in one piece of a table
 MAX_REPORTED = 20  # of the problems that errors="skip" passes over; the others are counted
 
 
@@ -142,7 +146,7 @@ class GroundingConfig(datasets.BuilderConfig):
         return "-".join(parts)
 
 
-class GroundingBuilder(datasets.GeneratorBasedBuilder):
+class GroundingBuilder(datasets.ArrowBasedBuilder):
     """Prepares the one split that its source has. [`open_source`] adds the hash that keeps the cache true."""
 
     VERSION = datasets.Version("2.0.0")  # raise it when the rows made from the same files change
@@ -181,14 +185,23 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         arguments = {"items": usable, "source": source, "errors": config.errors, "reported": set()}
         return [datasets.SplitGenerator(source.split, arguments)]
 
+    def _generate_tables(self, items: list, **options) -> Iterator[tuple[int, pa.Table]]:
+        """Rows as Arrow keeps them: `datasets` itself would look at each value of each row three times."""
+        schema = self.info.features.arrow_schema
+        rows = self._generate_examples(items, **options)
+        number = 0
+        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            yield number, pa.Table.from_pylist(some, schema)
+            number += 1
+
     def _generate_examples(
         self,
         items: list,
         source: GroundingSource,
         errors: str,
         reported: set[str],
-        left_out: list[str] | None = None,
-    ) -> Iterator[tuple[str, dict]]:
+        left_out: deque[str] | None = None,
+    ) -> Iterator[dict[str, Any]]:
         """What is wrong goes to `left_out` while rows are prepared. When streaming, it is `reported` in passing."""
         for item in items:
             path, rows, problems = read_image(source, item)
@@ -200,8 +213,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 left_out += problems
             image_id = source.image_id_of(item)
             image = None if path is None else {"bytes": None, "path": path}
-            for index, row in enumerate(rows):
-                yield f"{image_id}-{index}", {**row, "image": image, "image_id": image_id}
+            yield from ({**row, "image": image, "image_id": image_id} for row in rows)
 
     def _prepare_split(self, split_generator: datasets.SplitGenerator, **kwargs) -> None:
         super()._prepare_split(split_generator, **kwargs)
@@ -215,12 +227,12 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
             raise ValueError(f"no row of the {source.split} split of {source.name} is left, expected at least one.")
 
     def _prepare_split_single(self, gen_kwargs: dict, fpath: str, job_id: int, **kwargs) -> Iterator:
-        left_out = []
+        left_out = deque()  # `datasets` gives a copy of each list to the generator
         gen_kwargs = {**gen_kwargs, "left_out": left_out}
         try:
             yield from super()._prepare_split_single(gen_kwargs=gen_kwargs, fpath=fpath, job_id=job_id, **kwargs)
             # Through a file: this may be a worker process, where nobody may see what is logged.
-            Path(fpath).with_name(LEFT_OUT.format(f"{job_id:05d}")).write_text(json.dumps(left_out))
+            Path(fpath).with_name(LEFT_OUT.format(f"{job_id:05d}")).write_text(json.dumps(list(left_out)))
         except datasets.exceptions.DatasetGenerationError as error:
             # `datasets` hides our message behind its own, and loses it on the way out of a worker process.
             if isinstance(error.__cause__, ValueError):

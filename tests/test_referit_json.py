@@ -152,6 +152,7 @@ def test_edits_are_seen(folder):
 def test_unchanged_data_is_prepared_once(folder, monkeypatch):
     load(folder)
     monkeypatch.setattr(GroundingBuilder, "_generate_examples", None)
+    monkeypatch.setattr(referit_json, "read_json", None)
     assert rows(load(folder)) == TRAIN_ROWS
 
 
