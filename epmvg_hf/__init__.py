@@ -3,11 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
 from .configuration_epmvg import EpmVGConfig
+from .extras import needs_extra
 from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
 from .patch_backbone import PatchBackbone, PatchBackboneConfig
@@ -64,21 +72,49 @@ __all__ = [
     "VisualGroundingPipeline",
     "as_grounding_dataset",
     "load_grounding_dataset",
+    "register_for_hub",
 ]
 
 
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needs_extra(name, "train"):
         module = import_module(f".{_LAZY[name]}", __name__)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{name} needs {error.name}: pip install "epmvg_hf[train]"') from error
     return getattr(module, name)
+
+
+def register_for_hub() -> None:
+    """
+    Lets whatever this process saves or pushes from now on take its code along: model, processor and image processor
+    then load with `trust_remote_code=True` where `epmvg_hf` is not installed. It needs the transformers version that
+    the code was written for, so it is not the default.
+
+    There `AutoModel` gives an [`EpmVGModel`], `AutoModelForZeroShotObjectDetection` an [`EpmVGForVisualGrounding`], as
+    they do with the package. The task "visual-grounding" stays with the package: by hand, boxes come from
+    [`~EpmVGProcessor.post_process_grounding`].
+
+    Example:
+
+    ```python
+    >>> import epmvg_hf
+
+    >>> epmvg_hf.register_for_hub()
+    >>> model.push_to_hub("me/my-epmvg")
+    >>> processor.push_to_hub("me/my-epmvg")
+    ```
+    """
+    EpmVGConfig.register_for_auto_class()
+    EpmVGModel.register_for_auto_class("AutoModel")
+    EpmVGForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
+    EpmVGProcessor.register_for_auto_class()
+    EpmVGImageProcessorPil.register_for_auto_class()
+    EpmVGImageProcessor.register_for_auto_class()
 
 
 AutoConfig.register("epmvg", EpmVGConfig)
 AutoModel.register(EpmVGConfig, EpmVGModel)
+AutoModelForZeroShotObjectDetection.register(EpmVGConfig, EpmVGForVisualGrounding)
 AutoImageProcessor.register(
     EpmVGConfig,
     image_processor_classes={"pil": EpmVGImageProcessorPil}

@@ -71,6 +71,19 @@ class EpmVGImageProcessorMixin:
             raise ValueError(f"`pad_offset` must be a share from 0 to 1, but it is {pad_offset}.")
         return {**kwargs, "pad_offset": pad_offset}
 
+    def to_dict(self) -> dict:
+        settings = super().to_dict()
+        settings.pop("auto_map", None)
+        if self._auto_class is not None:
+            # With its code (see `register_for_hub`), whoever loads it has the choice of both backends.
+            settings["auto_map"] = {
+                "AutoImageProcessor": {
+                    "torchvision": "image_processing_epmvg.EpmVGImageProcessor",
+                    "pil": "image_processing_pil_epmvg.EpmVGImageProcessorPil",
+                }
+            }
+        return settings
+
     def unnormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Undoes the normalisation of `pixel_values` `(B, 3, S, S)`: colours in [0, 1], for whoever wants another mean

@@ -47,8 +47,11 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
         `dict[str, torch.FloatTensor]` with the scalars `loss_bbox` and `loss_giou`, means over the rows with a box; 0
         if there is none.
     """
-    # Only training needs torchvision; inference works without it.
-    from torchvision.ops import box_convert, generalized_box_iou_loss
+    # Only training needs torchvision. Within `try`, shared code can be loaded without it (see `register_for_hub`).
+    try:
+        from torchvision.ops import box_convert, generalized_box_iou_loss
+    except ImportError as error:
+        raise ImportError("The loss needs torchvision: pip install torchvision") from error
 
     pred_boxes, labels = pred_boxes.float(), labels.float()
     rows = has_box(labels)

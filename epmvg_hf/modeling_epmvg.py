@@ -14,6 +14,7 @@
 """PyTorch EpmVG: a TransVG-compatible grounding student that reads B images and N expressions."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_epmvg import EpmVGConfig
 from .losses import box_loss, box_map_target, has_box, map_loss
+from .model_card import ModelCardMixin
 from .pretrained_towers import FromTowersMixin, text_model_options
 
 
@@ -206,7 +208,7 @@ class EpmVGEncoderLayer(GradientCheckpointingLayer):
         return self.final_layer_norm(hidden_states + contracted)
 
 
-class EpmVGPreTrainedModel(PreTrainedModel):
+class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
     config: EpmVGConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -243,6 +245,17 @@ class EpmVGPreTrainedModel(PreTrainedModel):
             init.constant_(module.log_map_sharpness, math.log(2))
             # Start from the soft-argmax itself: no offset.
             init.zeros_(module.box_head[-1].weight)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        # With its code (see `register_for_hub`), both classes read the folder, whichever was saved. Without, nothing
+        # may be left of the code of the folder that the model came from.
+        self.config.__dict__.pop("auto_map", None)
+        if self.is_remote_code():
+            self.config.auto_map = {
+                "AutoModel": "modeling_epmvg.EpmVGModel",
+                "AutoModelForZeroShotObjectDetection": "modeling_epmvg.EpmVGForVisualGrounding",
+            }
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class EpmVGEncoder(EpmVGPreTrainedModel):

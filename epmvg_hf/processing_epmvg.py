@@ -14,20 +14,28 @@
 """Processor class for EpmVG: images, expressions and boxes -> model inputs; predicted boxes -> pixels."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, logging
 
 from .configuration_epmvg import EpmVGConfig
+from .model_card import ModelCardMixin
+
+if TYPE_CHECKING:
+    # `register_for_hub` copies what is imported here too: both image processors go along with the processor.
+    from .image_processing_epmvg import EpmVGImageProcessor
+    from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 
 logger = logging.get_logger(__name__)
 
 
-class EpmVGProcessor(ProcessorMixin):
+class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
     r"""
     Wraps an [`EpmVGImageProcessor`] and a tokenizer, and owns the geometry both ways: boxes of the images become
     labels, predicted boxes become boxes of the images ([`~EpmVGProcessor.post_process_grounding`]).
@@ -56,8 +64,8 @@ class EpmVGProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
+        image_processor: "EpmVGImageProcessor | EpmVGImageProcessorPil | None" = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_text_length: int = 20,
         do_lower_case: bool = False,
         **kwargs,
@@ -91,6 +99,11 @@ class EpmVGProcessor(ProcessorMixin):
         image_processor = EpmVGImageProcessor(size=size, **tower_statistics(vision))
         tokenizer = tower_tokenizer(text, config.text_config.vocab_size)
         return cls(image_processor, tokenizer, config.max_text_length, do_lower_case)
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the processor was loaded from, as its tokenizer remembers it; empty if it was not."""
+        return self.tokenizer.name_or_path
 
     @property
     def model_input_names(self) -> list[str]:

@@ -3,10 +3,14 @@
 import os
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patches import Rectangle
 from PIL import Image
+
+from .extras import needs_extra
+
+with needs_extra("draw_grid", "train"):
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
 
 def draw_grid(

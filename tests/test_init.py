@@ -1,10 +1,59 @@
-import builtins
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import tiny_model, tiny_processor
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+)
 
 import epmvg_hf
+from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGModel, EpmVGProcessor
+from epmvg_hf.image_processing_pil_epmvg import EpmVGImageProcessorPil
+
+# What no extra brings: neither training nor data nor metrics nor plots nor the teacher, and not torchvision either.
+OPTIONAL = "accelerate datasets evaluate gradio matplotlib open_clip pandas peft pyarrow scipy timm torchvision"
+HIDE = "import sys; sys.modules.update(dict.fromkeys({names!r}.split()))\n"  # None: an import fails, as if not there
+TEXTS = ["the red circle", "the dog on the left"]
+
+
+def run(code: str, tmp_path: Path, hidden: str = "") -> dict:
+    """What a fresh process prints last, as JSON; it finds none of the `hidden` libraries."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", HIDE.format(names=hidden) + code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def image(tmp_path) -> Image.Image:
+    path = tmp_path / "image.png"
+    Image.effect_noise((50, 40), 80).convert("RGB").save(path)
+    return Image.open(path)
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """Sets folders aside for a process that has what is saved with its code."""
+    classes = (EpmVGConfig, EpmVGModel, EpmVGForVisualGrounding, EpmVGProcessor)
+    for cls in (*classes, EpmVGImageProcessor, EpmVGImageProcessorPil):
+        monkeypatch.setattr(cls, "_auto_class", None)  # put back after the test
+    epmvg_hf.register_for_hub()
+    model, processor = tiny_model(box_head="map"), tiny_processor()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model.model.save_pretrained(tmp_path / "bare")
+    return model, processor
 
 
 def test_every_public_name_is_there():
@@ -14,22 +63,154 @@ def test_every_public_name_is_there():
         epmvg_hf.EpmVGDetector  # noqa: B018
 
 
-def test_inference_imports_no_training_library():
-    """Neither data nor metrics nor plots nor the teacher are loaded by `import epmvg_hf`."""
-    code = "import sys, epmvg_hf; print(*({'datasets', 'evaluate', 'matplotlib', 'open_clip'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == ""
+def test_the_import_loads_no_library_that_the_model_base_of_transformers_does_not(tmp_path):
+    code = """
+import json
+from transformers import PreTrainedModel, ProcessorMixin
+before = {name.split(".")[0] for name in sys.modules}
+import epmvg_hf
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules} - before)))
+"""
+    assert run(code, tmp_path) == ["epmvg_hf"]
 
 
-def test_a_missing_extra_says_what_to_install(monkeypatch):
-    real_import = builtins.__import__
+def test_the_auto_classes_need_no_trust(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is EpmVGConfig
+    assert type(AutoModel.from_pretrained(tmp_path)) is EpmVGModel
+    assert type(AutoModelForZeroShotObjectDetection.from_pretrained(tmp_path)) is EpmVGForVisualGrounding
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is EpmVGProcessor
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is EpmVGImageProcessor
+    assert type(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")) is EpmVGImageProcessorPil
 
-    def without_evaluate(name, *args, **kwargs):
-        if name == "evaluate":
-            raise ModuleNotFoundError("No module named 'evaluate'", name="evaluate")
-        return real_import(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_evaluate)
-    monkeypatch.delitem(sys.modules, "epmvg_hf.grounding_accuracy", raising=False)
-    with pytest.raises(ImportError, match=r'GroundingAccuracy needs evaluate: pip install "epmvg_hf\[train\]"'):
-        epmvg_hf.GroundingAccuracy  # noqa: B018
+def test_the_package_goes_before_shared_code(tmp_path, shared):
+    assert type(AutoModel.from_pretrained(tmp_path / "model")) is EpmVGModel
+    assert type(AutoProcessor.from_pretrained(tmp_path / "model")) is EpmVGProcessor
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "model")) is EpmVGImageProcessor
+
+
+def test_without_registration_no_code_and_no_word_of_it_is_saved(tmp_path, shared, monkeypatch):
+    """Also of what was loaded from a folder with code: its file names would point at nothing."""
+    for cls in (EpmVGConfig, EpmVGForVisualGrounding, EpmVGProcessor, EpmVGImageProcessor):
+        monkeypatch.setattr(cls, "_auto_class", None)
+    EpmVGForVisualGrounding.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    EpmVGProcessor.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    assert not list((tmp_path / "again").glob("*.py"))
+    for name in ("config.json", "processor_config.json"):
+        assert "auto_map" not in (tmp_path / "again" / name).read_text()
+
+
+SHARED_CODE = """
+import json
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+image_processor = AutoImageProcessor.from_pretrained("model", trust_remote_code=True)
+inputs = processor(images=Image.open("image.png"), text=TEXTS)
+model = AutoModelForZeroShotObjectDetection.from_pretrained("model", trust_remote_code=True)
+with torch.no_grad():
+    outputs = model(**inputs)
+    states = [AutoModel.from_pretrained(folder, trust_remote_code=True)(**inputs).reg_state
+              for folder in ("model", "bare")]
+model.save_pretrained("again")  # takes the code along once more
+processor.save_pretrained("again")
+print(json.dumps({
+    "classes": [type(processor.image_processor).__name__, type(image_processor).__name__, type(model).__name__],
+    "pixel_values": inputs["pixel_values"].tolist(),
+    "pred_boxes": outputs.pred_boxes.tolist(),
+    "reg_state": [state.tolist() for state in states],
+    "boxes": [result["box"].tolist() for result in processor.post_process_grounding(outputs, inputs)],
+}))
+""".replace("TEXTS", repr(TEXTS))
+
+
+def test_a_folder_with_code_loads_where_the_package_is_not(tmp_path, shared, image):
+    model, processor = shared
+    found = run(SHARED_CODE, tmp_path, hidden="epmvg_hf")
+
+    inputs = processor(images=image, text=TEXTS)
+    with torch.no_grad():
+        outputs, state = model(**inputs), model.model(**inputs).reg_state
+    assert found["classes"] == ["EpmVGImageProcessor", "EpmVGImageProcessor", "EpmVGForVisualGrounding"]
+    # Bit for bit: Python prints floats so that they read back the same.
+    assert found["pixel_values"] == inputs["pixel_values"].tolist()
+    assert found["pred_boxes"] == outputs.pred_boxes.tolist()
+    assert found["reg_state"] == [state.tolist()] * 2
+    assert found["boxes"] == [result["box"].tolist() for result in processor.post_process_grounding(outputs, inputs)]
+
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {path.name for path in (tmp_path / "again").iterdir()} == files
+    assert "trainer.py" not in files and "teacher.py" not in files
+
+
+def test_shared_code_needs_no_optional_library(tmp_path, shared, image):
+    model, processor = shared
+    found = run(SHARED_CODE, tmp_path, hidden=f"epmvg_hf {OPTIONAL}")
+
+    assert found["classes"] == ["EpmVGImageProcessorPil", "EpmVGImageProcessorPil", "EpmVGForVisualGrounding"]
+    pil = EpmVGProcessor(EpmVGImageProcessorPil(**processor.image_processor.to_dict()), processor.tokenizer, 12)
+    assert found["pixel_values"] == pil(images=image, text=TEXTS)["pixel_values"].tolist()
+    with torch.no_grad():
+        expected = model(**pil(images=image, text=TEXTS)).pred_boxes
+    assert found["pred_boxes"] == expected.tolist()
+
+
+def test_the_base_install_predicts_and_says_what_more_needs(tmp_path, image):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    code = """
+import json
+import epmvg_hf
+from transformers import AutoProcessor, pipeline
+
+def error(use):
+    try:
+        use()
+    except ImportError as error:
+        return str(error)
+
+grounder = pipeline("visual-grounding", model="model")
+inputs = grounder.processor(images="image.png", text="a dog", boxes=[1, 1, 20, 20])
+print(json.dumps({
+    "backend": [type(grounder.processor.image_processor).__name__, epmvg_hf.EpmVGImageProcessor.__name__],
+    "results": grounder("image.png", TEXTS),
+    "lazy": {name: error(lambda: getattr(epmvg_hf, name)) for name in epmvg_hf.__all__},
+    "plots": error(lambda: __import__("epmvg_hf.visualization")),
+    "command": error(lambda: __import__("epmvg_hf.cli")),
+    "teacher": error(lambda: epmvg_hf.ClipTeacher.from_pretrained("ViT-B-32", "openai")),
+    "data": error(lambda: epmvg_hf.load_grounding_dataset("shapes", split="test")),
+    "loss": error(lambda: grounder.model(**inputs)),
+}))
+""".replace("TEXTS", repr(TEXTS))
+    found = run(code, tmp_path, hidden=OPTIONAL)
+
+    assert found["backend"] == ["EpmVGImageProcessorPil", "EpmVGImageProcessorPil"]
+    assert [result["text"] for result in found["results"]] == TEXTS
+    train = 'pip install "epmvg_hf[train]"'
+    missing = {name: sentence for name, sentence in found["lazy"].items() if sentence is not None}
+    assert missing == {
+        "EpmVGDataCollator": f"EpmVGDataCollator needs torchvision: {train}",
+        "EpmVGTrainer": f"EpmVGTrainer needs accelerate: {train}",
+        "GroundingAccuracy": f"GroundingAccuracy needs datasets: {train}",
+        "GroundingAugmentation": f"GroundingAugmentation needs torchvision: {train}",
+        "ImageGroups": f"ImageGroups needs torchvision: {train}",
+        "as_grounding_dataset": f"as_grounding_dataset needs datasets: {train}",
+    }
+    assert found["plots"] == f"draw_grid needs matplotlib: {train}"
+    assert found["command"] == f"The command epmvg needs datasets: {train}"
+    assert found["teacher"] == 'ClipTeacher needs open_clip_torch: pip install "epmvg_hf[teacher]"'
+    assert found["data"] == f"Loading a dataset needs `datasets`: {train}"
+    assert found["loss"] == "The loss needs torchvision: pip install torchvision"
+
+
+@pytest.mark.parametrize("library", ["evaluate", "typer"])
+def test_a_missing_library_of_training_says_what_to_install(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    for module in ("grounding_accuracy", "cli"):
+        monkeypatch.delitem(sys.modules, f"epmvg_hf.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf'needs {library}: pip install "epmvg_hf\[train\]"'):
+        epmvg_hf.GroundingAccuracy if library == "evaluate" else __import__("epmvg_hf.cli")
