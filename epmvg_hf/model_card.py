@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, file_exists
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers.utils import PushToHubMixin
 
 PIPELINE_TAG = "zero-shot-object-detection"  # the Hub knows no visual grounding; this is its nearest task
@@ -128,7 +128,7 @@ class ModelCardMixin(PushToHubMixin):
     ) -> Any:
         readme = Path(working_dir) / "README.md"
         card, self._card = self._card or self._read_card(), None
-        if card is None and not file_exists(repo_id, "README.md", token=kwargs.get("token")):
+        if card is None and not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
             card = make_card(repo_id.split("/")[-1], with_code=self._auto_class is not None)
         if card is not None:
             # What transformers wrote is an empty form, but has the tags that the caller asked for.

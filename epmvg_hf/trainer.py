@@ -14,10 +14,11 @@ from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .augmentation import GroundingAugmentation
+from .card_trainer import CardTrainer, public
 from .collator import CaptionedGroups, EpmVGDataCollator, ImageGroups
 from .distillation import DistillationLoss
 from .ema import WeightAverage
@@ -38,7 +39,7 @@ _TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds", "teacher_patc
 _VISION_MODULES = ("vision_model", "input_projection", "encoder")
 
 
-class EpmVGTrainer(Trainer):
+class EpmVGTrainer(CardTrainer):
     """
     Trains and evaluates [`EpmVGForVisualGrounding`] on datasets with one row per expression, as
     [`load_grounding_dataset`] gives them. Map-style datasets are batched by image; streamed ones by row, and rows of
@@ -399,6 +400,30 @@ class EpmVGTrainer(Trainer):
 
     def _compute_accuracy(self, evaluated: EvalPrediction) -> dict[str, float]:
         return self._metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
+
+    # Sharing ---------------------------------------------------------------------------------------------------
+
+    def _describe_data(self, name: str) -> str:
+        rows = "a stream" if isinstance(self.train_dataset, IterableDataset) else f"{len(self.train_dataset):,} rows"
+        data = f"{rows} of {name or 'data of its own'}"
+        if self.caption_dataset is None:
+            return data
+        return f"{data}, and on {len(self.caption_dataset):,} expressions or captions without boxes"
+
+    def _describe_teacher(self, name: str | None) -> str | None:
+        if not self._teaches:
+            return None
+        weights = {
+            "its map of patches and expressions": self.args.teacher_map_loss_coefficient,
+            "its similarities between images and expressions": self.args.relation_loss_coefficient,
+            "its embeddings": self.args.feature_loss_coefficient,
+        }
+        taught = ", ".join(f"{what} (weight {weight:g})" for what, weight in weights.items() if weight > 0)
+        return (
+            f"Distilled, in training only, from {public(name) if name else 'a CLIP'} of "
+            f"{self.teacher.embed_dim} dimensions at {self.teacher.image_size} pixels (fingerprint "
+            f"{self.teacher.fingerprint[:16]}). It taught {taught}."
+        )
 
 
 class PassCallback(TrainerCallback):

@@ -29,6 +29,7 @@ from epmvg_hf import (
     EpmVGTrainer,
     EpmVGTrainingArguments,
     load_grounding_dataset,
+    register_for_hub,
 )
 from epmvg_hf.blind import blind_accuracy
 from epmvg_hf.visualization import draw_grid
@@ -116,7 +117,20 @@ class DataArguments:
     picture_rows: int = field(default=24, metadata={"help": "Expressions in the picture of --do_predict."})
 
 
-ARGUMENTS = (ModelArguments, DataArguments, EpmVGTrainingArguments)
+@dataclass
+class CardArguments:
+    """What the model card says beyond what the run knows; --push_to_hub uploads it with the model."""
+
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights, such as apache-2.0."})
+    language: str | None = field(
+        default=None, metadata={"help": "Language of the expressions; en, if it is no custom data."}
+    )
+    share_code: bool = field(
+        default=False, metadata={"help": "Save the code with the model, for those without the package."}
+    )
+
+
+ARGUMENTS = (ModelArguments, DataArguments, EpmVGTrainingArguments, CardArguments)
 
 
 def make_model(
@@ -180,11 +194,13 @@ def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, D
 
 def main(command_line: list[str] | None = None):
     default_file = HERE / "configs" / "shapes.yaml"
-    model_arguments, data_arguments, training_arguments = parse_arguments(
+    model_arguments, data_arguments, training_arguments, card_arguments = parse_arguments(
         ARGUMENTS, __doc__, default_file, sys.argv[1:] if command_line is None else command_line
     )
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.WARNING)
     set_seed(training_arguments.seed)
+    if card_arguments.share_code:
+        register_for_hub()
     use_all_cores(training_arguments)
 
     def load(split: str):
@@ -262,6 +278,19 @@ def main(command_line: list[str] | None = None):
                 print(f"{value:8.3f}  no eyes: {name.replace('_', ' ')}")
         trainer.log_metrics("test", metrics)
         trainer.save_metrics("test", metrics)
+
+    english = None if data_arguments.dataset_name == "custom" else "en"
+    teacher_names = (model_arguments.teacher_name, model_arguments.teacher_pretrained)
+    card = {
+        "license": card_arguments.license,
+        "language": card_arguments.language or english,
+        "dataset_args": data_arguments.split_by,
+        "teacher": " ".join(filter(None, teacher_names)),
+    }
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
 
 
 def write_predictions(folder: Path, dataset, output, picture_rows: int) -> None:

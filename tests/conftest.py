@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import pytest
 import torch
+from huggingface_hub import CommitInfo, HfApi, RepoUrl
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import BertTokenizer
 
 from epmvg_hf import ClipTeacher, EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
@@ -134,3 +137,60 @@ class TinyTeacher(ClipTeacher):
     def encode_texts(self, expressions):
         sums = [[sum(map(ord, text[start::3])) for start in range(3)] for text in expressions]
         return torch.nn.functional.normalize(torch.tensor(sums).sin() @ self.projection, dim=-1)
+
+
+class FakeHub:
+    """Stands in for the Hub where `huggingface_hub` would send a request. `files` is by repository, then by path."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.files, self.fails = folder, {}, False
+
+    def create_repo(self, repo_id, **kwargs):
+        self._answer()
+        repo_id = repo_id if "/" in repo_id else f"me/{repo_id}"
+        self.files.setdefault(repo_id, {})
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        self._answer()
+        for operation in operations:
+            with operation.as_file() as file:
+                self.files[repo_id][operation.path_in_repo] = file.read()
+        return self._commit(repo_id)
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns, **kwargs):
+        self._answer()
+        paths = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        for path in filter_repo_objects(paths, ignore_patterns=ignore_patterns):
+            self.files[repo_id][path] = Path(folder_path, path).read_bytes()
+        return self._commit(repo_id)
+
+    def file_exists(self, repo_id, filename, **kwargs):
+        return filename in self.files[repo_id]
+
+    def download(self, repo_id, filename, **kwargs):
+        if filename not in self.files[repo_id]:
+            raise EntryNotFoundError(filename)
+        path = self.folder / filename
+        path.write_bytes(self.files[repo_id][filename])
+        return str(path)
+
+    def card(self, repo_id) -> str:
+        return self.files[repo_id]["README.md"].decode()
+
+    def _commit(self, repo_id) -> CommitInfo:
+        url = f"https://huggingface.co/{repo_id}/commit/0"
+        return CommitInfo(commit_url=url, commit_message="", commit_description="", oid="0")
+
+    def _answer(self):
+        if self.fails:
+            raise ConnectionError("the Hub does not answer")
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch) -> FakeHub:
+    hub = FakeHub(tmp_path_factory.mktemp("hub"))
+    for name in ("create_repo", "create_commit", "upload_folder", "file_exists"):
+        monkeypatch.setattr(HfApi, name, lambda self, *args, name=name, **kwargs: getattr(hub, name)(*args, **kwargs))
+    monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", hub.download)
+    return hub

@@ -14,7 +14,7 @@ def _parse(arguments: list[str]) -> tuple:
 
 
 def test_defaults_files_and_flags(tmp_path):
-    model, data, training = _parse(["--learning_rate", "0.5", "--use_cpu", "true"])
+    model, data, training, _ = _parse(["--learning_rate", "0.5", "--use_cpu", "true"])
     assert (data.dataset_name, training.output_dir, training.learning_rate) == ("shapes", "outputs/demo", 0.5)
     assert training.do_train and training.do_predict and model.model_name_or_path is None
 
@@ -24,7 +24,7 @@ def test_defaults_files_and_flags(tmp_path):
         ("a.yaml", "\n".join(f"{k}: {v}" for k, v in settings.items())),
     ):
         (tmp_path / name).write_text(text)
-        _, data, training = _parse([str(tmp_path / name), "--seed", "7"])
+        _, data, training, _ = _parse([str(tmp_path / name), "--seed", "7"])
         assert (data.dataset_name, training.learning_rate, training.seed) == ("flickr30k_entities", 3e-4, 7)
         assert not training.do_train
 

@@ -8,6 +8,7 @@ import pytest
 import run_grounding as example
 from command_line import parse_arguments
 from conftest import tiny_model
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_towers import save_text_tower, save_vision_tower
@@ -65,6 +66,11 @@ def test_main_job_and_prediction(tmp_path):
     ]
     assert Image.open(output / "predictions.png").size[0] > 500
     assert EpmVGForVisualGrounding.from_pretrained(output).config.box_head == "map"
+
+    card = ModelCard.load(output / "README.md")
+    assert card.data.datasets == ["shapes"] and card.data.language == "en" and len(card.data.eval_results) == 6
+    assert "python examples/run_grounding.py --output_dir out " in card.text
+    assert "from local-dir:model_cards/clip-tiny-shapes of 128 dimensions" in card.text
 
     rows[0]["image"].save(tmp_path / "scene.png")
     command = [
