@@ -1,7 +1,7 @@
 """Visual grounding for transformers: one image and one expression in, one box out."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoBackbone,
@@ -25,7 +25,7 @@ from .processing_epmvg import EpmVGProcessor
 if is_torchvision_available():
     from .image_processing_epmvg import EpmVGImageProcessor
 else:
-    EpmVGImageProcessor = EpmVGImageProcessorPil
+    EpmVGImageProcessor = EpmVGImageProcessorPil  # type: ignore[misc, assignment] # the other, under its name
 
 if TYPE_CHECKING:
     from .augmentation import GroundingAugmentation
@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with needs_extra(name, "train"):

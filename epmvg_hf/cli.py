@@ -55,10 +55,13 @@ def table(benchmark: Benchmark, reports: list[SplitReport]) -> str:
     ]
     for report in reports:
         official = report.official
+        expressions, references, images = (
+            (None, None, None) if official is None else (official.expressions, official.references, official.images)
+        )
         counts = [
-            _beside(report.expressions, official and official.expressions),
-            _beside(report.references, official and official.references),
-            _beside(len(report.image_ids), official and official.images),
+            _beside(report.expressions, expressions),
+            _beside(report.references, references),
+            _beside(len(report.image_ids), images),
             f"{report.missing_images:,}",
             f"{len(report.problems):,}",
             "unknown" if official is None else "yes" if report.is_official else "NO",

@@ -85,7 +85,7 @@ class CaptionedGroups(Dataset):
         # In shared memory, for workers of a data loader that live longer than an epoch.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """The epoch decides whose turn it is. [`EpmVGTrainer`] calls this; accelerate does so on one process only."""
         self.epoch.fill_(epoch)
 
@@ -150,8 +150,7 @@ class EpmVGDataCollator:
         groups = self._group(rows)
         images = [group[0]["image"] for group in groups]
         expressions = [[row["expression"] for row in group] for group in groups]
-        with_boxes = "box" in rows[0]
-        boxes = [[row["box"] for row in group] for group in groups] if with_boxes else None
+        boxes = [[row["box"] for row in group] for group in groups] if "box" in rows[0] else None
         placements = None
         if self.augmentation is not None:
             if boxes is None:
@@ -170,7 +169,7 @@ class EpmVGDataCollator:
         batch = self.processor(
             images=images, text=expressions, boxes=boxes, placements=placements, return_tensors="pt"
         )
-        if with_boxes:
+        if boxes is not None:
             flat = [NO_BOX if box is None else box for group in boxes for box in group]
             batch["boxes"] = torch.from_numpy(np.array(flat, np.float32))
         if self.keep_expressions:

@@ -34,7 +34,7 @@ def evaluate_boxes(
     """
     iou = paired_iou(np.asarray(predictions, np.float64), np.asarray(references, np.float64))
     right = iou >= THRESHOLD
-    result = {
+    result: dict[str, float | int | list[float]] = {
         "expressions": len(right),
         "images": len(set(image_ids)),
         "acc@0.5": float(right.mean()),

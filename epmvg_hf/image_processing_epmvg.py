@@ -13,10 +13,13 @@
 # limitations under the License.
 """Image processor class for EpmVG (torchvision backend)."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -29,7 +32,7 @@ from transformers.utils import TensorType
 from .letterbox import Letterbox
 
 
-class EpmVGImageProcessorKwargs(ImagesKwargs, total=False):
+class EpmVGImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
     r"""
     pad_offset (`float`, *optional*, defaults to 0.5):
         Share of the free canvas that lies before the picture, in both directions: 0.0 puts it into the top-left
@@ -43,7 +46,7 @@ class EpmVGImageProcessorKwargs(ImagesKwargs, total=False):
     placements: list[tuple[int, float | int, float | int]] | None
 
 
-class EpmVGImageProcessorMixin:
+class EpmVGImageProcessorMixin(BaseImageProcessor):
     """Settings and geometry that both backends share."""
 
     valid_kwargs = EpmVGImageProcessorKwargs
@@ -60,7 +63,7 @@ class EpmVGImageProcessorMixin:
     do_pad = True
     pad_offset = 0.5
 
-    def _standardize_kwargs(self, size=None, pad_offset=None, **kwargs) -> dict:
+    def _standardize_kwargs(self, size: Any = None, pad_offset: float | None = None, **kwargs: Any) -> dict:
         """Also checks what must hold both for saved settings and for those of a call."""
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         size = kwargs["size"]
@@ -97,9 +100,7 @@ class EpmVGImageProcessorMixin:
         )
         return pixel_values * std + mean
 
-    def letterbox(
-        self, image_sizes: torch.Tensor | list[tuple[int, int]], **kwargs: EpmVGImageProcessorKwargs
-    ) -> Letterbox:
+    def letterbox(self, image_sizes: torch.Tensor | np.ndarray | list[tuple[int, int]], **kwargs: Any) -> Letterbox:
         """
         The geometry that a call with the same keyword arguments gives to images of these sizes.
 
@@ -114,7 +115,7 @@ class EpmVGImageProcessorMixin:
         Raises:
             ValueError: an image cannot be placed, see [`Letterbox.place`]; or `do_pad=False` and it leaves padding.
         """
-        settings = {"do_resize": self.do_resize, "do_pad": self.do_pad, "size": self.size}
+        settings: dict[str, Any] = {"do_resize": self.do_resize, "do_pad": self.do_pad, "size": self.size}
         settings |= {"pad_offset": self.pad_offset, "default_to_square": self.default_to_square, **kwargs}
         settings = self._standardize_kwargs(**settings)
         canvas = settings["size"].height
@@ -197,7 +198,7 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
         image_mean: float | tuple[float, ...] | None,
         image_std: float | tuple[float, ...] | None,
         return_tensors: str | TensorType | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         channels = count_channels(images)
         original_sizes = torch.tensor([image.shape[-2:] for image in images])

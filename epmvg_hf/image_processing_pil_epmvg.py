@@ -13,6 +13,8 @@
 # limitations under the License.
 """Image processor class for EpmVG (PIL backend)."""
 
+from typing import Any
+
 import numpy as np
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
@@ -41,7 +43,7 @@ class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
         image_mean: float | tuple[float, ...] | None,
         image_std: float | tuple[float, ...] | None,
         return_tensors: str | TensorType | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         channels = count_channels(images)
         original_sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64)

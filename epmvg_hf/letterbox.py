@@ -16,6 +16,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from transformers.image_transforms import center_to_corners_format, corners_to_center_format
 
@@ -49,7 +50,7 @@ class Letterbox:
     @classmethod
     def place(
         cls,
-        image_sizes: torch.Tensor | Sequence[tuple[int, int]],
+        image_sizes: torch.Tensor | np.ndarray | Sequence[tuple[int, int]],
         canvas: int,
         pad_offset: float = 0.5,
         placements: Sequence[tuple[int, float, float]] | None = None,
@@ -105,7 +106,10 @@ class Letterbox:
             ratio = torch.ones(len(sizes), dtype=torch.float64)
             new_sizes = sizes
         offsets = ((canvas - new_sizes) * placement[:, 1:]).floor().long()
-        return cls(ratio, *offsets.unbind(1), *new_sizes.unbind(1), *sizes.unbind(1), canvas)
+        (top, left), (height, width), (image_height, image_width) = (
+            pairs.unbind(1) for pairs in (offsets, new_sizes, sizes)
+        )
+        return cls(ratio, top, left, height, width, image_height, image_width, canvas)
 
     def select(self, image_index: torch.Tensor) -> "Letterbox":
         """The letterboxes of the images numbered by `image_index` (`torch.LongTensor` of shape `(N,)`), one each."""

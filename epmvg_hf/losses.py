@@ -84,7 +84,7 @@ def map_loss(
     Returns:
         `torch.FloatTensor`, a scalar; 0 if no row is to be averaged over.
     """
-    count = max(len(mask), 1)
+    count: int | torch.Tensor = max(len(mask), 1)
     if row_mask is not None:
         mask, count = mask & row_mask[:, None], row_mask.sum().clamp(min=1)
     scores = consistency_map.float()
@@ -217,7 +217,7 @@ def feature_loss(
     Returns:
         `torch.FloatTensor`, a scalar in [0, 4].
     """
-    loss = 0
+    loss = torch.zeros((), device=image_embeds.device)
     for student, teacher in ((image_embeds, teacher_image_embeds), (text_embeds, teacher_text_embeds)):
         if student.shape[-1] != teacher.shape[-1]:
             raise ValueError(

@@ -108,7 +108,6 @@ class ModelCardMixin(PushToHubMixin):
     """
 
     card_folder: str | os.PathLike | None = None
-    name_or_path: str
     _auto_class: str | None
     _card: ModelCard | None = None
 
@@ -118,8 +117,12 @@ class ModelCardMixin(PushToHubMixin):
             self._card = self._read_card()
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _loaded_from(self) -> str:
+        """The folder or Hub repository that this was loaded from, empty if it was not."""
+        raise NotImplementedError
+
     def _read_card(self) -> ModelCard | None:
-        folder = self.card_folder or self.name_or_path
+        folder = self.card_folder or self._loaded_from()
         readme = Path(folder) / "README.md"
         return ModelCard.load(readme) if folder and readme.is_file() else None
 
@@ -132,8 +135,8 @@ class ModelCardMixin(PushToHubMixin):
             card = make_card(repo_id.split("/")[-1], with_code=self._auto_class is not None)
         if card is not None:
             # What transformers wrote is an empty form, but has the tags that the caller asked for.
-            tags = ModelCard.load(readme).data.tags if readme.is_file() else None
-            card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *(tags or ())]))
+            wanted = ModelCard.load(readme).data.get("tags") if readme.is_file() else None
+            card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *(wanted or ())]))
             card.text = card.text.replace(REPOSITORY, repo_id)
             card.save(readme)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)

@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -246,7 +247,10 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
             # Start from the soft-argmax itself: no offset.
             init.zeros_(module.box_head[-1].weight)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def _loaded_from(self) -> str:
+        return self.config.name_or_path
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         # With its code (see `register_for_hub`), both classes read the folder, whichever was saved. Without, nothing
         # may be left of the code of the folder that the model came from.
         self.config.__dict__.pop("auto_map", None)

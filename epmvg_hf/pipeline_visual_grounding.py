@@ -16,7 +16,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from types import GeneratorType
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -207,14 +207,14 @@ class GroundingResults:
         self.ground = ground
 
     def __len__(self) -> int:
-        return len(self.batches.dataset)
+        return len(cast(Sized, self.batches.dataset))
 
     def __iter__(self) -> Iterator[dict | list[dict]]:
         for batch in self.batches:
             yield from self.ground(batch)
 
 
-def make_rows(image: Any, text: Any) -> dict | list | Iterator | Dataset:
+def make_rows(image: Any, text: Any) -> Mapping | list | Iterator | Dataset:
     """
     What a call was given, as one row `{"image": ..., "text": ...}` or as several.
 

@@ -14,13 +14,13 @@
 """Processor class for EpmVG: images, expressions and boxes -> model inputs; predicted boxes -> pixels."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, logging
 
@@ -68,7 +68,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_text_length: int = 20,
         do_lower_case: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(image_processor, tokenizer, **kwargs)
         self.max_text_length = max_text_length
@@ -101,11 +101,6 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         return cls(image_processor, tokenizer, config.max_text_length, do_lower_case)
 
     @property
-    def name_or_path(self) -> str:
-        """Where the processor was loaded from, as its tokenizer remembers it; empty if it was not."""
-        return self.tokenizer.name_or_path
-
-    @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "image_index"]
 
@@ -114,7 +109,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         images: ImageInput | None = None,
         text: str | list[str] | list[list[str]] | None = None,
         boxes: Sequence | np.ndarray | torch.Tensor | None = None,
-        **kwargs: Unpack[ProcessingKwargs],
+        **kwargs: Any,
     ) -> BatchFeature:
         r"""
         Prepares B images and N expressions for the model.
@@ -152,7 +147,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         images_kwargs, text_kwargs = merged_kwargs["images_kwargs"], merged_kwargs["text_kwargs"]
         text_kwargs["max_length"] = text_kwargs.get("max_length") or self.max_text_length
 
-        data = {}
+        data: dict[str, Any] = {}
         if images is not None:
             data |= self.image_processor(images, **images_kwargs)
         if text is not None:
@@ -206,7 +201,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
             raise ValueError("Expected exactly one of `inputs` and `target_sizes`.")
         pred_boxes = outputs.pred_boxes.float()
 
-        if target_sizes is None:
+        if inputs is not None:
             image_sizes = torch.as_tensor(inputs["original_sizes"]).cpu()
             if "image_index" in inputs:
                 image_sizes = image_sizes[torch.as_tensor(inputs["image_index"]).cpu()]
@@ -219,7 +214,10 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
             )
         return [{"box": box} for box in self.image_processor.letterbox(image_sizes).to_pixels(pred_boxes)]
 
-    def _tokenize(self, expressions: list[str], **text_kwargs) -> dict:
+    def _loaded_from(self) -> str:
+        return self.tokenizer.name_or_path
+
+    def _tokenize(self, expressions: list[str], **text_kwargs: Any) -> dict:
         """Tokenizes, and warns where expressions are cut."""
         if self.do_lower_case:
             expressions = [expression.lower() for expression in expressions]
@@ -259,7 +257,8 @@ def group_expressions(text: str | list[str] | list[list[str]], single_image: boo
     if isinstance(text, str):
         groups = [[text]]
     elif isinstance(text, list | tuple) and all(isinstance(item, str) for item in text):
-        groups = [list(text)] if single_image else [[item] for item in text]
+        flat = cast(list[str], list(text))
+        groups = [flat] if single_image else [[item] for item in flat]
     elif isinstance(text, list | tuple) and all(isinstance(item, list | tuple) for item in text):
         groups = [list(item) for item in text]
     else:
