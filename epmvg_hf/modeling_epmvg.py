@@ -36,9 +36,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_epmvg import EpmVGConfig
+from .from_towers import FromTowersMixin, text_model_options
 from .losses import box_loss, box_map_target, has_box, map_loss
 from .model_card import ModelCardMixin
-from .pretrained_towers import FromTowersMixin, text_model_options
 
 
 @dataclass

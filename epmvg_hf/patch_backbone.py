@@ -16,7 +16,7 @@
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel, ViTModel
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BackboneOutput
@@ -76,6 +76,9 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: PatchBackboneConfig):
+        # Here, as a model with other towers does without them.
+        from transformers import CLIPVisionModel, ViTModel
+
         super().__init__(config)
         tower = config.tower_config
         self.num_features = [tower.hidden_size] * len(config.stage_names)

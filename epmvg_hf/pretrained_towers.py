@@ -1,8 +1,8 @@
 """Pretrained vision and text towers, their image statistics and their tokenizer, for a new grounding model."""
 
-import inspect
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
-from transformers.utils import logging, requires_backends
+from transformers.utils import logging
 
 from .configuration_epmvg import EpmVGConfig
+from .extras import needs_extra
+from .from_towers import text_model_options
 from .patch_backbone import PatchBackboneConfig
 
 logger = logging.get_logger(__name__)
@@ -63,45 +65,6 @@ class Tower:
     fresh: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-class FromTowersMixin:
-    """Lets a model start from pretrained towers."""
-
-    @classmethod
-    def from_vision_text_pretrained(
-        cls,
-        vision: str,
-        text: str,
-        out_features: list[str] | None = None,
-        output_loading_info: bool = False,
-        **config,
-    ) -> "PreTrainedModel | tuple[PreTrainedModel, list[dict[str, Any]]]":
-        r"""
-        A new model whose towers are pretrained; the fusion transformer and whatever else no checkpoint holds are
-        fresh. A table of it is logged. `EpmVGProcessor.from_vision_text_pretrained` makes the processor to it.
-
-        Args:
-            vision (`str`): folder or Hub id of a DETR (its backbone and encoder), a CLIP or a ViT, a timm model, or
-                anything that `AutoBackbone` takes.
-            text (`str`): folder or Hub id of a BERT, RoBERTa, DistilBERT, CLIP, or another text encoder.
-            out_features (`list[str]`, *optional*): the backbone's feature maps to use, such as `["stage1", "stage4",
-                "stage8", "stage12"]` for CLIP-VG's of ViT-B/16; by default the last one.
-            output_loading_info (`bool`, *optional*, defaults to `False`): also return the table's rows.
-            config: settings of [`EpmVGConfig`] other than the towers' and `backbone_stride`. Those of its encoder come
-                from a DETR; `image_size` is by default that of a CLIP or ViT, else 640.
-
-        Returns:
-            The model in evaluation mode, float32; with `output_loading_info` a tuple with a list of dictionaries:
-            `part`, `source` (`None` if fresh), `parameters`, and the names of tensors `fresh` and `unused`.
-
-        Raises:
-            ValueError: a checkpoint is no such tower, or lacks tensors; `image_size` is not a multiple of the
-                backbone's stride; `max_text_length` is beyond the text tower's positions; a setting contradicts
-                DETR's.
-        """
-        model, rows = model_from_towers(cls, vision, text, out_features, **config)
-        return (model, rows) if output_loading_info else model
 
 
 def model_from_towers(
@@ -201,12 +164,6 @@ def load_text_tower(name: str) -> Tower:
     model, fresh, unused = _read(model_class, name, config, **text_model_options(config))
     weights = {f"text_model.{key}": value for key, value in model.state_dict().items()}
     return Tower(name, model.config, weights, fresh, unused)
-
-
-def text_model_options(text_config: PreTrainedConfig) -> dict[str, bool]:
-    """What leaves out the pooling layer that some text towers have and that would never get a gradient."""
-    signature = inspect.signature(MODEL_MAPPING[type(text_config)].__init__)
-    return {"add_pooling_layer": False} if "add_pooling_layer" in signature.parameters else {}
 
 
 def tower_statistics(vision: str) -> dict[str, Any]:
@@ -318,8 +275,8 @@ def _load_detr(name: str, config: DetrConfig, out_features: list[str] | None) ->
 
 
 def _load_timm(name: str, config: TimmWrapperConfig, out_features: list[str] | None) -> Tower:
-    requires_backends(load_vision_tower, ["timm"])
-    import timm
+    with needs_extra(f"the timm model {name}", "train"):
+        timm = import_module("timm")  # by name: the model's code can be shared without what it needs here
 
     if out_features is not None:
         raise ValueError(f"{name} is a timm model, whose last map is used: out_features must not be {out_features}")

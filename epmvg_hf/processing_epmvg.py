@@ -97,7 +97,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
 
         size = {"height": config.image_size, "width": config.image_size}
         image_processor = EpmVGImageProcessor(size=size, **tower_statistics(vision))
-        tokenizer = tower_tokenizer(text, config.text_config.vocab_size)
+        tokenizer = tower_tokenizer(text, config.get_text_config().vocab_size)
         return cls(image_processor, tokenizer, config.max_text_length, do_lower_case)
 
     @property
