@@ -76,7 +76,7 @@ class DistillationLoss:
                 terms["loss_feature"] = (term, len(image_index))
                 total = total + args.feature_loss_coefficient * share * term
         if args.teacher_map_loss_coefficient > 0:
-            mask = outputs.visual_mask[image_index]
+            mask = outputs.visual_mask[image_index].bool()
             target = teacher_map_target(
                 teacher.patch_embeds, teacher.text_embeds, image_index, mask, args.map_temperature
             )

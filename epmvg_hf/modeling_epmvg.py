@@ -21,19 +21,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import load_backbone
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_epmvg import EpmVGConfig
 from .from_towers import FromTowersMixin, text_model_options
@@ -57,12 +58,12 @@ class EpmVGModelOutput(ModelOutput):
             every visual token. What a teacher's patch-text map is distilled into.
         visual_tokens (`torch.FloatTensor` of shape `(B, V, d_model)`):
             Visual tokens before fusion.
-        visual_mask (`torch.BoolTensor` of shape `(B, grid_height, grid_width)`):
-            True where a visual token lies on the picture, False on padding. V is `grid_height * grid_width`.
+        visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`):
+            1 where a visual token lies on the picture, 0 on padding. V is `grid_height * grid_width`.
         text_tokens (`torch.FloatTensor` of shape `(N, L, d_model)`):
             Text tokens before fusion.
         image_embeds (`torch.FloatTensor` of shape `(B, teacher_projection_dim)`, *optional*):
-            Normalised image embedding in the teacher's space, taken before fusion.
+            Normalised image embedding in the teacher's space, taken before fusion; not for given `visual_tokens`.
         text_embeds (`torch.FloatTensor` of shape `(N, teacher_projection_dim)`, *optional*):
             Normalised expression embedding in the teacher's space, taken before fusion.
         last_hidden_state (`torch.FloatTensor` of shape `(N, 1 + L + V, d_model)`):
@@ -78,13 +79,35 @@ class EpmVGModelOutput(ModelOutput):
     consistency_map: torch.FloatTensor | None = None
     similarity_map: torch.FloatTensor | None = None
     visual_tokens: torch.FloatTensor | None = None
-    visual_mask: torch.BoolTensor | None = None
+    visual_mask: torch.LongTensor | None = None
     text_tokens: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class EpmVGImageFeatures(BaseModelOutputWithPooling):
+    """
+    What [`EpmVGModel.get_image_features`] returns for B images with V visual tokens.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, V, d_model)`):
+            Visual tokens before fusion, row-major over the feature grid: the model's `visual_tokens`.
+        pooler_output (`torch.FloatTensor` of shape `(B, teacher_projection_dim)`, *optional*):
+            Normalised image embedding in the teacher's space: the model's `image_embeds`.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            States of the visual encoder, its input first.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Attention weights `(B, heads, V, V)` of the visual encoder; empty unless the attention implementation is
+            `"eager"`.
+        visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`):
+            1 where a visual token lies on the picture, 0 on padding: the model's `visual_mask`.
+    """
+
+    visual_mask: torch.LongTensor | None = None
 
 
 @dataclass
@@ -110,7 +133,7 @@ class EpmVGGroundingOutput(ModelOutput):
     reg_state: torch.FloatTensor | None = None
     consistency_map: torch.FloatTensor | None = None
     similarity_map: torch.FloatTensor | None = None
-    visual_mask: torch.BoolTensor | None = None
+    visual_mask: torch.LongTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -223,6 +246,13 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
     # The loss is a mean over this batch's expressions; EpmVGTrainer rescales it over accumulated batches.
     accepts_loss_kwargs = False
 
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
+        """As in transformers, but a name for all parts spares a backbone that does not know it, such as a ResNet."""
+        backbone_config = self.config.backbone_config
+        if isinstance(attn_implementation, str) and not _supports_attention(backbone_config, attn_implementation):
+            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -293,6 +323,15 @@ class EpmVGEncoder(EpmVGPreTrainedModel):
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
+class EpmVGVisualEncoder(EpmVGEncoder):
+    """The DETR encoder: [`EpmVGEncoder`] with `encoder_layers` layers, counted when states are chosen by index."""
+
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": OutputRecorder(EpmVGEncoderLayer, num_hidden_layers_key="encoder_layers"),
+        "attentions": EpmVGAttention,
+    }
+
+
 class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     """
     The bare grounding student: vision backbone and DETR encoder, text tower, and a fusion transformer over
@@ -301,11 +340,13 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
     def __init__(self, config: EpmVGConfig):
         super().__init__(config)
+        if not _supports_attention(config.backbone_config, config.backbone_config._attn_implementation):
+            config.backbone_config._attn_implementation = None
         self.vision_model = load_backbone(config)
         channels = sum(self.vision_model.channels)
         self.input_projection = nn.Conv2d(channels, config.d_model, kernel_size=1)
         self.sine_positions = DetrSinePositionEmbedding(config.d_model // 2, normalize=True)
-        self.encoder = EpmVGEncoder(
+        self.encoder = EpmVGVisualEncoder(
             config, config.encoder_layers, config.encoder_attention_heads, config.encoder_ffn_dim
         )
         self.visual_projection = nn.Linear(config.d_model, config.d_model)
@@ -346,22 +387,107 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def forward(
+    def get_image_features(
         self,
         pixel_values: torch.FloatTensor,
-        input_ids: torch.LongTensor,
+        pixel_mask: torch.LongTensor | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EpmVGImageFeatures:
+        r"""
+        The visual branch alone. Its tokens may be kept and given to the model as often as expressions come.
+
+        Args:
+            pixel_values, pixel_mask, original_sizes:
+                See [`EpmVGModel.forward`].
+
+        Example:
+
+        ```python
+        features = model.get_image_features(**processor(images=image))
+        seen = {"visual_tokens": features.last_hidden_state, "visual_mask": features.visual_mask}
+        for expression in expressions:
+            outputs = model(**processor(text=expression), **seen)
+            boxes = processor.post_process_grounding(outputs, target_sizes=[(image.height, image.width)])
+        ```
+        """
+        feature_map, visual_mask = self._encode_pixels(pixel_values, pixel_mask)
+        projected = self.input_projection(feature_map)
+        # Cumulative sums over the grid want full precision, whatever the model runs in.
+        positions = self.sine_positions(projected.shape, projected.device, torch.float32, visual_mask)
+        encoded = self.encoder(
+            projected.flatten(2).transpose(1, 2),
+            attention_mask=visual_mask.flatten(1),
+            position_embeddings=positions.flatten(2).transpose(1, 2).to(projected.dtype),
+            return_dict=True,
+            **kwargs,
+        )
+        image_embeds = None
+        if self.config.teacher_projection_dim is not None:
+            pooled = _masked_mean(feature_map.flatten(2).transpose(1, 2), visual_mask.flatten(1))
+            image_embeds = nn.functional.normalize(self.teacher_image_projection(pooled), dim=-1)
+        return EpmVGImageFeatures(
+            last_hidden_state=self.visual_projection(encoded.last_hidden_state),
+            pooler_output=image_embeds,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            visual_mask=visual_mask.long(),
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        The text tower alone.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds:
+                See [`EpmVGModel.forward`].
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's states. `last_hidden_state`
+            `(N, L, text_config.hidden_size)` is what the model projects to its `text_tokens`, and `pooler_output`
+            `(N, teacher_projection_dim)` are the model's `text_embeds`, if the config has such a width.
+        """
+        # Not every text tower knows inputs_embeds.
+        tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        states = self.text_model(**tokens, attention_mask=attention_mask, return_dict=True, **kwargs)
+        text_embeds = None
+        if self.config.teacher_projection_dim is not None:
+            pooled = _masked_mean(states.last_hidden_state, _token_mask(states.last_hidden_state, attention_mask))
+            text_embeds = nn.functional.normalize(self.teacher_text_projection(pooled), dim=-1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states.last_hidden_state,
+            pooler_output=text_embeds,
+            hidden_states=states.hidden_states,
+            attentions=states.attentions,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         pixel_mask: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         original_sizes: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        visual_tokens: torch.FloatTensor | None = None,
+        visual_mask: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGModelOutput:
         r"""
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`):
-                Normalised images on their canvas.
-            input_ids (`torch.LongTensor` of shape `(N, L)`):
-                Tokens of N expressions, L at most `max_text_length`.
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`, *optional*):
+                Normalised images on their canvas; not with `visual_tokens`.
+            input_ids (`torch.LongTensor` of shape `(N, L)`, *optional*):
+                Tokens of N expressions, L at most `max_text_length`; not with `inputs_embeds`.
             attention_mask (`torch.LongTensor` of shape `(N, L)`, *optional*):
                 1 on tokens, 0 on padding; without it every token counts.
             pixel_mask (`torch.LongTensor` of shape `(B, height, width)`, *optional*):
@@ -370,27 +496,37 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
                 The image that each expression belongs to; without it N must be B and they are paired in order.
             original_sizes (`torch.LongTensor` of shape `(B, 2)`, *optional*):
                 Not used: accepted so that `model(**processor(...))` works, since post-processing needs it.
+            inputs_embeds (`torch.FloatTensor` of shape `(N, L, text_config.hidden_size)`, *optional*):
+                Instead of `input_ids`, token embeddings for a text tower that accepts them.
+            visual_tokens (`torch.FloatTensor` of shape `(B, V, d_model)`, *optional*):
+                Instead of `pixel_values`, what [`~EpmVGModel.get_image_features`] or an earlier call made of them.
+            visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`, *optional*):
+                Comes with `visual_tokens`.
+
+        Raises:
+            ValueError: images or expressions are missing, given twice, or do not match.
         """
-        _check_inputs(pixel_values, input_ids, image_index, self.config.max_text_length)
+        _check_either(pixel_values=pixel_values, visual_tokens=visual_tokens)
+        _check_either(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        _check_visual(visual_tokens, visual_mask)
+        images = pixel_values if visual_tokens is None else visual_tokens
+        expressions = input_ids if inputs_embeds is None else inputs_embeds
+        _check_pairing(images.shape[0], *expressions.shape[:2], image_index, self.config.max_text_length)
         # Recorded states are those of the fusion transformer; the towers before it must not record theirs.
         tower_kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
 
-        backbone_map, visual_mask = self._encode_pixels(pixel_values, pixel_mask)
-        visual_tokens = self._encode_visual(backbone_map, visual_mask, **tower_kwargs)
-        text_states = self.text_model(
-            input_ids=input_ids, attention_mask=attention_mask, **tower_kwargs
-        ).last_hidden_state
-        text_tokens = self.text_projection(text_states)
-        text_mask = (
-            torch.ones(input_ids.shape, dtype=torch.bool, device=input_ids.device)
-            if attention_mask is None
-            else attention_mask.bool()
-        )
+        image_embeds = None
+        if visual_tokens is None:
+            image = self.get_image_features(pixel_values, pixel_mask, return_dict=True, **tower_kwargs)
+            visual_tokens, visual_mask, image_embeds = image.last_hidden_state, image.visual_mask, image.pooler_output
+        text = self.get_text_features(input_ids, attention_mask, inputs_embeds, return_dict=True, **tower_kwargs)
+        text_tokens = self.text_projection(text.last_hidden_state)
+        text_mask = _token_mask(text_tokens, attention_mask)
 
-        own_visual, own_mask = visual_tokens, visual_mask.flatten(1)
+        own_visual, own_mask = visual_tokens, visual_mask.flatten(1).bool()
         if image_index is not None:
             own_visual, own_mask = own_visual[image_index], own_mask[image_index]
-        count, length = input_ids.shape
+        count, length = text_tokens.shape[:2]
         reg = self.reg_token.expand(count, 1, -1)
         fused = self.fusion(
             torch.cat([reg, text_tokens, own_visual], dim=1),
@@ -406,13 +542,6 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         similarity_map = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), own_visual) * scale
         consistency_map = similarity_map + torch.einsum("nd,nvd->nv", reg_state, fused_visual) * scale
 
-        image_embeds = text_embeds = None
-        if self.config.teacher_projection_dim is not None:
-            pooled_image = _masked_mean(backbone_map.flatten(2).transpose(1, 2), visual_mask.flatten(1))
-            pooled_text = _masked_mean(text_states, text_mask)
-            image_embeds = nn.functional.normalize(self.teacher_image_projection(pooled_image), dim=-1)
-            text_embeds = nn.functional.normalize(self.teacher_text_projection(pooled_text), dim=-1)
-
         return EpmVGModelOutput(
             reg_state=reg_state,
             consistency_map=consistency_map,
@@ -421,7 +550,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             visual_mask=visual_mask,
             text_tokens=text_tokens,
             image_embeds=image_embeds,
-            text_embeds=text_embeds,
+            text_embeds=text.pooler_output,
             last_hidden_state=fused.last_hidden_state,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
@@ -449,22 +578,6 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         # DETR's nearest sampling can miss a picture thinner than the stride; then every cell it touches counts.
         touched = nn.functional.adaptive_max_pool2d(pixel_mask, grid)[:, 0].bool()
         return feature_map, torch.where(nearest.any(dim=(1, 2), keepdim=True), nearest, touched)
-
-    def _encode_visual(
-        self, backbone_map: torch.Tensor, visual_mask: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        """Visual tokens `(B, V, d_model)` from the backbone's map: 1x1 convolution, DETR encoder, projection."""
-        projected = self.input_projection(backbone_map)
-        # Cumulative sums over the grid want full precision, whatever the model runs in.
-        positions = self.sine_positions(projected.shape, projected.device, torch.float32, visual_mask)
-        encoded = self.encoder(
-            projected.flatten(2).transpose(1, 2),
-            attention_mask=visual_mask.flatten(1),
-            position_embeddings=positions.flatten(2).transpose(1, 2).to(projected.dtype),
-            return_dict=True,
-            **kwargs,
-        )
-        return self.visual_projection(encoded.last_hidden_state)
 
     def _fusion_positions(self, text_length: int, grid: tuple[int, int]) -> torch.Tensor:
         """Rows of the position table for `text_length` tokens and this grid, interpolated if it is another one."""
@@ -498,21 +611,33 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             self.log_map_sharpness = nn.Parameter(torch.empty(1))
         self.post_init()
 
+    def get_image_features(self, *args, **kwargs) -> EpmVGImageFeatures:
+        """[`EpmVGModel.get_image_features`]: the visual branch alone."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_text_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """[`EpmVGModel.get_text_features`]: the text tower alone."""
+        return self.model.get_text_features(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
-        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         pixel_mask: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         original_sizes: torch.LongTensor | None = None,
         labels: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        visual_tokens: torch.FloatTensor | None = None,
+        visual_mask: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGGroundingOutput:
         r"""
         Args:
-            pixel_values, input_ids, attention_mask, pixel_mask, image_index, original_sizes:
+            pixel_values, input_ids, attention_mask, pixel_mask, image_index, original_sizes, inputs_embeds,
+            visual_tokens, visual_mask:
                 See [`EpmVGModel.forward`].
             labels (`torch.FloatTensor` of shape `(N, 4)`, *optional*):
                 True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, as the processor makes them from `boxes=`;
@@ -531,14 +656,19 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             attention_mask=attention_mask,
             pixel_mask=pixel_mask,
             image_index=image_index,
+            inputs_embeds=inputs_embeds,
+            visual_tokens=visual_tokens,
+            visual_mask=visual_mask,
             return_dict=True,
             **kwargs,
         )
-        visual_mask = outputs.visual_mask if image_index is None else outputs.visual_mask[image_index]
+        own_mask = outputs.visual_mask.bool()
+        if image_index is not None:
+            own_mask = own_mask[image_index]
         if self.config.box_head == "reg":
             pred_boxes = self.box_head(outputs.reg_state).float().sigmoid()
         else:
-            pred_boxes = self._boxes_from_map(outputs, visual_mask)
+            pred_boxes = self._boxes_from_map(outputs, own_mask)
 
         loss = loss_dict = None
         if labels is not None:
@@ -548,11 +678,11 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
                 + self.config.giou_loss_coefficient * loss_dict["loss_giou"]
             )
             if self.config.box_head == "map":
-                target = box_map_target(labels, visual_mask)
+                target = box_map_target(labels, own_mask)
                 loss_dict["loss_map"] = map_loss(
                     outputs.consistency_map,
                     target,
-                    visual_mask.flatten(1),
+                    own_mask.flatten(1),
                     row_mask=has_box(labels),
                 )
                 loss = loss + self.config.map_loss_coefficient * loss_dict["loss_map"]
@@ -594,24 +724,58 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         return torch.cat([(centre + 0.5 * offset.tanh()).clamp(0, 1), size.sigmoid()], dim=-1)
 
 
+def _supports_attention(backbone_config: PreTrainedConfig, name: str | None) -> bool:
+    """Whether the backbone knows this attention implementation; convolutional ones have none, and only "eager"."""
+    backbone = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
+    if name == "sdpa":
+        return backbone._supports_sdpa
+    if name == "flex_attention":
+        return backbone._supports_flex_attn
+    return name in (None, "eager") or backbone._supports_flash_attn
+
+
 def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `states` `(batch, length, width)` over the True positions of `mask` `(batch, length)`."""
     weights = mask.to(states.dtype)[..., None]
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def _check_inputs(
-    pixel_values: torch.Tensor, input_ids: torch.Tensor, image_index: torch.Tensor | None, max_text_length: int
-):
-    count, length = input_ids.shape
-    if length > max_text_length:
-        raise ValueError(f"input_ids hold {length} tokens per expression, config.max_text_length is {max_text_length}")
-    if image_index is None and count != pixel_values.shape[0]:
+def _token_mask(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """True on the tokens of `states` `(N, L, width)`; without an attention mask, that is everywhere."""
+    if attention_mask is None:
+        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    return attention_mask.bool()
+
+
+def _check_either(**inputs: torch.Tensor | None):
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"expected either {' or '.join(inputs)}, got {'both' if given else 'neither'}")
+
+
+def _check_visual(visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor | None):
+    if (visual_tokens is None) != (visual_mask is None):
+        raise ValueError("visual_tokens and visual_mask come together: the mask says which grid the tokens are")
+    if visual_tokens is not None and visual_tokens.shape[:2] != visual_mask.flatten(1).shape:
         raise ValueError(
-            f"{count} expressions for {pixel_values.shape[0]} images: pass image_index, which says the image of each"
+            f"visual_tokens have shape {tuple(visual_tokens.shape)} and visual_mask {tuple(visual_mask.shape)}, "
+            "expected (B, grid_height * grid_width, d_model) and (B, grid_height, grid_width)"
         )
-    if image_index is not None and image_index.shape != (count,):
-        raise ValueError(f"image_index has shape {tuple(image_index.shape)}, expected ({count},): one per expression")
+
+
+def _check_pairing(
+    num_images: int, num_expressions: int, length: int, image_index: torch.Tensor | None, max_text_length: int
+):
+    if length > max_text_length:
+        raise ValueError(f"{length} tokens per expression, but config.max_text_length is {max_text_length}")
+    if image_index is None and num_expressions != num_images:
+        raise ValueError(
+            f"{num_expressions} expressions for {num_images} images: pass image_index, which says the image of each"
+        )
+    if image_index is not None and image_index.shape != (num_expressions,):
+        raise ValueError(
+            f"image_index has shape {tuple(image_index.shape)}, expected ({num_expressions},): one per expression"
+        )
 
 
 __all__ = ["EpmVGForVisualGrounding", "EpmVGModel", "EpmVGPreTrainedModel"]

@@ -184,6 +184,56 @@ def test_eager_and_sdpa_attention_agree(box_head):
     assert [h.shape for h in outputs.hidden_states] == [(5, 72, 16)] * 3
 
 
+@both_heads
+@torch.no_grad()
+def test_kept_visual_tokens_give_the_same_boxes(box_head):
+    """The image is encoded once; its expressions come later, one by one or together."""
+    model, inputs = tiny_model(box_head=box_head, teacher_projection_dim=10), _inputs()
+    outputs = model(**inputs)
+    features = model.get_image_features(inputs.pop("pixel_values"), inputs.pop("pixel_mask"))
+    torch.testing.assert_close(features.pooler_output, outputs.image_embeds)
+    seen = {"visual_tokens": features.last_hidden_state, "visual_mask": features.visual_mask}
+    assert torch.equal(model(**inputs, **seen).pred_boxes, outputs.pred_boxes)
+    for expression in range(5):
+        one = {name: value[expression : expression + 1] for name, value in inputs.items()}
+        box = model(**one, **seen).pred_boxes
+        torch.testing.assert_close(box, outputs.pred_boxes[expression : expression + 1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_parts_give_what_the_model_is_made_of():
+    model, inputs = tiny_model(teacher_projection_dim=10), _inputs()
+    outputs = model.model(**inputs)
+    image = model.get_image_features(inputs["pixel_values"], inputs["pixel_mask"], output_hidden_states=[-1])
+    assert torch.equal(image.last_hidden_state, outputs.visual_tokens)
+    # The visual encoder has one layer, the fusion transformer two: -1 is counted in the former.
+    assert len(image.hidden_states) == 2 and image.hidden_states[0] is None
+    assert torch.equal(model.model.visual_projection(image.hidden_states[-1]), image.last_hidden_state)
+
+    text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+    assert torch.equal(model.model.text_projection(text.last_hidden_state), outputs.text_tokens)
+    assert torch.equal(text.pooler_output, outputs.text_embeds)
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(model.model(**inputs, inputs_embeds=embedded).text_embeds, outputs.text_embeds)
+
+
+def test_an_attention_implementation_is_for_the_parts_that_know_it(tmp_path):
+    """A ResNet has no attention and refuses any name but "eager"; a Swin knows no "flex_attention"."""
+    swin = {"model_type": "swin", "embed_dim": 8, "depths": [1], "num_heads": [1], "window_size": 4, "image_size": 64}
+    for number, changes in enumerate(({}, {"backbone_config": swin, "backbone_stride": 4})):
+        model = tiny_model(**changes)
+        model.save_pretrained(tmp_path / str(number))
+        known = ("eager", "sdpa") if changes else ("eager",)
+        for name in ("eager", "sdpa", "flex_attention"):
+            model.set_attn_implementation(name)
+            loaded = EpmVGForVisualGrounding.from_pretrained(tmp_path / str(number), attn_implementation=name)
+            for config in (model.config, loaded.config):
+                assert config._attn_implementation == config.text_config._attn_implementation == name
+                assert config.backbone_config._attn_implementation == (name if name in known else known[-1])
+    with pytest.raises(ValueError, match='"nonsense"` is not supported'):
+        model.set_attn_implementation("nonsense")
+
+
 @torch.no_grad()
 def test_another_canvas_interpolates_the_visual_positions():
     model = tiny_model(box_head="map")
@@ -221,7 +271,7 @@ def test_mixed_and_half_precision_keep_the_box(box_head):
 def test_autocast_does_not_round_the_soft_argmax():
     model, inputs = tiny_model(box_head="map"), _inputs()
     outputs = model.model(**inputs)
-    visual_mask = outputs.visual_mask[inputs["image_index"]]
+    visual_mask = outputs.visual_mask[inputs["image_index"]].bool()
     boxes = model._boxes_from_map(outputs, visual_mask)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model._boxes_from_map(outputs, visual_mask)
@@ -295,7 +345,14 @@ def test_frozen_batch_norm_stays_as_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_ids": torch.ones(5, 13, dtype=torch.long)}, "13 tokens per expression, config.max_text_length is 12"),
+        ({"input_ids": torch.ones(5, 13, dtype=torch.long)}, "13 tokens per expression, but .*max_text_length is 12"),
+        ({"input_ids": None}, "expected either input_ids or inputs_embeds, got neither"),
+        ({"visual_tokens": torch.zeros(3, 64, 16)}, "expected either pixel_values or visual_tokens, got both"),
+        ({"visual_mask": torch.ones(3, 8, 8)}, "visual_tokens and visual_mask come together"),
+        (
+            {"pixel_values": None, "visual_tokens": torch.zeros(3, 64, 16), "visual_mask": torch.ones(3, 8, 7)},
+            r"visual_tokens have shape \(3, 64, 16\) and visual_mask \(3, 8, 7\), expected \(B, grid_height",
+        ),
         ({"image_index": None}, "5 expressions for 3 images: pass image_index"),
         ({"image_index": torch.zeros(4, dtype=torch.long)}, "image_index has shape \\(4,\\), expected \\(5,\\)"),
     ],
