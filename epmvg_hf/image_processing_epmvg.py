@@ -49,7 +49,6 @@ class EpmVGImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
 class EpmVGImageProcessorMixin(BaseImageProcessor):
     """Settings and geometry that both backends share."""
 
-    valid_kwargs = EpmVGImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_mask", "original_sizes"]  # noqa: RUF012
 
     resample = PILImageResampling.BILINEAR
@@ -186,6 +185,8 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
 
     It raises a `ValueError` for images without pixels and for settings that place a picture off the canvas.
     """
+
+    valid_kwargs = EpmVGImageProcessorKwargs
 
     def _preprocess(
         self,

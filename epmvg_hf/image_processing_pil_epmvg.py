@@ -21,7 +21,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.utils import TensorType
 
-from .image_processing_epmvg import EpmVGImageProcessorMixin, count_channels
+from .image_processing_epmvg import EpmVGImageProcessorKwargs, EpmVGImageProcessorMixin, count_channels
 
 
 class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
@@ -31,6 +31,8 @@ class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
 
     EXIF orientation is **not** applied: boxes refer to the pixels as they are stored.
     """
+
+    valid_kwargs = EpmVGImageProcessorKwargs
 
     def _preprocess(
         self,
