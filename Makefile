@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quality format clean
+.PHONY: demo test conformance quality format clean
 
 demo: $(VENV)/.train
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -11,6 +11,10 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# transformers' own tests of models, configs and processors; RUN_SLOW=1 adds torch.export.
+conformance: $(VENV)/.dev
+	$(BIN)/python tests/conformance/run.py
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -22,7 +26,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info outputs
+	rm -rf $(VENV) build dist *.egg-info outputs .conformance
 
 # The environment, installed again when what it is made from changes.
 $(VENV)/.venv:

@@ -1,0 +1,37 @@
+"""EpmVG's processor in transformers' own tests; see `test_modeling_epmvg.py`."""
+
+import unittest
+
+from transformers import BertTokenizer
+from transformers.testing_utils import require_torch, require_vision
+
+from epmvg_hf import EpmVGImageProcessor, EpmVGProcessor
+
+from ...test_processing_common import ProcessorTesterMixin
+
+_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "lower", "newer", "upper", "older", "longer", "string"]
+
+
+@require_torch
+@require_vision
+class EpmVGProcessorTest(ProcessorTesterMixin, unittest.TestCase):
+    processor_class = EpmVGProcessor
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        return BertTokenizer(vocab={word: index for index, word in enumerate(_WORDS)})
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return EpmVGImageProcessor(size={"height": 40, "width": 40})
+
+    @staticmethod
+    def prepare_processor_dict():
+        # The length that the suite gives to tokenizers; ours is the processor's, whatever the tokenizer remembers.
+        return {"max_text_length": EpmVGProcessorTest.images_text_kwargs_max_length}
+
+    def test_processor_text_has_no_visual(self):
+        """The suite wants to mix in text without an image; an expression without an image has no box, and is named."""
+        images, text = self.prepare_images_inputs(batch_size=3), self.prepare_text_inputs(batch_size=3)
+        with self.assertRaisesRegex(ValueError, r"it is for 3 image\(s\) and there are 2"):
+            self.get_processor()(images=[[], *([image] for image in images[1:])], text=text)

@@ -1,0 +1,3 @@
+"""Stands in for the module that the source distribution lacks; `ConfigTester` does not read it for nested configs."""
+
+config_common_kwargs = {}
