@@ -511,7 +511,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         _check_visual(visual_tokens, visual_mask)
         images = pixel_values if visual_tokens is None else visual_tokens
         expressions = input_ids if inputs_embeds is None else inputs_embeds
-        _check_pairing(images.shape[0], *expressions.shape[:2], image_index, self.config.max_text_length)
+        _check_pairing(images, expressions, image_index, self.config.max_text_length)
         # Recorded states are those of the fusion transformer; the towers before it must not record theirs.
         tower_kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
 
@@ -764,8 +764,9 @@ def _check_visual(visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor 
 
 
 def _check_pairing(
-    num_images: int, num_expressions: int, length: int, image_index: torch.Tensor | None, max_text_length: int
+    images: torch.Tensor, expressions: torch.Tensor, image_index: torch.Tensor | None, max_text_length: int
 ):
+    num_images, (num_expressions, length) = images.shape[0], expressions.shape[:2]
     if length > max_text_length:
         raise ValueError(f"{length} tokens per expression, but config.max_text_length is {max_text_length}")
     if image_index is None and num_expressions != num_images:
