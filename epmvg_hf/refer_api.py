@@ -5,10 +5,14 @@ an annotation, its split, and the sentences that single the annotated object out
 annotations as COCO has them, with boxes `[x, y, width, height]` in pixels, counted from 0 and not rounded.
 """
 
+import gc
+import pickle
 import re
 import reprlib
-from collections.abc import Iterable
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +34,18 @@ POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[][0-9.,eE+\s-]*\]')
 
 ID, STRING, LIST = (int, str), (str,), (list,)
 EXPECTED = {ID: "an integer or a string", STRING: "a string", LIST: "a list"}
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's garbage collector would go through a million new objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class ReferFiles(GroundingSource):
@@ -82,62 +98,91 @@ class ReferFiles(GroundingSource):
         """Digest of both files, and of what is known of all images without opening one."""
         return digest_files([self.refs_path, self.instances_path], file_statuses(self.images.paths.values()))
 
+    @collector_paused()
     def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
-        images, annotations, problems = read_instances(self.instances_path)
-        wanted, splits = short_split_name(self.split), set()
-        known = {"ref_id": set(), "sent_id": set()}
-        found: dict[str, AnnotatedImage] = {}
-        for where, ref in self._read_refs():
-            try:
-                splits.add(field_of(ref, "split", STRING, where))
-                if ref["split"] != wanted:
-                    continue
-                image = listed(ref, "image_id", images, where, self.instances_path)
-                annotation = listed(ref, "ann_id", annotations, where, self.instances_path)
-                image_id, name = self._identify_image(ref, annotation, image, where)
-                shared = {
-                    "box": read_box(annotation, f"{where}: annotation {ref['ann_id']} in {self.instances_path}"),
-                    "ref_id": new_id_of(ref, "ref_id", known, where),
-                    "ann_id": str(ref["ann_id"]),
-                }
-                sentences = field_of(ref, "sentences", LIST, where)
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            rows, bad_sentences = read_sentences(sentences, known, where)
-            problems += bad_sentences
-            if rows:
-                # No size, so that boxes are never scaled: they are in pixels of the original image, which is the one
-                # that everybody has, and the sizes in instances.json may be placeholders of a conversion.
-                target = found.setdefault(image_id, AnnotatedImage(name, image_id, None, []))
-                target.rows += [row | shared for row in rows]
-        if not found and not problems:
+        digest = digest_files([self.refs_path, self.instances_path])
+        splits, problems = read_splits(self.name, self.refs_path, self.instances_path, digest)
+        wanted = short_split_name(self.split)
+        if wanted not in splits and not problems:
             raise FileNotFoundError(
                 f"{self.refs_path} has no reference of the split {wanted!r}, only of {', '.join(sorted(splits))}."
             )
-        return list(found.values()), problems
+        images, more = pickle.loads(splits[wanted]) if wanted in splits else ([], [])
+        return images, problems + more
 
-    def _read_refs(self) -> Iterable[tuple[str, Any]]:
-        refs = read_pickle(self.refs_path)
-        if type(refs) is not list or not refs:
-            raise ValueError(f"{self.refs_path} holds {reprlib.repr(refs)}, expected a list of references.")
-        return ((f"{self.refs_path}, reference [{number}]", ref) for number, ref in enumerate(refs))
 
-    def _identify_image(self, ref: dict, annotation: dict, image: dict, where: str) -> tuple[str, str]:
-        """Our id of an image and the name of its file; the `file_name` of a reference is that of no file."""
-        owner = id_of(annotation, "image_id", f"{where}: annotation {ref['ann_id']} in {self.instances_path}")
-        if owner != str(ref["image_id"]):
-            raise ValueError(
-                f"{where} is of the image {ref['image_id']}, but its annotation {ref['ann_id']} in "
-                f"{self.instances_path} is of the image {owner}, expected the same."
-            )
-        entry = f"{where}: image {owner} in {self.instances_path}"
-        # ReferItGame's may be in folders, as in "00/images/25.jpg". Ours are found by the last part.
-        name = PurePosixPath(field_of(image, "file_name", STRING, entry)).name
-        if not name:
-            raise ValueError(f"{entry} has no name in its file_name, expected that of an image file.")
-        # ReferItGame's other formats know an image by its name only.
-        return (PurePosixPath(name).stem if self.name == "referitgame" else owner), name
+@lru_cache(maxsize=1)  # reading is most of the time that it takes to prepare the few rows of val, testA and testB
+def read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) -> tuple[dict[str, bytes], list[str]]:
+    """
+    What is in the files, of which the last ones are remembered.
+
+    Args:
+        name (`str`): of the benchmark.
+        refs_path, instances_path (`Path`): the files.
+        digest (`str`): of their content: they are read again when that is another.
+
+    Returns:
+        `tuple`: By split, a list of [`AnnotatedImage`] and one of what is wrong with its references; and what is wrong
+        whatever the split. Those lists are pickled, by this process for itself, which makes 23 MB of RefCOCO. As
+        objects they would keep 370 MB from being used again, most of it gaps between them.
+    """
+    images, annotations, problems = read_instances(instances_path)
+    splits: dict[str, tuple[dict[str, AnnotatedImage], list[str]]] = {}
+    known = defaultdict(lambda: {"ref_id": set(), "sent_id": set()})  # by split
+    for number, ref in enumerate(read_refs(refs_path)):
+        where = f"{refs_path}, reference [{number}]"
+        try:
+            split = field_of(ref, "split", STRING, where)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        found, problems_of_split = splits.setdefault(split, ({}, []))
+        try:
+            image = listed(ref, "image_id", images, where, instances_path)
+            annotation = listed(ref, "ann_id", annotations, where, instances_path)
+            file_name = identify_image(ref, annotation, image, where, instances_path)
+            # ReferItGame's other formats know an image by its name only.
+            image_id = PurePosixPath(file_name).stem if name == "referitgame" else str(ref["image_id"])
+            shared = {
+                "box": read_box(annotation, f"{where}: annotation {ref['ann_id']} in {instances_path}"),
+                "ref_id": new_id_of(ref, "ref_id", known[split], where),
+                "ann_id": str(ref["ann_id"]),
+            }
+            sentences = field_of(ref, "sentences", LIST, where)
+        except ValueError as error:
+            problems_of_split.append(str(error))
+            continue
+        rows, bad_sentences = read_sentences(sentences, known[split], where)
+        problems_of_split += bad_sentences
+        if rows:
+            # No size, so that boxes are never scaled: they are in pixels of the original image, which is the one
+            # that everybody has, and the sizes in instances.json may be placeholders of a conversion.
+            target = found.setdefault(image_id, AnnotatedImage(file_name, image_id, None, []))
+            target.rows += [row | shared for row in rows]
+    return {split: pickle.dumps((list(found.values()), more)) for split, (found, more) in splits.items()}, problems
+
+
+def read_refs(path: Path) -> list[Any]:
+    refs = read_pickle(path)
+    if type(refs) is not list or not refs:
+        raise ValueError(f"{path} holds {reprlib.repr(refs)}, expected a list of references.")
+    return refs
+
+
+def identify_image(ref: dict, annotation: dict, image: dict, where: str, path: Path) -> str:
+    """The name of the image file; the `file_name` of a reference is that of no file."""
+    owner = id_of(annotation, "image_id", f"{where}: annotation {ref['ann_id']} in {path}")
+    if owner != str(ref["image_id"]):
+        raise ValueError(
+            f"{where} is of the image {ref['image_id']}, but its annotation {ref['ann_id']} in "
+            f"{path} is of the image {owner}, expected the same."
+        )
+    entry = f"{where}: image {owner} in {path}"
+    # ReferItGame's may be in folders, as in "00/images/25.jpg". Ours are found by the last part.
+    name = PurePosixPath(field_of(image, "file_name", STRING, entry)).name
+    if not name:
+        raise ValueError(f"{entry} has no name in its file_name, expected that of an image file.")
+    return name
 
 
 def read_instances(path: Path) -> tuple[dict[str, dict], dict[str, dict], list[str]]:

@@ -266,6 +266,22 @@ def test_unchanged_data_is_prepared_once(folder, monkeypatch):
     assert rows(load(folder)) == TRAIN
 
 
+def test_files_are_read_once_for_all_splits(folder, monkeypatch):
+    assert rows(load(folder)) == TRAIN
+    monkeypatch.setattr(refer_api, "read_pickle", None)
+    assert load(folder, "validation")["expression"][:] == ["in val"]
+    assert rows(load(folder, streaming=True)) == TRAIN
+
+
+def test_problems_of_several_splits_are_kept_apart(tmp_path):
+    data = changed(("refs", 3, "ann_id"))
+    data["refs"][4]["split"] = None
+    root = write(tmp_path / "data", data)
+    for _ in range(2):
+        for split, number in (("train", 1), ("validation", 2), ("testA", 1), ("testB", 1)):
+            assert len(find(root, split).list_images()[1]) == number
+
+
 def test_edited_files_are_seen(folder):
     assert rows(load(folder)) == TRAIN
     instances = folder / "refcoco" / "instances.json"
