@@ -1,12 +1,11 @@
 """Stands in for the module that the source distribution lacks: instead of a download, a picture drawn here."""
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-_PICTURE = Path(tempfile.gettempdir()) / "epmvg_conformance_picture.png"
+_PICTURE = Path(__file__).with_name("picture.png")
 
 
 def url_to_local_path(url: str) -> str:
