@@ -577,7 +577,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         nearest = nn.functional.interpolate(pixel_mask, size=grid)[:, 0].bool()
         # DETR's nearest sampling can miss a picture thinner than the stride; then every cell it touches counts.
         touched = nn.functional.adaptive_max_pool2d(pixel_mask, grid)[:, 0].bool()
-        return feature_map, torch.where(nearest.any(dim=(1, 2), keepdim=True), nearest, touched)
+        return feature_map, nearest | (touched & ~nearest.any(dim=(1, 2), keepdim=True))
 
     def _fusion_positions(self, text_length: int, grid: tuple[int, int]) -> torch.Tensor:
         """Rows of the position table for `text_length` tokens and this grid, interpolated if it is another one."""
