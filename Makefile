@@ -12,7 +12,7 @@ demo: $(VENV)/.train
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-# transformers' own tests of models, configs and processors; RUN_SLOW=1 adds torch.export.
+# transformers' own tests of models, configs and processors; RUN_SLOW=1 adds exports and torch.compile.
 conformance: $(VENV)/.dev
 	$(BIN)/python tests/conformance/run.py
 

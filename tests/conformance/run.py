@@ -6,7 +6,7 @@ package index to `.conformance`. Over it goes `overlay`: our test modules, and s
 source distribution lacks. The exit status is 1 if a test fails, or is skipped for a reason that is not known below.
 
     python tests/conformance/run.py [arguments for pytest]
-    RUN_SLOW=1 python tests/conformance/run.py       # and what the suite calls slow: torch.export
+    RUN_SLOW=1 python tests/conformance/run.py       # and what is slow: exports and torch.compile
     python tests/conformance/run.py --mutate leak    # on a copy of the package with a fault, which must be found
 """
 
@@ -35,7 +35,7 @@ FEWEST_PASSES = 255
 SKIPS = {
     "needs hardware or a package that is not here": (
         r"test requires (multiple )?accelerators?|test requires (MPS|Flash Attention|deepspeed|bitsandbytes)"
-        r"|test requires (the kernels|Torchcodec|librosa|Torchvision)|This test requires an? (NVIDIA|AMD)"
+        r"|test requires (the kernels|Torchcodec|librosa|Torchvision|ONNX)|This test requires an? (NVIDIA|AMD)"
     ),
     "slow: RUN_SLOW=1 runs it": r"test is slow",
     "another kind of model: causal or encoder-decoder, rotary positions, experts, resizable positions": (

@@ -4,9 +4,9 @@ import unittest
 
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers.exporters import DynamoConfig, DynamoExporter
+from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-from transformers.testing_utils import slow, torch_device
+from transformers.testing_utils import require_onnxruntime, require_onnxscript, slow, torch_device
 
 from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGModel
 
@@ -133,18 +133,26 @@ class EpmVGModelTest(ModelTesterMixin, unittest.TestCase):
         self.config_tester.run_common_tests()
 
     @slow
-    @torch.no_grad()
     def test_torch_export_with_several_expressions_per_image(self):
+        self._check_exports(DynamoExporter(), DynamoConfig(dynamic=True))
+
+    @slow
+    @require_onnxscript
+    @require_onnxruntime
+    def test_onnx_export_with_several_expressions_per_image(self):
+        self._check_exports(OnnxExporter(), OnnxConfig(dynamic=True))
+
+    @torch.no_grad()
+    def _check_exports(self, exporter, config):
         """One program for any number of images, expressions and tokens; and one that takes the kept visual tokens."""
         model = EpmVGForVisualGrounding(self.model_tester.get_config()).to(torch_device).eval()
         for keep_tokens in (False, True):
-            inputs = self._grouped_inputs(model, 2, 5, 6, keep_tokens)
-            exported = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic=True))
+            exported = exporter.export(model, self._grouped_inputs(model, 2, 5, 6, keep_tokens), config=config)
             for sizes in ((2, 5, 6), (3, 4, 9), (4, 7, 3)):
                 with self.subTest(keep_tokens=keep_tokens, sizes=sizes):
                     inputs = self._grouped_inputs(model, *sizes, keep_tokens)
-                    boxes = model(**inputs).pred_boxes
-                    torch.testing.assert_close(exported(**inputs)["pred_boxes"], boxes, atol=1e-5, rtol=1e-4)
+                    boxes = torch.as_tensor(exported(**inputs)["pred_boxes"], device=torch_device)
+                    torch.testing.assert_close(boxes, model(**inputs).pred_boxes, atol=1e-5, rtol=1e-4)
 
     @slow
     @torch.no_grad()
