@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 
 HERE = Path(__file__).parent
-# In the order of their turns. Who comes after the teacher itself finds caches full of it: that is not to flatter "cached".
+# In the order of their turns. Who comes after the teacher finds caches full of it: that is not to flatter "cached".
 MODES = ("on the fly", "cached", "no teacher")
 WARM_UP = 5
 
