@@ -48,7 +48,7 @@ class FromTowersMixin:
         return (model, rows) if output_loading_info else model
 
 
-def text_model_options(text_config: PreTrainedConfig) -> dict[str, bool]:
-    """What leaves out the pooling layer that some text towers have and that would never get a gradient."""
-    signature = inspect.signature(MODEL_MAPPING[type(text_config)].__init__)
+def without_pooling(tower_config: PreTrainedConfig) -> dict[str, bool]:
+    """The argument that leaves out the pooling layer that some towers have and that would never get a gradient."""
+    signature = inspect.signature(MODEL_MAPPING[type(tower_config)].__init__)
     return {"add_pooling_layer": False} if "add_pooling_layer" in signature.parameters else {}

@@ -37,7 +37,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_epmvg import EpmVGConfig
-from .from_towers import FromTowersMixin, text_model_options
+from .from_towers import FromTowersMixin, without_pooling
 from .losses import box_loss, box_map_target, has_box, map_loss
 from .model_card import ModelCardMixin
 
@@ -351,7 +351,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         )
         self.visual_projection = nn.Linear(config.d_model, config.d_model)
 
-        self.text_model = AutoModel.from_config(config.text_config, **text_model_options(config.text_config))
+        self.text_model = AutoModel.from_config(config.text_config, **without_pooling(config.text_config))
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.d_model)
 
         grid = config.image_size // config.backbone_stride

@@ -16,10 +16,12 @@
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BackboneOutput
+
+from .from_towers import without_pooling
 
 
 @strict
@@ -76,18 +78,13 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: PatchBackboneConfig):
-        # Here, as a model with other towers does without them.
-        from transformers import CLIPVisionModel, ViTModel
-
         super().__init__(config)
         tower = config.tower_config
         self.num_features = [tower.hidden_size] * len(config.stage_names)
         # Neither keeps what only the pooled class token passes through: it would never get a gradient.
+        self.tower = MODEL_MAPPING[type(tower)](tower, **without_pooling(tower))
         if isinstance(tower, CLIPVisionConfig):
-            self.tower = CLIPVisionModel(tower)
             self.tower.post_layernorm = nn.Identity()
-        else:
-            self.tower = ViTModel(tower, add_pooling_layer=False)
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:

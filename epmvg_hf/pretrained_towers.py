@@ -16,7 +16,6 @@ from transformers import (
     AutoTokenizer,
     CLIPConfig,
     CLIPVisionConfig,
-    CLIPVisionModel,
     DetrConfig,
     DetrModel,
     PreTrainedConfig,
@@ -25,13 +24,12 @@ from transformers import (
     TimmBackboneConfig,
     TimmWrapperConfig,
     ViTConfig,
-    ViTModel,
 )
 from transformers.utils import logging
 
 from .configuration_epmvg import EpmVGConfig
 from .extras import needs_extra
-from .from_towers import text_model_options
+from .from_towers import without_pooling
 from .patch_backbone import PatchBackboneConfig
 
 logger = logging.get_logger(__name__)
@@ -120,9 +118,7 @@ def load_vision_tower(name: str, out_features: list[str] | None = None) -> Tower
     if isinstance(config, TimmWrapperConfig):
         return _load_timm(name, config, out_features)
     if isinstance(config, CLIPVisionConfig | ViTConfig):
-        is_clip = isinstance(config, CLIPVisionConfig)
-        options = {} if is_clip else {"add_pooling_layer": False}
-        model, fresh, unused = _read(CLIPVisionModel if is_clip else ViTModel, name, config, **options)
+        model, fresh, unused = _read(MODEL_MAPPING[type(config)], name, config, **without_pooling(config))
         tensors = {f"tower.{key}": value for key, value in model.state_dict().items()}
         # Only the pooled class token passes through it.
         pooled = [key for key in tensors if key.startswith("tower.post_layernorm.")]
@@ -161,7 +157,7 @@ def load_text_tower(name: str) -> Tower:
             f"{name} is a {config.model_type!r}, not a text tower: expected a BERT, RoBERTa, DistilBERT, CLIP or "
             "another text encoder"
         )
-    model, fresh, unused = _read(model_class, name, config, **text_model_options(config))
+    model, fresh, unused = _read(model_class, name, config, **without_pooling(config))
     weights = {f"text_model.{key}": value for key, value in model.state_dict().items()}
     return Tower(name, model.config, weights, fresh, unused)
 

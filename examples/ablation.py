@@ -259,7 +259,7 @@ def make_teacher_towers(teacher: ClipTeacher, map_weight: float) -> tuple[EpmVGF
 
 def build(config: EpmVGConfig) -> EpmVGForVisualGrounding:
     # Faster than sdpa on the CPU this was run on.
-    config._attn_implementation = {"": "eager", "text_config": "eager", "backbone_config": "eager"}
+    config._attn_implementation = "eager"
     return EpmVGForVisualGrounding(config)
 
 

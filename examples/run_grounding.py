@@ -137,11 +137,6 @@ def make_model(
     arguments: ModelArguments, expressions: list[str], teacher_projection_dim: int | None
 ) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
     """The model and its processor, saved ones or new ones, with projections to a teacher's space of that width."""
-    attention = None
-    if arguments.attn_implementation is not None:
-        # A convolutional backbone has no attention and refuses all but eager.
-        name = arguments.attn_implementation
-        attention = {"": name, "text_config": name, "backbone_config": "eager"}
     of_new_models = ("vision_name_or_path", "text_name_or_path", "image_size", "max_text_length")
     given = [name for name in of_new_models if getattr(arguments, name) is not None]
     if arguments.model_name_or_path is not None:
@@ -151,7 +146,7 @@ def make_model(
         if config.teacher_projection_dim is None:
             config.teacher_projection_dim = teacher_projection_dim  # two new projections; the rest is as saved
         model = EpmVGForVisualGrounding.from_pretrained(
-            arguments.model_name_or_path, config=config, attn_implementation=attention
+            arguments.model_name_or_path, config=config, attn_implementation=arguments.attn_implementation
         )
         return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
 
@@ -165,7 +160,9 @@ def make_model(
             raise ValueError("vision_name_or_path and text_name_or_path must be given together")
         for name in ("backbone_config", "backbone_stride", "text_config"):
             settings.pop(name, None)
-        model = EpmVGForVisualGrounding.from_vision_text_pretrained(*towers, attn_implementation=attention, **settings)
+        model = EpmVGForVisualGrounding.from_vision_text_pretrained(
+            *towers, attn_implementation=arguments.attn_implementation, **settings
+        )
         return model, EpmVGProcessor.from_vision_text_pretrained(*towers, model.config)
 
     config = EpmVGConfig(**settings)
@@ -175,7 +172,7 @@ def make_model(
         tokenizer = train_tokenizer(expressions, config.text_config.vocab_size)
     config.text_config.vocab_size = len(tokenizer)
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
-    config._attn_implementation = attention
+    config._attn_implementation = arguments.attn_implementation
     return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
 
 

@@ -12,12 +12,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import BertTokenizer
 
-from epmvg_hf import ClipTeacher, EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
+from epmvg_hf import (
+    ClipTeacher,
+    EpmVGConfig,
+    EpmVGForVisualGrounding,
+    EpmVGImageProcessor,
+    EpmVGProcessor,
+    load_grounding_dataset,
+)
 
 # transformers' own tests, which `make conformance` runs in a process of their own.
 collect_ignore = ["conformance"]
@@ -103,6 +111,12 @@ def tiny_config(**changes) -> EpmVGConfig:
 def tiny_model(seed: int = 0, **changes) -> EpmVGForVisualGrounding:
     torch.manual_seed(seed)
     return EpmVGForVisualGrounding(tiny_config(**changes)).eval()
+
+
+def uneven_shapes(counts: list[int]) -> Dataset:
+    """Training images of `shapes` that have so many expressions each, of their 8."""
+    dataset = load_grounding_dataset("shapes", split="train", num_images=len(counts))
+    return dataset.select([row for row, image in enumerate(dataset["image_id"]) if row % 8 < counts[int(image[-6:])]])
 
 
 def assert_random_numbers_are_left_alone(action: Callable[[], object]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from conftest import ONE_STEP, TinyTeacher, tiny_model, tiny_processor
+from conftest import ONE_STEP, TinyTeacher, tiny_model, tiny_processor, uneven_shapes
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
@@ -76,16 +76,13 @@ def make_trainer(folder: Path, batch_size: int, changes: dict[str, Any]) -> tupl
         **{**ONE_STEP, "cache_teacher": False, **changes},
     )
     with args.main_process_first():
-        dataset = load_grounding_dataset("shapes", split="train", num_images=4)
-    # Images have 8, 1, 5 and 2 expressions.
-    counts = [8, 1, 5, 2]
-    keep = [row for row, image in enumerate(dataset["image_id"]) if row % 8 < counts[int(image[-6:])]]
+        dataset = uneven_shapes([8, 1, 5, 2])
     captioned = load_grounding_dataset("shapes", split="validation", num_images=4).remove_columns("box")
     callback = Gradients()
     trainer = EpmVGTrainer(
         tiny_model(box_head="map", frozen_batch_norm=True, teacher_projection_dim=24),
         args,
-        train_dataset=dataset.select(keep),
+        train_dataset=dataset,
         processing_class=tiny_processor(),
         teacher=TinyTeacher(),
         caption_dataset=captioned,

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import datasets
-from conftest import ONE_STEP, tiny_model, tiny_processor
+from conftest import ONE_STEP, tiny_model, tiny_processor, uneven_shapes
 
-from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
+from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments
 
 
 def main(folder: Path, batch_size: int):
@@ -19,10 +19,7 @@ def main(folder: Path, batch_size: int):
         **ONE_STEP,
     )
     with args.main_process_first():
-        dataset = load_grounding_dataset("shapes", split="train", num_images=5)
-    # Images have 8, 1, 5, 8 and 3 expressions.
-    keep = [row for row, image in enumerate(dataset["image_id"]) if row % 8 < [8, 1, 5, 8, 3][int(image[-6:])]]
-    dataset = dataset.select(keep)
+        dataset = uneven_shapes([8, 1, 5, 8, 3])
     train = dataset.filter(lambda image_id: not image_id.endswith("4"), input_columns="image_id")
 
     model = tiny_model(box_head="map", frozen_batch_norm=True)
