@@ -28,7 +28,8 @@ TEXTS = ["the red circle", "the dog on the left"]
 
 def run(code: str, tmp_path: Path, hidden: str = "") -> dict:
     """What a fresh process prints last, as JSON; it finds none of the `hidden` libraries."""
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    # This process's own sys.path would bring the caches of shared code that libraries added to it.
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home")}
     command = [sys.executable, "-c", HIDE.format(names=hidden) + code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
