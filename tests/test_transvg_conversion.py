@@ -159,9 +159,13 @@ def stages_of(model, pixel_values, padding, input_ids, attention_mask):
 
 
 def assert_same_stages(model, reference, inputs):
+    """Differences are relative to a stage's largest value, if that is above 1. `pytest -rP` shows them."""
     ours, theirs = stages_of(model, **inputs), reference(**inputs)
+    print("stage      largest value   largest difference   relative")
     for stage, expected in theirs.items():
-        assert (ours[stage] - expected).abs().max() <= 1e-5 * max(1, expected.abs().max()), stage
+        largest, difference = expected.abs().max().item(), (ours[stage] - expected).abs().max().item()
+        print(f"{stage:10} {largest:13.3f} {difference:20.1e} {difference / max(1, largest):10.1e}")
+        assert difference <= 1e-5 * max(1, largest), stage
 
 
 def save(tmp_path, content):
@@ -184,13 +188,6 @@ def reference():
     return module
 
 
-def assert_boxes_of_case(model, reference, case):
-    inputs = reference.inputs(case)
-    with torch.no_grad():
-        boxes = model(**inputs, pixel_mask=(~inputs.pop("padding")).long()).pred_boxes
-    torch.testing.assert_close(boxes, torch.tensor(case["boxes"]), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("case_number", [0, 1])
 def test_boxes_of_the_original(reference, case_number, tmp_path):
     case = json.loads((TRANSVG / "reference_cases.json").read_text())[case_number]
@@ -202,7 +199,15 @@ def test_boxes_of_the_original(reference, case_number, tmp_path):
     else:  # files cost most of the time, and have no part in what differs here
         model, _ = convert_transvg(tensors)
     assert (model.config.image_size, model.config.max_text_length) == (size, length)
-    assert_boxes_of_case(model, reference, case)
+    inputs = reference.inputs(case)
+    difference = (stages_of(model, **inputs)["head"] - torch.tensor(case["boxes"])).abs().max().item()
+    print(f"largest difference to the boxes of the original code: {difference:.1e}")
+    assert difference <= 1e-5
+
+    # Where these weights go within the original is known by its arithmetic, as written above, in full size.
+    written = Original((3, 4, 6, 3), 64, 256, 8, (6, 6), BertConfig(), size, length)
+    written.load_state_dict(tensors)
+    assert_same_stages(model, written, inputs)
 
 
 def test_every_stage_is_that_of_the_original():
