@@ -48,7 +48,25 @@ def sharded_gradients(trainer: EpmVGTrainer) -> dict[str, torch.Tensor]:
     return {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def main(folder: Path, batch_size: int):
+def zero2_gradients(folder: Path, batch_size: int) -> dict[str, torch.Tensor]:
+    """What DeepSpeed, which shards the gradients away, subtracts from the parameters in a step of plain SGD."""
+    zero2 = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    changes = {"deepspeed": zero2, "optim": "sgd", "learning_rate": 1.0}
+    trainer, _ = make_trainer(folder, batch_size, RUNS["all"] | changes)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.is_deepspeed_enabled
+    return {name: before[name] - p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def main(folder: Path, batch_size: int, with_deepspeed: bool):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     logs = {}
     for run, changes in RUNS.items():
@@ -64,6 +82,10 @@ def main(folder: Path, batch_size: int):
         gradients = sharded_gradients(trainer)
         if trainer.is_world_process_zero():
             save_file(gradients, folder / "all, sharded.safetensors")
+    if with_deepspeed:
+        gradients = zero2_gradients(folder, batch_size)
+        if trainer.is_world_process_zero():
+            save_file(gradients, folder / "all, zero2.safetensors")
     if trainer.is_world_process_zero():
         (folder / "result.json").write_text(json.dumps({"processes": processes, "logs": logs}))
 
@@ -92,4 +114,4 @@ def make_trainer(folder: Path, batch_size: int, changes: dict[str, Any]) -> tupl
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), "deepspeed" in sys.argv[3:])
