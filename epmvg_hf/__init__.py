@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
-    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -18,7 +17,6 @@ from .configuration_epmvg import EpmVGConfig
 from .extras import needs_extra
 from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
-from .patch_backbone import PatchBackbone, PatchBackboneConfig
 from .pipeline_visual_grounding import VisualGroundingPipeline
 from .processing_epmvg import EpmVGProcessor
 
@@ -122,8 +120,6 @@ AutoImageProcessor.register(
     else {"torchvision": EpmVGImageProcessor, "pil": EpmVGImageProcessorPil},
 )
 AutoProcessor.register(EpmVGConfig, EpmVGProcessor)
-AutoConfig.register(PatchBackboneConfig.model_type, PatchBackboneConfig)
-AutoBackbone.register(PatchBackboneConfig, PatchBackbone)
 PIPELINE_REGISTRY.register_pipeline(
     "visual-grounding",
     pipeline_class=VisualGroundingPipeline,

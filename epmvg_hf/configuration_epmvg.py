@@ -17,6 +17,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .patch_backbone import PatchBackboneConfig
+
 
 @strict
 class EpmVGConfig(PreTrainedConfig):
@@ -109,6 +111,13 @@ class EpmVGConfig(PreTrainedConfig):
     map_loss_coefficient: float | int = 1.0
     teacher_projection_dim: int | None = None
     initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        backbone = self.backbone_config
+        if isinstance(backbone, dict) and backbone.get("model_type") == PatchBackboneConfig.model_type:
+            # Not by name from AutoConfig: two folders with shared code would take each other's class.
+            self.backbone_config = PatchBackboneConfig(**backbone)
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         if self.box_head not in ("reg", "map"):

@@ -16,7 +16,14 @@
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoBackbone,
+    AutoConfig,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BackboneOutput
@@ -103,5 +110,8 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
             )
         )
 
+
+# Here, not in the package, of which shared code (see `register_for_hub`) has the modules alone.
+AutoBackbone.register(PatchBackboneConfig, PatchBackbone)
 
 __all__ = ["PatchBackbone", "PatchBackboneConfig"]

@@ -14,7 +14,7 @@
 """Processor class for EpmVG: images, expressions and boxes -> model inputs; predicted boxes -> pixels."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,15 +22,12 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, is_torchvision_available, logging
 
 from .configuration_epmvg import EpmVGConfig
+from .image_processing_epmvg import EpmVGImageProcessor
+from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .model_card import ModelCardMixin
-
-if TYPE_CHECKING:
-    # `register_for_hub` copies what is imported here too: both image processors go along with the processor.
-    from .image_processing_epmvg import EpmVGImageProcessor
-    from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +61,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: "EpmVGImageProcessor | EpmVGImageProcessorPil | None" = None,
+        image_processor: EpmVGImageProcessor | EpmVGImageProcessorPil | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_text_length: int = 20,
         do_lower_case: bool = False,
@@ -92,11 +89,12 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
             ValueError: there is no image processor with the vision tower, or the tokenizer has more tokens than the
                 text tower.
         """
-        from . import EpmVGImageProcessor  # which is that of torchvision where there is one
+        # Here, as it loads the code of many towers.
         from .pretrained_towers import tower_statistics, tower_tokenizer
 
         size = {"height": config.image_size, "width": config.image_size}
-        image_processor = EpmVGImageProcessor(size=size, **tower_statistics(vision))
+        image_processor_class = EpmVGImageProcessor if is_torchvision_available() else EpmVGImageProcessorPil
+        image_processor = image_processor_class(size=size, **tower_statistics(vision))
         tokenizer = tower_tokenizer(text, config.get_text_config().vocab_size)
         return cls(image_processor, tokenizer, config.max_text_length, do_lower_case)
 

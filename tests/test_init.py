@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_processor
 from PIL import Image
+from tiny_towers import SIZES, save_text_tower, save_vision_tower
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,6 +20,7 @@ from transformers import (
 import epmvg_hf
 from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGModel, EpmVGProcessor
 from epmvg_hf.image_processing_pil_epmvg import EpmVGImageProcessorPil
+from epmvg_hf.patch_backbone import PatchBackbone
 
 # What no extra brings: neither training nor data nor metrics nor plots nor the teacher, and not torchvision either.
 OPTIONAL = "accelerate datasets evaluate gradio matplotlib open_clip pandas peft pyarrow scipy timm torchvision"
@@ -44,17 +46,34 @@ def image(tmp_path) -> Image.Image:
 
 
 @pytest.fixture
-def shared(tmp_path, monkeypatch):
-    """Sets folders aside for a process that has what is saved with its code."""
+def with_code(monkeypatch):
+    """What is saved takes its code along."""
     classes = (EpmVGConfig, EpmVGModel, EpmVGForVisualGrounding, EpmVGProcessor)
     for cls in (*classes, EpmVGImageProcessor, EpmVGImageProcessorPil):
         monkeypatch.setattr(cls, "_auto_class", None)  # put back after the test
     epmvg_hf.register_for_hub()
+
+
+@pytest.fixture
+def shared(tmp_path, with_code):
     model, processor = tiny_model(box_head="map"), tiny_processor()
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    model.model.save_pretrained(tmp_path / "bare")
+    save(model, processor, tmp_path)
     return model, processor
+
+
+def save(model, processor, folder: Path) -> None:
+    """The folders that `SHARED_CODE` reads."""
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    model.model.save_pretrained(folder / "bare")
+
+
+def from_towers(kind: str, folder: Path) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
+    """A model and a processor whose vision tower is our own backbone, and the towers in folders."""
+    towers = save_vision_tower(kind, folder / "vision"), save_text_tower("bert", folder / "text")
+    model = EpmVGForVisualGrounding.from_vision_text_pretrained(*towers, box_head="map", image_size=48, **SIZES)
+    assert type(model.model.vision_model) is PatchBackbone
+    return model, EpmVGProcessor.from_vision_text_pretrained(*towers, model.config)
 
 
 def test_every_public_name_is_there():
@@ -146,6 +165,59 @@ def test_a_folder_with_code_loads_where_the_package_is_not(tmp_path, shared, ima
     files = {path.name for path in (tmp_path / "model").iterdir()}
     assert {path.name for path in (tmp_path / "again").iterdir()} == files
     assert "trainer.py" not in files and "teacher.py" not in files
+
+
+TOWERS = """
+new = type(model).from_vision_text_pretrained("vision", "text", image_size=48, **SIZES)
+new_processor = type(processor).from_vision_text_pretrained("vision", "text", new.config)
+with torch.no_grad():
+    features = new.model.vision_model(inputs["pixel_values"]).feature_maps[-1]
+print(json.dumps({
+    "pred_boxes": outputs.pred_boxes.tolist(),
+    "reg_state": [state.tolist() for state in states],
+    "new": [type(new_processor.image_processor).__name__, features.tolist()],
+}))
+""".replace("SIZES", repr(SIZES))
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("clip", ""), ("vit", OPTIONAL)], ids=["clip", "vit"])
+def test_code_with_our_own_backbone_loads_where_the_package_is_not(tmp_path, with_code, image, kind, missing):
+    """Where torchvision is not either, the pixels are PIL's."""
+    model, processor = from_towers(kind, tmp_path)
+    save(model, processor, tmp_path)
+    found = run(SHARED_CODE + TOWERS, tmp_path, hidden=f"epmvg_hf {missing}")
+
+    image_processor = processor.image_processor
+    if missing:
+        image_processor = EpmVGImageProcessorPil(**image_processor.to_dict())
+    inputs = EpmVGProcessor(image_processor, processor.tokenizer, processor.max_text_length)(images=image, text=TEXTS)
+    with torch.no_grad():
+        outputs, state = model(**inputs), model.model(**inputs).reg_state
+        features = model.model.vision_model(inputs["pixel_values"]).feature_maps[-1]
+    assert found["pred_boxes"] == outputs.pred_boxes.tolist()
+    assert found["reg_state"] == [state.tolist()] * 2
+    assert found["new"] == [type(image_processor).__name__, features.tolist()]
+
+
+def test_shared_code_and_the_package_keep_their_own_backbones(tmp_path, with_code):
+    save(*from_towers("clip", tmp_path), tmp_path)
+    code = """
+import json
+from transformers import AutoModel
+
+first, second = (AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in ("model", "bare"))
+import epmvg_hf
+models = [first, second, type(first).from_pretrained("model"), AutoModel.from_pretrained("model")]
+models.append(AutoModel.from_pretrained("model", trust_remote_code=True))
+parts = [(model, model.config, model.vision_model) for model in models]
+print(json.dumps([[type(part).__module__.rpartition(".")[0] for part in three] for three in parts]))
+"""
+    found = run(code, tmp_path)
+    first, second, again, *package = (model for model, _, _ in found)
+    assert first == again != second and package == ["epmvg_hf"] * 2
+    # transformers takes the code of config and model apart, so the backbone comes with the config.
+    configs, backbones = ([three[part] for three in found] for part in (1, 2))
+    assert backbones == configs and configs[3:] == package and configs[0] != configs[1]
 
 
 def test_shared_code_needs_no_optional_library(tmp_path, shared, image):

@@ -6,16 +6,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_towers import STATISTICS, STRIDES, save_clip, save_text_tower, save_vision_tower
+from tiny_towers import SIZES, STATISTICS, STRIDES, save_clip, save_text_tower, save_vision_tower
 from torch import nn
 from transformers import AutoBackbone, AutoImageProcessor, AutoModel, CLIPModel, DetrModel, ViTModel
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGModel, EpmVGProcessor
 
-SIZES = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32} | {
-    "fusion_layers": 1, "fusion_attention_heads": 2, "fusion_ffn_dim": 32, "max_text_length": 12
-}  # fmt: skip
 DETR_SIZES = {name: value for name, value in SIZES.items() if not name.startswith(("encoder", "d_model"))}
 
 

@@ -40,6 +40,10 @@ DETR = {"d_model": 32, "num_queries": 4, "encoder_layers": 2, "decoder_layers": 
     for part in ("encoder", "decoder")
     for name, value in (("attention_heads", 8), ("ffn_dim", 32))
 }
+# Of a grounding model that starts from them.
+SIZES = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32} | {
+    "fusion_layers": 1, "fusion_attention_heads": 2, "fusion_ffn_dim": 32, "max_text_length": 12
+}  # fmt: skip
 STATISTICS = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 
 # Pixels per cell of their last feature map.
