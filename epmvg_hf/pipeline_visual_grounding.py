@@ -19,6 +19,7 @@ from types import GeneratorType
 from typing import Any, cast
 
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import load_image
@@ -61,8 +62,11 @@ class VisualGroundingPipeline(Pipeline):
     _load_video_processor = False
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None = None, **kwargs: Any):
-        # Not by class: a compiled model or one with adapters wraps ours, and remote code has a class of its own.
-        if not (hasattr(model, "box_head") and hasattr(processor, "post_process_grounding")):
+        # A compiled model or one with adapters has ours inside.
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        if not (
+            any(is_named(part, "EpmVGForVisualGrounding") for part in parts) and is_named(processor, "EpmVGProcessor")
+        ):
             raise ValueError(
                 "Visual grounding needs an EpmVGForVisualGrounding and its EpmVGProcessor, but the model is a "
                 f"{type(model).__name__} and the processor a {type(processor).__name__}."
@@ -276,6 +280,11 @@ def read_image(image: Any, timeout: float | None) -> Image.Image:
 
 def as_result(expression: str, box: list[float]) -> dict[str, Any]:
     return {"box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)), "text": expression}
+
+
+def is_named(value: Any, name: str) -> bool:
+    """Whether its class, or one that it inherits from, has this name: shared code has classes of its own."""
+    return name in (cls.__name__ for cls in type(value).__mro__)
 
 
 def type_name(value: Any) -> str:

@@ -199,20 +199,30 @@ def test_code_with_our_own_backbone_loads_where_the_package_is_not(tmp_path, wit
     assert found["new"] == [type(image_processor).__name__, features.tolist()]
 
 
-def test_shared_code_and_the_package_keep_their_own_backbones(tmp_path, with_code):
+def test_shared_code_and_the_package_in_one_process(tmp_path, with_code, image):
     save(*from_towers("clip", tmp_path), tmp_path)
     code = """
 import json
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor, pipeline
 
 first, second = (AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in ("model", "bare"))
+grounding = AutoModelForZeroShotObjectDetection.from_pretrained("model", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
 import epmvg_hf
 models = [first, second, type(first).from_pretrained("model"), AutoModel.from_pretrained("model")]
 models.append(AutoModel.from_pretrained("model", trust_remote_code=True))
 parts = [(model, model.config, model.vision_model) for model in models]
-print(json.dumps([[type(part).__module__.rpartition(".")[0] for part in three] for three in parts]))
-"""
+print(json.dumps({
+    "modules": [[type(part).__module__.rpartition(".")[0] for part in three] for three in parts],
+    "boxes": [grounder("image.png", TEXTS) for grounder in (
+        pipeline("visual-grounding", model=grounding, processor=processor),
+        pipeline("visual-grounding", model="model"),
+    )],
+}))
+""".replace("TEXTS", repr(TEXTS))
     found = run(code, tmp_path)
+    assert found["boxes"][0] == found["boxes"][1]
+    found = found["modules"]
     first, second, again, *package = (model for model, _, _ in found)
     assert first == again != second and package == ["epmvg_hf"] * 2
     # transformers takes the code of config and model apart, so the backbone comes with the config.

@@ -242,6 +242,22 @@ def test_a_model_just_trained_does_not_drop_out(images, processor):
     assert grounder(images[0], RED) == grounder(images[0], RED)
 
 
+def test_a_compiled_model(grounder, images):
+    compiled = torch.compile(grounder.model, backend="eager")
+    around = pipeline("visual-grounding", model=compiled, processor=grounder.processor, device="cpu")
+    assert around.model is compiled
+    check(around(images[0], [RED, GREEN]), directly(grounder, images[0], [RED, GREEN]), [RED, GREEN])
+
+
+def test_a_model_with_adapters(grounder, images):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model(box_head="map"), peft.LoraConfig(target_modules=["query", "value"]))
+    around = pipeline("visual-grounding", model=adapted, processor=grounder.processor, device="cpu")
+    assert around.model is adapted
+    # Adapters start as zero.
+    check(around(images[0], [RED, GREEN]), directly(grounder, images[0], [RED, GREEN]), [RED, GREEN])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(grounder, folder, images):
     on_gpu = pipeline("visual-grounding", model=str(folder), device="cuda:0")
@@ -307,6 +323,10 @@ def test_a_model_or_processor_that_grounds_nothing(processor):
         pipeline("visual-grounding", model=EpmVGModel(tiny_config()), processor=processor)
     with pytest.raises(ValueError, match="the processor a NoneType"):
         VisualGroundingPipeline(model=tiny_model())
+    with pytest.raises(ValueError, match="the processor a BertTokenizer"):
+        VisualGroundingPipeline(model=tiny_model(), processor=processor.tokenizer)
+    with pytest.raises(ValueError, match="but the model is a str and"):
+        VisualGroundingPipeline(model="outputs/demo", processor=processor)
 
 
 # What the documentation shows
