@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .benchmarks import Benchmark, Wanted, full_split_name, resolve_name
+from .extras import needs_extra
 
 if TYPE_CHECKING:
     import datasets
@@ -118,10 +119,8 @@ def load_grounding_dataset(
     >>> row["image"].crop(row["box"])
     ```
     """
-    try:
+    with needs_extra("Loading a dataset", "train"):
         import datasets  # noqa: F401
-    except ImportError as error:
-        raise ImportError('Loading a dataset needs `datasets`: pip install "epmvg_hf[train]"') from error
 
     if isinstance(exclude, os.PathLike):
         exclude = Path(exclude).read_text(encoding="utf-8").split()

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .extras import needs_extra
+
 # Part of every fingerprint: to be raised when the same weights and pixels are to give other embeddings.
 _OUTPUTS_VERSION = 1
 
@@ -140,10 +142,8 @@ class ClipTeacher(nn.Module):
         torch.Size([1, 7, 7, 512])
         ```
         """
-        try:
+        with needs_extra("ClipTeacher", "teacher"):
             import open_clip  # noqa: F401
-        except ImportError as error:
-            raise ImportError('ClipTeacher needs open_clip_torch: pip install "epmvg_hf[teacher]"') from error
 
         own_weights = name.startswith(("local-dir:", "hf-hub:", "transformers:"))
         if own_weights and pretrained is not None:

@@ -285,8 +285,8 @@ print(json.dumps({
     }
     assert found["plots"] == f"draw_grid needs matplotlib: {train}"
     assert found["command"] == f"The command epmvg needs datasets: {train}"
-    assert found["teacher"] == 'ClipTeacher needs open_clip_torch: pip install "epmvg_hf[teacher]"'
-    assert found["data"] == f"Loading a dataset needs `datasets`: {train}"
+    assert found["teacher"] == 'ClipTeacher needs open_clip: pip install "epmvg_hf[teacher]"'
+    assert found["data"] == f"Loading a dataset needs datasets: {train}"
     assert found["loss"] == "The loss needs torchvision: pip install torchvision"
 
 

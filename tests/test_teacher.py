@@ -431,7 +431,7 @@ def test_a_tokenizer_does_not_run_code(bert_folder, tmp_path, options, message):
 
 def test_a_missing_package(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ImportError, match=r'^ClipTeacher needs open_clip_torch: pip install "epmvg_hf\[teacher\]"$'):
+    with pytest.raises(ImportError, match=r'^ClipTeacher needs open_clip: pip install "epmvg_hf\[teacher\]"$'):
         load(folder)
 
 
