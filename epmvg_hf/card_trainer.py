@@ -93,7 +93,7 @@ class CardTrainer(Trainer):
                 itself unless given.
             dataset (`str` or `list[str]`, *optional*): the training data's name, likewise.
             dataset_args (`str` or `list[str]`, *optional*): its configuration, such as `"unc"`.
-            teacher (`str`, *optional*): the teacher's name.
+            teacher (`str`, *optional*): the teacher's name; what it was loaded by unless given.
         """
         if not self.is_world_process_zero():
             return
@@ -137,7 +137,7 @@ class CardTrainer(Trainer):
         raise NotImplementedError
 
     def _describe_teacher(self, name: str | None) -> str | None:
-        """Who taught the model what, a sentence for the card; `None` without a teacher."""
+        """Who taught the model what, sentences for the card; `None` without a teacher."""
         raise NotImplementedError
 
     def _note_evaluation(self, dataset: Dataset | IterableDataset, metrics: dict[str, float], prefix: str) -> None:

@@ -67,13 +67,16 @@ class ClipTeacher(nn.Module):
             The tokenizer that open_clip has for this model.
         model_config (`dict`):
             The model's open_clip configuration.
+        name (`str`, *optional*):
+            What model cards call it.
 
     Attributes:
+        name (`str` or `None`): what it was loaded by, such as `"ViT-B-32 openai"`; of paths only the last name.
         embed_dim (`int`): dimensions of the image-text space.
         image_size (`int`): side of the teacher's square input in pixels.
     """
 
-    def __init__(self, clip: nn.Module, tokenizer: Callable, model_config: dict[str, Any]):
+    def __init__(self, clip: nn.Module, tokenizer: Callable, model_config: dict[str, Any], name: str | None = None):
         super().__init__()
         from open_clip import get_model_preprocess_cfg
 
@@ -86,6 +89,7 @@ class ClipTeacher(nn.Module):
         self.clip = clip
         self.tokenizer = tokenizer
         self.model_config = model_config
+        self.name = name
         self.embed_dim = model_config["embed_dim"]
         self.image_size = height
         self.image_mean = tuple(map(float, preprocess["mean"]))
@@ -158,7 +162,8 @@ class ClipTeacher(nn.Module):
             source = _config_file_source(Path(name), pretrained, cache_dir)
         else:
             source = _architecture_source(name, pretrained, cache_dir)
-        return cls(_build(source, name), _tokenizer(source, name), source.model_config)
+        shown = " ".join(_without_folders(part) for part in (name, pretrained) if part is not None)
+        return cls(_build(source, name), _tokenizer(source, name), source.model_config, shown)
 
     def train(self, mode: bool = True) -> "ClipTeacher":
         """Stays in evaluation mode, also when a module that holds it is set to training."""
@@ -282,6 +287,14 @@ class _Source:
     weights: Path | dict[str, torch.Tensor]
     hf_tokenizer: str | None
     cache_dir: str | None
+
+
+def _without_folders(name: str) -> str:
+    """A name or path that `from_pretrained` takes, without where on this machine it is: cards show it to anyone."""
+    prefix, colon, where = name.rpartition(":")
+    if prefix == "hf-hub" or not Path(where).exists():
+        return name
+    return f"{prefix}{colon}{Path(where).resolve().name}"
 
 
 def _folder_source(folder: Path, cache_dir: str | None) -> _Source:

@@ -419,6 +419,7 @@ class EpmVGTrainer(CardTrainer):
             "its embeddings": self.args.feature_loss_coefficient,
         }
         taught = ", ".join(f"{what} (weight {weight:g})" for what, weight in weights.items() if weight > 0)
+        name = name or self.teacher.name
         return (
             f"Distilled, in training only, from {public(name) if name else 'a CLIP'} of "
             f"{self.teacher.embed_dim} dimensions at {self.teacher.image_size} pixels (fingerprint "

@@ -277,12 +277,10 @@ def main(command_line: list[str] | None = None):
         trainer.save_metrics("test", metrics)
 
     english = None if data_arguments.dataset_name == "custom" else "en"
-    teacher_names = (model_arguments.teacher_name, model_arguments.teacher_pretrained)
     card = {
         "license": card_arguments.license,
         "language": card_arguments.language or english,
         "dataset_args": data_arguments.split_by,
-        "teacher": " ".join(filter(None, teacher_names)),
     }
     if training_arguments.push_to_hub:
         trainer.push_to_hub(**card)

@@ -135,6 +135,7 @@ class TinyTeacher(ClipTeacher):
         torch.nn.Module.__init__(self)
         generator = torch.Generator().manual_seed(seed)
         self.embed_dim, self.image_size, self.seed, self.calls = embed_dim, 64, seed, 0
+        self.name = "tiny colours"
         self.projection = torch.nn.Parameter(torch.randn(3, embed_dim, generator=generator), requires_grad=False)
         self.eval()
 

@@ -78,6 +78,12 @@ def test_the_card_tells_of_the_run(tmp_path, processor, rows, validation, monkey
     assert "* `vision_learning_rate`: 1e-05" in card.text and "* `training_steps`: 1" in card.text
     assert str(tmp_path) not in str(card) and "hf_secret" not in str(card)
 
+    trainer.create_model_card()
+    assert "from tiny colours of 24 dimensions" in card_of(tmp_path / "out").text
+    trainer.teacher.name = None  # made by hand
+    trainer.create_model_card()
+    assert "from a CLIP of 24 dimensions" in card_of(tmp_path / "out").text
+
 
 def test_only_what_the_present_weights_reached_is_in_the_card(tmp_path, processor, rows, validation):
     trainer = make_trainer(tmp_path, processor, rows, validation)

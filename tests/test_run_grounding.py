@@ -70,7 +70,7 @@ def test_main_job_and_prediction(tmp_path):
     card = ModelCard.load(output / "README.md")
     assert card.data.datasets == ["shapes"] and card.data.language == "en" and len(card.data.eval_results) == 6
     assert "python examples/run_grounding.py --output_dir out " in card.text
-    assert "from local-dir:model_cards/clip-tiny-shapes of 128 dimensions" in card.text
+    assert "from local-dir:clip-tiny-shapes of 128 dimensions" in card.text
 
     rows[0]["image"].save(tmp_path / "scene.png")
     command = [

@@ -146,6 +146,7 @@ def test_a_tag(tiny_architecture, folder, weights, pixel_values, monkeypatch, tm
     tag = {"file": weights, "mean": MEAN, "std": STD, "quick_gelu": quick_gelu}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": tag})
     teacher = ClipTeacher.from_pretrained(tiny_architecture, "mine")
+    assert teacher.name == "tiny mine"
     like = tmp_path / "like"
     shutil.copytree(folder, like)
     config = {"model_cfg": model_config(quick_gelu=quick_gelu), "preprocess_cfg": {"mean": MEAN, "std": STD}}
@@ -174,6 +175,7 @@ def test_a_hub_repository(folder, pixel_values, tmp_path):
     refs.mkdir()
     (refs / "main").write_text(snapshot.name)
     teacher = ClipTeacher.from_pretrained("hf-hub:someone/clip", cache_dir=str(tmp_path))
+    assert teacher.name == "hf-hub:someone/clip"
     assert_like_open_clip(teacher, folder, pixel_values)
     assert teacher.fingerprint == load(folder).fingerprint
 
@@ -427,6 +429,16 @@ def test_a_tokenizer_does_not_run_code(bert_folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         load(bert_folder)
     assert not trap.exists()
+
+
+def test_the_name_is_what_it_was_loaded_by_without_folders(folder, tiny_architecture, weights, tmp_path, monkeypatch):
+    assert load(folder).name == "local-dir:vit"
+    assert ClipTeacher.from_pretrained(tiny_architecture, weights).name == "tiny open_clip_model.safetensors"
+    (tmp_path / "own.json").write_text(json.dumps(model_config()))
+    teacher = ClipTeacher.from_pretrained(str(tmp_path / "own.json"), weights)
+    assert teacher.name == "own.json open_clip_model.safetensors"
+    monkeypatch.chdir(folder)
+    assert ClipTeacher.from_pretrained("local-dir:.").name == "local-dir:vit"
 
 
 def test_a_missing_package(monkeypatch, folder):

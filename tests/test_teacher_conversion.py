@@ -215,6 +215,7 @@ def test_a_hub_repository(folder, tmp_path):
     refs.mkdir()
     (refs / "main").write_text(snapshot.name)
     teacher = ClipTeacher.from_pretrained("transformers:someone/clip", cache_dir=str(tmp_path))
+    assert teacher.name == "transformers:someone/clip"
     assert teacher.fingerprint == load(folder).fingerprint
 
 
