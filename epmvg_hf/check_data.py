@@ -93,7 +93,7 @@ def check_source(source: GroundingSource, official: Counts | None) -> SplitRepor
     except ValueError as error:  # a file that cannot be read at all
         report.problems = [str(error)]
         return report
-    references = set()
+    references: set[str | None] = set()
     for item in items:
         path, rows, problems = read_image(source, item)
         report.missing_images += path is None

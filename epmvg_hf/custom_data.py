@@ -95,9 +95,8 @@ class CustomData(GroundingSource):
         self.file = find_file(data_dir, split)
         self.split = full_split_name(split).replace("-", "_")
         self.images = ImageRoot(image_dir or data_dir)
-        check_box_format(self.file, box_format)
-        self.box_format = box_format
-        self.names = None if self.file.suffix == ".json" else name_columns(box_format, columns)
+        self.box_format = check_box_format(self.file, box_format)
+        self.names = None if self.file.suffix == ".json" else name_columns(self.box_format, columns)
         if self.names is None and columns:
             raise ValueError(f"columns does not apply to {self.file}: COCO's fields have names of their own.")
         if (size := self.file.stat().st_size) > MAX_FILE_BYTES:
@@ -145,7 +144,7 @@ class CustomData(GroundingSource):
         """Reads the file once, for the fingerprint and the rows alike."""
         if self._contents is None:
             digest = hashlib.sha256()
-            if self.file.suffix == ".json":
+            if self.names is None:
                 entries = read_coco(self.file, digest)
             else:
                 read = read_csv if self.file.suffix == ".csv" else read_jsonl
@@ -204,7 +203,8 @@ def find_file(data_dir: Path, split: str) -> Path:
 
 def group_by_image(entries: Iterable[Entry | str]) -> tuple[list[ListedImage], list[str]]:
     """Images in the order in which they first come up, and the problems among the entries."""
-    images, problems = {}, []
+    images: dict[str, ListedImage] = {}
+    problems = []
     for entry in entries:
         if isinstance(entry, str):
             problems.append(entry)

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -28,31 +28,34 @@ class Entry(NamedTuple):
     size: tuple[int, int] | None = None
 
 
-def check_box_format(file: Path, box_format: str | None) -> None:
-    """Raises a `ValueError` if a file cannot have boxes of this format, or might have others."""
+def check_box_format(file: Path, box_format: str | None) -> str:
+    """The format of a file's boxes; a `ValueError` if they cannot have the one that is given, or might have others."""
     if box_format not in (None, *BOX_COLUMNS):
         raise ValueError(f'box_format must be "xyxy" or "xywh", not {box_format!r}.')
     if file.suffix == ".json":
         if box_format == "xyxy":
             raise ValueError(f'box_format must be "xywh" or left out for {file}: COCO\'s boxes are xywh.')
-    elif box_format is None:
+        return "xywh"
+    if box_format is None:
         raise ValueError(
             f'box_format is needed for {file}: "xyxy" or "xywh". Four numbers do not tell which they are, and nothing '
             "is guessed."
         )
+    return box_format
 
 
 def name_columns(box_format: str, columns: dict[str, str] | None) -> dict[str, str]:
     """What the file calls each of our columns."""
     names = {name: name for name in ("image", "expression", "box", *BOX_COLUMNS[box_format])}
-    return names | check_columns(columns, names)
-
-
-def check_columns(columns: dict[str, str] | None, known: Iterable[str]) -> dict[str, str]:
     columns = columns or {}
+    check_columns(columns, names)
+    return names | columns
+
+
+def check_columns(columns: Iterable[str], known: Collection[str]) -> None:
+    """Raises a `ValueError` for a name that is none of our columns."""
     if unknown := [name for name in columns if name not in known]:
         raise ValueError(f"columns may rename {', '.join(known)}, not {', '.join(map(repr, unknown))}.")
-    return columns
 
 
 # JSONL and CSV
@@ -72,7 +75,7 @@ def read_jsonl(file: Path, digest: Any, names: dict[str, str], box_format: str) 
 def read_csv(file: Path, digest: Any, names: dict[str, str], box_format: str) -> Iterator[Entry | str]:
     """An entry for each row, or a sentence if it cannot be used. The line of a row is its first."""
     table = csv.reader(read_lines(file, digest), strict=True, skipinitialspace=True)
-    header = []
+    header: list[str] = []
     while True:
         number = table.line_num + 1
         try:
@@ -162,8 +165,8 @@ def read_record(source_row: str, record: dict[str, Any], names: dict[str, str], 
     expressions = list_expressions(pick(record, names["expression"]))
     four = [names[column] for column in BOX_COLUMNS[box_format]]
     if names["box"] not in record and any(column in record for column in four):
-        box = [pick(record, column) for column in four]
-        box = None if box == [None] * 4 else box
+        numbers = [pick(record, column) for column in four]
+        box = None if numbers == [None] * 4 else numbers
     else:
         box = pick(record, names["box"])
     return Entry(source_row, name, expressions, to_xyxy(box, box_format))
@@ -180,10 +183,10 @@ def pick(record: dict[str, Any], name: str) -> Any:
 
 def read_coco(file: Path, digest: Any) -> Iterator[Entry | str]:
     """An entry for each annotation, or a sentence if it, or an image, cannot be used."""
-    content = file.read_bytes()
-    digest.update(content)
+    read = file.read_bytes()
+    digest.update(read)
     try:
-        content = parse_object(content.decode("utf-8-sig"))
+        content = parse_object(read.decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file}: {error}. Rows, one object per line, go in a file .jsonl.") from error
     for key in ("images", "annotations"):
@@ -207,9 +210,10 @@ def read_coco(file: Path, digest: Any) -> Iterator[Entry | str]:
             image_id = read_id(entry, "image_id")
             if image_id not in images:
                 raise ValueError(f"its image_id {image_id!r} is not among the images")
-            if images[image_id] is None:  # reported with the image
+            image = images[image_id]
+            if image is None:  # reported with the image
                 continue
-            name, size = images[image_id]
+            name, size = image
             box = None if captions_only else to_xyxy(pick(entry, "bbox"), "xywh")
             yield Entry(str(annotation_id), name, read_coco_expressions(entry), box, size)
         except ValueError as error:
@@ -220,7 +224,8 @@ def read_coco_images(
     file: Path, entries: list[Any]
 ) -> tuple[dict[int | str, tuple[str, tuple[int, int] | None] | None], list[str]]:
     """Name and size by id (`None` for an image that cannot be used), and a sentence for each of those."""
-    images, names, problems = {}, set(), []
+    images: dict[int | str, tuple[str, tuple[int, int] | None] | None] = {}
+    names, problems = set(), []
     for number, entry in enumerate(entries):
         where, image_id = f"{file}, images[{number}]", None
         try:
@@ -249,12 +254,12 @@ def read_id(entry: Any, field: str) -> int | str:
 
 
 def read_size(entry: dict[str, Any]) -> tuple[int, int] | None:
-    size = (entry.get("width"), entry.get("height"))
-    if size == (None, None):
+    width, height = entry.get("width"), entry.get("height")
+    if width is None and height is None:
         return None
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in size):
-        raise ValueError(f"width and height are {reprlib.repr(list(size))}, expected positive integers")
-    return size
+    if not (type(width) is int and type(height) is int and width > 0 and height > 0):
+        raise ValueError(f"width and height are {reprlib.repr([width, height])}, expected positive integers")
+    return width, height
 
 
 def read_coco_expressions(entry: dict[str, Any]) -> list[str]:

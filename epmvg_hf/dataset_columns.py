@@ -70,10 +70,12 @@ def find_columns(
     present: list[str], features: datasets.Features | None, columns: dict[str, str | None] | None
 ) -> dict[str, str | None]:
     """What the dataset calls each of our columns, and `None` for what it has not and need not have."""
-    names = {"image": "image", "image_id": None, "expression": "expression", "box": "box"}
+    names: dict[str, str | None] = {"image": "image", "image_id": None, "expression": "expression", "box": "box"}
     if "image_id" in present:
         names["image_id"] = "image_id"
-    names |= check_columns(columns, names)
+    columns = columns or {}
+    check_columns(columns, names)
+    names |= columns
     for ours, theirs in names.items():
         if theirs is None and ours in ("image_id", "box"):
             continue
@@ -174,11 +176,11 @@ def make_rows(
     batch: dict[str, list], indices: list[int], names: dict[str, str | None], box_format: str, keep: str
 ) -> dict[str, list]:
     """Rows of some samples, for `map`; `keep` is "image", or "row" for the index of the sample in its place."""
-    rows = {keep: [], "image_id": [], "expression": [], "box": []}
+    rows: dict[str, list] = {keep: [], "image_id": [], "expression": [], "box": []}
     for position, index in enumerate(indices):
         where = f"row {index}"
         try:
-            image = None
+            image: dict[str, Any] = {}  # and is not asked for
             if names["image"] in batch:
                 image, path = encode_image(batch[names["image"]][position])
                 where += f" ({path})" if path else ""
@@ -206,6 +208,7 @@ def read_sample(
     batch: dict[str, list], position: int, names: dict[str, str | None], box_format: str
 ) -> list[tuple[str, list[float] | None]]:
     """Expressions and boxes of a sample."""
+    assert names["expression"] is not None  # only image_id and box may be
     value = pick_nested(batch, names["expression"], position)
     expressions = list_expressions(value)
     box = None if names["box"] is None else pick_nested(batch, names["box"], position)

@@ -61,6 +61,8 @@ class DistillationLoss:
         args, terms = self.args, {}
         total = torch.zeros((), device=image_index.device)
         if args.distils_embeddings:
+            # The model has teacher_projection_dim.
+            assert outputs.image_embeds is not None and outputs.text_embeds is not None
             images = self._gather(outputs.image_embeds, teacher.image_embeds)
             expressions = self._gather(outputs.text_embeds, teacher.text_embeds)
             embeds = (images[0], expressions[0], images[1], expressions[1])
@@ -76,6 +78,8 @@ class DistillationLoss:
                 terms["loss_feature"] = (term, len(image_index))
                 total = total + args.feature_loss_coefficient * share * term
         if args.teacher_map_loss_coefficient > 0:
+            assert outputs.visual_mask is not None and outputs.similarity_map is not None
+            assert teacher.patch_embeds is not None  # output_patches
             mask = outputs.visual_mask[image_index].bool()
             target = teacher_map_target(
                 teacher.patch_embeds, teacher.text_embeds, image_index, mask, args.map_temperature
@@ -104,9 +108,7 @@ class DistillationLoss:
         padded = self.accelerator.pad_across_processes(own)
         gathered = self.accelerator.gather(padded).unflatten(0, (len(counts), -1))
         rows = [part[:count] for part, count in zip(gathered, counts, strict=True)]
-        students, teachers = zip(
-            *(part.split([student.shape[1], teacher.shape[1]], dim=-1) for part in rows), strict=True
-        )
-        students = list(students)
+        parts = [part.split([student.shape[1], teacher.shape[1]], dim=-1) for part in rows]
+        students = [part for part, _ in parts]
         students[self.accelerator.process_index] = student
-        return torch.cat(students), torch.cat(teachers)
+        return torch.cat(students), torch.cat([part for _, part in parts])

@@ -39,9 +39,11 @@ class WeightAverage(TrainerCallback):
             self.checkpoint = None
 
     def on_step_end(self, args, state, control, model, **kwargs):
+        assert self.model is not None  # as of on_train_begin
         self.model.update_parameters(model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
+        assert self.model is not None
         if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
             model.load_state_dict(self.model.module.state_dict())
         self.model = None

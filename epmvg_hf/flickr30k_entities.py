@@ -209,7 +209,7 @@ def parse_objects(text: str, source: Path) -> tuple[tuple[int, int], dict[str, l
     except ElementTree.ParseError as error:
         raise ValueError(f"{source} is not well-formed XML: {error}.") from error
     width, height = (positive_integer(root, f"size/{tag}", source, "annotation") for tag in ("width", "height"))
-    boxes = {}
+    boxes: dict[str, list[tuple[int, ...]]] = {}
     for number, element in enumerate(root.iterfind("object"), start=1):
         names = list(dict.fromkeys((name.text or "").strip() for name in element.iterfind("name")))
         what = f"object {number} (chain {', '.join(names)})"

@@ -122,11 +122,11 @@ def open_source(
     return builder.as_dataset(split=source.split)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GroundingConfig(datasets.BuilderConfig):
     """What to make rows from, and how to treat what cannot be used; see [`load_grounding_dataset`]."""
 
-    source: GroundingSource | None = None
+    source: GroundingSource
     missing_images: str = "error"
     errors: str = "raise"
     exclude: frozenset[str] = field(default_factory=frozenset)
@@ -162,7 +162,7 @@ class GroundingBuilder(datasets.ArrowBasedBuilder):
         }
         return datasets.DatasetInfo(features=datasets.Features(columns))
 
-    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         config, source = self.config, self.config.source
         items, problems = source.list_images()
         items = [item for item in items if source.image_id_of(item) not in config.exclude]
@@ -185,7 +185,7 @@ class GroundingBuilder(datasets.ArrowBasedBuilder):
         arguments = {"items": usable, "source": source, "errors": config.errors, "reported": set()}
         return [datasets.SplitGenerator(source.split, arguments)]
 
-    def _generate_tables(self, items: list, **options) -> Iterator[tuple[int, pa.Table]]:
+    def _generate_tables(self, items: list, **options: Any) -> Iterator[tuple[int, pa.Table]]:
         """Rows as Arrow keeps them: `datasets` itself would look at each value of each row three times."""
         schema = self.info.features.arrow_schema
         rows = self._generate_examples(items, **options)
@@ -215,9 +215,9 @@ class GroundingBuilder(datasets.ArrowBasedBuilder):
             image = None if path is None else {"bytes": None, "path": path}
             yield from ({**row, "image": image, "image_id": image_id} for row in rows)
 
-    def _prepare_split(self, split_generator: datasets.SplitGenerator, **kwargs) -> None:
+    def _prepare_split(self, split_generator: datasets.SplitGenerator, **kwargs: Any) -> None:
         super()._prepare_split(split_generator, **kwargs)
-        left_out = []
+        left_out: list[str] = []
         for path in sorted(Path(self._output_dir).glob(LEFT_OUT.format("*"))):
             left_out += json.loads(path.read_text())
             path.unlink()
@@ -226,8 +226,8 @@ class GroundingBuilder(datasets.ArrowBasedBuilder):
             source = self.config.source
             raise ValueError(f"no row of the {source.split} split of {source.name} is left, expected at least one.")
 
-    def _prepare_split_single(self, gen_kwargs: dict, fpath: str, job_id: int, **kwargs) -> Iterator:
-        left_out = deque()  # `datasets` gives a copy of each list to the generator
+    def _prepare_split_single(self, gen_kwargs: dict, fpath: str, job_id: int, **kwargs: Any) -> Iterator:
+        left_out: deque[str] = deque()  # `datasets` gives a copy of each list to the generator
         gen_kwargs = {**gen_kwargs, "left_out": left_out}
         try:
             yield from super()._prepare_split_single(gen_kwargs=gen_kwargs, fpath=fpath, job_id=job_id, **kwargs)

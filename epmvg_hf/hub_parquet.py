@@ -56,7 +56,7 @@ ROWS_AT_ONCE, IMAGES_AT_ONCE = 256, 8
 
 BOX_TOLERANCE = 0.02  # pixels
 IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # JPEG and PNG, which no other program is run for to decode
-FILE_NAME = re.compile(r"(COCO_(?:train|val)2014_([0-9]{12}))(?:_[0-9]+)?\.jpg")
+FILE_NAME = re.compile(r"(COCO_(?:train|val)2014_[0-9]{12})(?:_[0-9]+)?\.jpg")
 
 
 class HubParquet(GroundingSource):
@@ -81,7 +81,8 @@ class HubParquet(GroundingSource):
         self.wanted, self.name, self.split = wanted, wanted.benchmark.name, wanted.split
         self.files = [path.resolve() for path in files]
         self.has_images = has_images(self.files[0])
-        self.images = ImageRoot(image_folder(self.files, cache_dir)) if self.has_images else wanted.images
+        self.folder = image_folder(self.files, cache_dir)
+        self.images = ImageRoot(self.folder) if self.has_images else wanted.images
         string = datasets.Value("string")
         self.columns = {"ref_id": string, "ann_id": string, "sent_id": string}
 
@@ -122,7 +123,7 @@ class HubParquet(GroundingSource):
         objects = self._read_objects()
         unusable = self._write_images(objects) if self.has_images else {}
         problems = [found for found in objects if isinstance(found, str)] + list(unusable.values())
-        images = {}
+        images: dict[str, AnnotatedImage] = {}
         for found in objects:
             if not isinstance(found, str) and found.name not in unusable:
                 image = AnnotatedImage(found.name, image_id_in(found.name), found.size, [])
@@ -139,13 +140,13 @@ class HubParquet(GroundingSource):
         return objects
 
     def _write_images(self, objects: list["ReferredObject | str"]) -> dict[str, str]:
-        folder = self.images.root
-        folder.mkdir(parents=True, exist_ok=True)
-        there, rows = list_files(folder), {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        there = list_files(self.folder)
+        rows: dict[str, tuple[Path, int]] = {}
         for found in objects:
             if not isinstance(found, str) and found.name not in there:
                 rows.setdefault(found.name, (found.path, found.number))
-        return write_images(rows, folder, MAX_IMAGES_GROWTH * sum(path.stat().st_size for path in self.files))
+        return write_images(rows, self.folder, MAX_IMAGES_GROWTH * sum(path.stat().st_size for path in self.files))
 
 
 @dataclass
@@ -300,7 +301,7 @@ def separate(objects: list[ReferredObject | str], wanted: Wanted, folder: Path) 
     """
     for way in wanted.benchmark.splits:
         counts = wanted.benchmark.counts.get((way, wanted.split))
-        if counts is None:
+        if counts is None or counts.references is None:
             continue
         size = counts.references
         for run, rest in ((objects[:size], objects[size:]), (objects[-size:], objects[:-size])):
@@ -333,7 +334,7 @@ def read_name(file_name: Any) -> str:
 
 def image_id_in(name: str) -> str:
     """COCO's number of an image, which is the refer API's too: `"581857"` for `COCO_train2014_000000581857.jpg`."""
-    return str(int(FILE_NAME.fullmatch(name)[2]))
+    return str(int(name.removesuffix(".jpg").rpartition("_")[2]))
 
 
 def read_numbers(values: Any, column: str) -> list[float]:
@@ -362,10 +363,10 @@ def read_json(row: dict[str, Any], column: str) -> dict[str, Any]:
 
 
 def read_size(info: dict[str, Any]) -> tuple[int, int]:
-    size = info.get("width"), info.get("height")
-    if not all(type(value) is int and 0 < value < 100_000 for value in size):
-        raise ValueError(f"raw_image_info has the width and height {reprlib.repr(size)}, expected pixels.")
-    return size
+    width, height = info.get("width"), info.get("height")
+    if not (type(width) is int and type(height) is int and 0 < width < 100_000 and 0 < height < 100_000):
+        raise ValueError(f"raw_image_info has the width and height {reprlib.repr((width, height))}, expected pixels.")
+    return width, height
 
 
 def as_id(value: Any) -> str | None:
@@ -402,17 +403,18 @@ def write_images(rows: dict[str, tuple[Path, int]], folder: Path, max_bytes: int
     for path in dict.fromkeys(path for path, _ in rows.values()):
         names = {number: name for name, (in_path, number) in rows.items() if in_path == path}
         for number, content in read_images(path, set(names)):
-            problem = problem_with_image(content)
-            if problem is not None:
-                problems[names[number]] = f"{path}, row {number}: {problem}."
+            try:
+                image = check_image(content)
+            except ValueError as error:
+                problems[names[number]] = f"{path}, row {number}: {error}."
                 continue
-            total += len(content)
+            total += len(image)
             if total > max_bytes:
                 raise ValueError(
                     f"{path}, row {number}: the images up to here have {total:,} bytes, "
                     f"expected at most {max_bytes:,} for files of that size."
                 )
-            write_file(folder / names[number], content)
+            write_file(folder / names[number], image)
     return problems
 
 
@@ -444,14 +446,15 @@ def _read_group(file: pq.ParquetFile, group: int, start: int, numbers: set[int])
         start += len(contents)
 
 
-def problem_with_image(content: Any) -> str | None:
+def check_image(content: Any) -> bytes:
+    """The content of an image file. Raises a `ValueError` without place and full stop."""
     if not isinstance(content, bytes) or not content:
-        return "there is no image, expected its bytes"
+        raise ValueError("there is no image, expected its bytes")
     if len(content) > MAX_IMAGE_BYTES:
-        return f"the image has {len(content):,} bytes, expected at most {MAX_IMAGE_BYTES:,}"
+        raise ValueError(f"the image has {len(content):,} bytes, expected at most {MAX_IMAGE_BYTES:,}")
     if not content.startswith(IMAGE_STARTS):
-        return f"the image starts with {content[:8]!r}, expected a JPEG or PNG"
-    return None
+        raise ValueError(f"the image starts with {content[:8]!r}, expected a JPEG or PNG")
+    return content
 
 
 def write_file(path: Path, content: bytes) -> None:

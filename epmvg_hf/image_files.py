@@ -114,7 +114,7 @@ def measure_image(path: str, turned: bool = False) -> tuple[int, int]:
             complete = _is_complete(path, image.format)
             # Pillow's own for PNG decodes the image, to look for EXIF behind its pixels.
             exif = Image.Image.getexif(image) if complete else image.getexif()
-            orientation = exif.get(ExifTags.Base.Orientation)
+            orientation = exif.get(ExifTags.Base.Orientation, 1)
             if not complete:
                 image.load()
         except Exception as error:

@@ -87,6 +87,8 @@ class IndexFile(GroundingSource):
         images ([`ImageFolders`]): the images that it names.
     """
 
+    images: ImageFolders
+
     def __init__(self, name: str, path: Path, split: str, images: ImageFolders):
         self.name, self.path, self.split, self.images = name, path, split, images
         self.columns = {"ann_id": datasets.Value("string")} if LAYOUTS[name].annotation else {}

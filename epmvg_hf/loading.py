@@ -141,8 +141,9 @@ def load_grounding_dataset(
 
         return load_shapes(full_split_name(split), seed, num_images, streaming, num_proc, cache_dir)
 
-    from .grounding_builder import open_source
+    from .grounding_builder import GroundingSource, open_source
 
+    found: GroundingSource
     images = None if image_dir is None else _folder(image_dir, name, "image_dir")
     if name == "custom":
         _refuse(name, "data_dir, image_dir, box_format and columns", **scenes, **kinds)

@@ -13,6 +13,8 @@
 # limitations under the License.
 """CLIP's vision tower and ViT as backbones: transformers has no `AutoBackbone` for them."""
 
+from typing import Any
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -59,12 +61,10 @@ class PatchBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
         chosen = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
         kwargs.pop("stage_names", None)  # saved, but the tower says it
         super().__post_init__(**kwargs)
-        if self.tower_config.model_type not in ("clip_vision_model", "vit"):
-            raise ValueError(
-                f"tower_config is of type {self.tower_config.model_type!r}, expected clip_vision_model or vit"
-            )
-        layers = self.tower_config.num_hidden_layers
-        self.stage_names = ["stem", *(f"stage{layer}" for layer in range(1, layers + 1))]
+        tower: PreTrainedConfig = self.tower_config  # made from a dictionary by now
+        if tower.model_type not in ("clip_vision_model", "vit"):
+            raise ValueError(f"tower_config is of type {tower.model_type!r}, expected clip_vision_model or vit")
+        self.stage_names = ["stem", *(f"stage{layer}" for layer in range(1, tower.num_hidden_layers + 1))]
         self.set_output_features_output_indices(**chosen)
 
 
@@ -86,7 +86,8 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
 
     def __init__(self, config: PatchBackboneConfig):
         super().__init__(config)
-        tower = config.tower_config
+        tower: PreTrainedConfig = config.tower_config
+        self.patch_size = tower.patch_size
         self.num_features = [tower.hidden_size] * len(config.stage_names)
         # Neither keeps what only the pooled class token passes through: it would never get a gradient.
         self.tower = MODEL_MAPPING[type(tower)](tower, **without_pooling(tower))
@@ -94,15 +95,14 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
             self.tower.post_layernorm = nn.Identity()
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`): normalised images.
         """
         outputs = self.tower(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True, return_dict=True)
         states = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
-        patch = self.config.tower_config.patch_size
-        height, width = (side // patch for side in pixel_values.shape[-2:])
+        height, width = (side // self.patch_size for side in pixel_values.shape[-2:])
         return BackboneOutput(
             feature_maps=tuple(
                 states[index][:, 1:].transpose(1, 2).unflatten(2, (height, width)).contiguous()

@@ -66,7 +66,7 @@ class Tower:
 
 
 def model_from_towers(
-    model_class: type[PreTrainedModel], vision: str, text: str, out_features: list[str] | None = None, **config
+    model_class: type[PreTrainedModel], vision: str, text: str, out_features: list[str] | None = None, **config: Any
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """
     The model of [`~EpmVGModel.from_vision_text_pretrained`], and the rows of its table.
@@ -80,11 +80,12 @@ def model_from_towers(
         if config.setdefault(name, value) != value:
             raise ValueError(f"{name} is {config[name]!r}, but {vision} was trained with {value!r}")
     if isinstance(vision_tower.config, PatchBackboneConfig):
-        config.setdefault("image_size", vision_tower.config.tower_config.image_size)
-    config = EpmVGConfig(backbone_config=vision_tower.config, text_config=text_tower.config, **config)
-    config.backbone_stride = _stride(vision_tower, config.image_size)
+        patches: PreTrainedConfig = vision_tower.config.tower_config
+        config.setdefault("image_size", patches.image_size)
+    model_config = EpmVGConfig(backbone_config=vision_tower.config, text_config=text_tower.config, **config)
+    model_config.backbone_stride = _stride(vision_tower, model_config.image_size)
 
-    model = model_class(config).eval()
+    model = model_class(model_config).eval()
     base, weights = model.base_model, vision_tower.weights | text_tower.weights
     missing, unexpected = base.load_state_dict(weights, strict=False)
     parts = {name.split(".")[0] for name in weights}
@@ -95,7 +96,7 @@ def model_from_towers(
             f"{vision} and {text} are not the towers that their configs describe: missing {in_short(missing)}; "
             f"unexpected {in_short(unexpected)}"
         )
-    _check_text_length(base.text_model, text, config.max_text_length)
+    _check_text_length(base.text_model, text, model_config.max_text_length)
     rows = _rows(model, vision_tower, text_tower)
     logger.warning("towers loaded, everything else to be trained:\n%s", loading_table(rows))
     return model, rows
@@ -219,7 +220,7 @@ def _tower_config(name: str) -> PreTrainedConfig:
 
 
 def _read(
-    model_class: type[PreTrainedModel], name: str, config: PreTrainedConfig, **options
+    model_class: type[PreTrainedModel], name: str, config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
     """A tower in float32 and evaluation mode, its norms that the checkpoint lacks, and what it lacks itself."""
     verbosity = logging.get_verbosity()
@@ -318,12 +319,12 @@ def _check_text_length(text_model: PreTrainedModel, name: str, max_text_length: 
 
 def _rows(model: PreTrainedModel, vision: Tower, text: Tower) -> list[dict[str, Any]]:
     towers = {key.split(".")[0]: tower for tower in (vision, text) for key in tower.weights}
-    parameters = Counter()
+    parameters: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         parameters[name.removeprefix(f"{model.base_model_prefix}.").split(".")[0]] += parameter.numel()
     rows = []
     for part, count in parameters.items():
-        row = {"part": part, "source": None, "parameters": count, "fresh": [], "unused": []}
+        row: dict[str, Any] = {"part": part, "source": None, "parameters": count, "fresh": [], "unused": []}
         if part in towers:
             row["source"] = towers[part].name
         if part in ("vision_model", "text_model"):

@@ -33,7 +33,7 @@ MAX_JSON_BYTES = 2**30  # a bound on files of unknown origin; those of RefCOCO h
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[][0-9.,eE+\s-]*\]')
 
 ID, STRING, LIST = (int, str), (str,), (list,)
-EXPECTED = {ID: "an integer or a string", STRING: "a string", LIST: "a list"}
+EXPECTED: dict[tuple[type, ...], str] = {ID: "an integer or a string", STRING: "a string", LIST: "a list"}
 
 
 @contextmanager
@@ -65,6 +65,8 @@ class ReferFiles(GroundingSource):
     Raises:
         `FileNotFoundError`: One of the two files is missing.
     """
+
+    images: ImageFolders
 
     def __init__(self, name: str, folder: Path, split: str, split_by: str, images: ImageFolders):
         self.name, self.split, self.images = name, split, images
@@ -128,7 +130,7 @@ def read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) -
     """
     images, annotations, problems = read_instances(instances_path)
     splits: dict[str, tuple[dict[str, AnnotatedImage], list[str]]] = {}
-    known = defaultdict(lambda: {"ref_id": set(), "sent_id": set()})  # by split
+    known: defaultdict[str, dict[str, set[str]]] = defaultdict(lambda: {"ref_id": set(), "sent_id": set()})  # by split
     for number, ref in enumerate(read_refs(refs_path)):
         where = f"{refs_path}, reference [{number}]"
         try:

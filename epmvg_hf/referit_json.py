@@ -44,6 +44,7 @@ class ReferItJson(GroundingSource):
     """
 
     name = "referitgame"
+    images: ImageFolders
 
     def __init__(self, folder: Path, split: str, images: ImageFolders):
         self.folder, self.split, self.images = folder.resolve(), split, images
@@ -73,7 +74,8 @@ class ReferItJson(GroundingSource):
     def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
         boxes = read_object(self.folder / BOXES)
         sizes = read_object(self.folder / SIZES) if (self.folder / SIZES).is_file() else None
-        images, problems, seen = {}, [], set()
+        images: dict[str, AnnotatedImage] = {}
+        problems, seen = [], set()
         for path in self.query_files:
             queries = read_object(path)
             for region, expressions in queries.items():

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -258,17 +258,17 @@ def array_from_buffer(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = 
     if type(order) is not str or order not in ("C", "F", "K"):
         raise RefusedError("has a NumPy array of an unknown order, expected 'C', 'F' or 'K'")
     if order != "K":
-        return make_array(shape, dtype, raw, order)
+        return make_array(shape, dtype, raw, "F" if order == "F" else "C")
     if type(axes) not in (tuple, list) or not all(type(axis) is int for axis in axes):
         raise RefusedError("has a NumPy array whose axes are not integers")
     return make_array(shape, dtype, raw, "C").transpose(axes)
 
 
-def make_scalar(dtype: Any, raw: Any) -> np.generic:
+def make_scalar(dtype: Any, raw: Any) -> Any:
     return make_array((), dtype, raw, "C")[()]
 
 
-def make_array(shape: Any, dtype: Any, raw: Any, order: str) -> np.ndarray:
+def make_array(shape: Any, dtype: Any, raw: Any, order: Literal["C", "F"]) -> np.ndarray:
     if not isinstance(dtype, np.dtype):
         raise RefusedError("has a NumPy array without a dtype")
     if type(shape) is not tuple or len(shape) > MAX_DIMENSIONS:
@@ -299,7 +299,11 @@ def make_set(kind: type, items: Any = ()) -> set | frozenset:
     return kind(hashable(items))
 
 
-GLOBALS = {"numpy.dtype": new_dtype, "numpy.ndarray": None, "_codecs.encode": encode_latin1}
+GLOBALS: dict[str, Callable[..., Any] | None] = {
+    "numpy.dtype": new_dtype,
+    "numpy.ndarray": None,
+    "_codecs.encode": encode_latin1,
+}
 for package in ("numpy.core", "numpy._core"):  # NumPy before and since 2.0
     GLOBALS[f"{package}.multiarray._reconstruct"] = new_array
     GLOBALS[f"{package}.multiarray.scalar"] = make_scalar
@@ -315,6 +319,10 @@ for package in ("__builtin__", "builtins"):  # Python 2 and 3
 class PlainUnpickler(pickle._Unpickler):
     """The machine that runs one pickle."""
 
+    # Methods of the original that its type stubs leave out.
+    load_global: Callable[[], None]
+    pop_mark: Callable[[], list]
+
     dispatch: ClassVar = Instructions({code: pickle._Unpickler.dispatch[code] for code in CODES})
 
     def __init__(self, stream: io.BytesIO):
@@ -328,13 +336,14 @@ class PlainUnpickler(pickle._Unpickler):
     def load(self) -> Any:
         # The original's loop, which reads by way of a buffer for each frame and takes half as long again.
         self.read, self.readline = self.stream.read, self.stream.readline
-        self.metastack, self.stack = [], []
+        self.metastack: list[list] = []
+        self.stack: list = []
         self.append = self.stack.append
         read, dispatch = self.read, self.dispatch
         try:
             while code := read(1):
                 dispatch[code[0]](self)
-        except pickle._Stop as stop:
+        except pickle._Stop as stop:  # type: ignore[attr-defined] # so do they with this
             return stop.value
         raise EOFError
 

@@ -5,6 +5,7 @@ Boxes are `(left, top, right, bottom)` in pixels, 0-based and half-open: `right`
 """
 
 import io
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ COLORS = {
 # Never drawn outside `test_composition`. One pair per shape and at most one per colour: the other splits still show
 # every shape in seven colours or more and every colour in five shapes or more.
 _HELD_OUT = "red triangle, green star, blue circle, yellow cross, purple square, cyan diamond"
-HELD_OUT_PAIRS = tuple(tuple(pair.split()) for pair in _HELD_OUT.split(", "))
+HELD_OUT_PAIRS = tuple((color, shape) for color, shape in map(str.split, _HELD_OUT.split(", ")))
 
 # Size word -> smallest and largest width in pixels. The gap between the classes keeps the words unambiguous.
 SIZES = {"small": (15, 18), "large": (28, 36)}
@@ -67,7 +68,7 @@ IMAGES_PER_SHARD = 50
 _TURNS = [2 * math.pi * i / 40 for i in range(40)]
 _RADII = [0.526, 0.22] * 5  # a five-pointed star of outer radius 0.526 is 1 wide
 # Outlines, 1 wide and up to 1 high.
-OUTLINES = {
+OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": [(0.5 + 0.5 * math.cos(turn), 0.5 + 0.5 * math.sin(turn)) for turn in _TURNS],
     "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
     "triangle": [(0.5, 0), (1, 0.866), (0, 0.866)],
@@ -161,7 +162,7 @@ def _draw_background(rng: Rng) -> tuple[RGB, RGB]:
     return tuple(top), tuple(bottom)
 
 
-def _draw_pairs(held_out: bool, rng: Rng) -> list[Pair]:
+def _draw_pairs(held_out: bool, rng: Rng) -> list[tuple[str, str]]:
     """
     Draws the (colour, shape) pair of each object, from few colours and shapes so that objects share them.
     With `held_out` they are the colours and shapes of two or three held-out pairs; the first object and about half of
@@ -180,7 +181,7 @@ def _draw_pairs(held_out: bool, rng: Rng) -> list[Pair]:
     return [pool[rng.integers(len(pool))] for pool in pools]
 
 
-def _place_objects(width: int, height: int, pairs: list[Pair], rng: Rng) -> tuple[ShapeObject, ...]:
+def _place_objects(width: int, height: int, pairs: list[tuple[str, str]], rng: Rng) -> tuple[ShapeObject, ...]:
     """Gives each pair a size and a free place on the canvas; a pair that finds none is left out."""
     objects: list[ShapeObject] = []
     for color, shape in pairs:
@@ -209,8 +210,8 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
     """
     groups: dict[Pair, set[int]] = defaultdict(set)
     for i, item in enumerate(objects):
-        for pair in ((item.color, item.shape), (item.color, None), (None, item.shape), (None, None)):
-            groups[pair].add(i)
+        for color, shape in itertools.product((item.color, None), (item.shape, None)):
+            groups[color, shape].add(i)
     subjects = {pair: members for pair, members in groups.items() if not held_out or pair in HELD_OUT_PAIRS}
 
     # One wording per scene: two expressions never differ in a synonym alone.

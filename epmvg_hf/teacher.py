@@ -8,13 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
 from .extras import needs_extra
+
+if TYPE_CHECKING:
+    from open_clip import CLIP, CoCa, CustomTextCLIP, HFTokenizer, SimpleTokenizer
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
 
 # Part of every fingerprint: to be raised when the same weights and pixels are to give other embeddings.
 _OUTPUTS_VERSION = 1
@@ -46,9 +51,9 @@ class TeacherOutput(ModelOutput):
             One embedding per cell of the teacher's grid, which covers the whole canvas; only with `output_patches`.
     """
 
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    patch_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor = None  # type: ignore[assignment] # always there; ModelOutput wants defaults but for one
+    patch_embeds: torch.Tensor | None = None
 
 
 class ClipTeacher(nn.Module):
@@ -63,7 +68,7 @@ class ClipTeacher(nn.Module):
     Args:
         clip (`open_clip.CLIP`, `open_clip.CustomTextCLIP` or `open_clip.CoCa`):
             The model with its weights and its preprocessing, as `open_clip.create_model` gives it.
-        tokenizer (`Callable[[list[str]], torch.LongTensor]`):
+        tokenizer (`open_clip.SimpleTokenizer` or `open_clip.HFTokenizer`):
             The tokenizer that open_clip has for this model.
         model_config (`dict`):
             The model's open_clip configuration.
@@ -76,7 +81,13 @@ class ClipTeacher(nn.Module):
         image_size (`int`): side of the teacher's square input in pixels.
     """
 
-    def __init__(self, clip: nn.Module, tokenizer: Callable, model_config: dict[str, Any], name: str | None = None):
+    def __init__(
+        self,
+        clip: "CLIP | CustomTextCLIP | CoCa",
+        tokenizer: "SimpleTokenizer | HFTokenizer",
+        model_config: dict[str, Any],
+        name: str | None = None,
+    ):
         super().__init__()
         from open_clip import get_model_preprocess_cfg
 
@@ -170,7 +181,7 @@ class ClipTeacher(nn.Module):
         return super().train(False)
 
     def forward(
-        self, pixel_values: torch.FloatTensor, expressions: list[str], output_patches: bool = True
+        self, pixel_values: torch.Tensor, expressions: list[str], output_patches: bool = True
     ) -> TeacherOutput:
         """
         Args:
@@ -188,8 +199,8 @@ class ClipTeacher(nn.Module):
 
     @torch.no_grad()
     def encode_images(
-        self, pixel_values: torch.FloatTensor, output_patches: bool = True
-    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
+        self, pixel_values: torch.Tensor, output_patches: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, S, S)`):
@@ -213,7 +224,7 @@ class ClipTeacher(nn.Module):
         return _unit(pooled), _unit(patches)
 
     @torch.no_grad()
-    def encode_texts(self, expressions: list[str]) -> torch.FloatTensor:
+    def encode_texts(self, expressions: list[str]) -> torch.Tensor:
         """`text_embeds` `(N, e)` of N expressions, of which equal ones are computed once; N may be 0."""
         if isinstance(expressions, str):
             raise ValueError(f"expressions must be a list of strings, not the string {expressions!r}.")
@@ -248,7 +259,7 @@ class ClipTeacher(nn.Module):
             digest.update(tensor.reshape(-1).cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _preprocess(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+    def _preprocess(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         The canvas `(B, 3, S, S)` at the teacher's resolution, normalised with its mean and standard deviation. Unlike
         open_clip's own transform it crops nothing: a crop would cut away what an expression means, and the cells of
@@ -394,8 +405,7 @@ def _build(source: _Source, name: str) -> nn.Module:
     import open_clip
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    from_file = isinstance(source.weights, Path)
-    if from_file:
+    if isinstance(source.weights, Path):
         check_weights(source.weights)
     config = dict(source.model_config)
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
@@ -416,12 +426,12 @@ def _build(source: _Source, name: str) -> nn.Module:
     except Exception as error:  # a configuration can be wrong in any way
         raise ValueError(f"open_clip cannot build {name}: {in_short(error)}") from error
     try:
-        if from_file:
+        if isinstance(source.weights, Path):
             open_clip.load_checkpoint(clip, str(source.weights), strict=True, weights_only=True)
         else:
             clip.load_state_dict(source.weights, strict=True)
     except Exception as error:  # so can a file
-        where = source.weights if from_file else "what was converted"
+        where = source.weights if isinstance(source.weights, Path) else "what was converted"
         raise ValueError(f"{where} does not hold the weights of {name}: {in_short(error)}") from error
     preprocess = {**merge_preprocess_dict(PreprocessCfg(), source.preprocess), "size": clip.visual.image_size}
     open_clip.set_model_preprocess_cfg(clip, preprocess)
@@ -451,7 +461,7 @@ def check_weights(path: Path) -> None:
         raise ValueError(f"{path} is damaged or holds more than tensors, such as code, and is not loaded.") from error
 
 
-def _tokenizer(source: _Source, name: str) -> Callable[[list[str]], torch.LongTensor]:
+def _tokenizer(source: _Source, name: str) -> "SimpleTokenizer | HFTokenizer":
     """The model's tokenizer; as in `open_clip.get_tokenizer`, which takes no configuration but registered ones."""
     from open_clip import SimpleTokenizer
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
@@ -491,7 +501,7 @@ def _tokenizer(source: _Source, name: str) -> Callable[[list[str]], torch.LongTe
     return tokenizer
 
 
-def _tokenizer_content(tokenizer: Callable) -> dict[str, Any]:
+def _tokenizer_content(tokenizer: "SimpleTokenizer | HFTokenizer") -> dict[str, Any]:
     """What decides which tokens a text becomes, apart from the options in the model configuration."""
     from open_clip import SimpleTokenizer
 
@@ -510,7 +520,7 @@ def in_short(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
-def _unit(embeds: torch.Tensor) -> torch.FloatTensor:
+def _unit(embeds: torch.Tensor) -> torch.Tensor:
     """Embeddings of length 1, to float32's precision even if they come from a lower one."""
     return nn.functional.normalize(embeds.float(), dim=-1)
 
@@ -552,7 +562,7 @@ def _embeds_of(visual: nn.Module) -> Callable | None:
     return None
 
 
-def _resnet_embeds(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _resnet_embeds(visual: "ModifiedResNet", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What the attention pool would return if it attended to nothing but one position: value and output projection of
     the last feature map, as in MaskCLIP (Zhou et al. 2022; chongzhou96/MaskCLIP: maskclip_head.py) and DenseCLIP (Rao
@@ -566,7 +576,7 @@ def _resnet_embeds(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tenso
     return pool(features), patches.unflatten(1, features.shape[2:])
 
 
-def _class_token_vit_embeds(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _class_token_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The last block, reduced to the value and output projection of every token, so that each keeps its place: in their
     last attention, tokens gather what the class token needs, not what they show. The idea is MaskCLIP's (Zhou et al.
@@ -584,7 +594,7 @@ def _class_token_vit_embeds(visual: nn.Module, pixels: torch.Tensor) -> tuple[to
     return output["image_features"], (tokens @ visual.proj).unflatten(1, visual.grid_size)
 
 
-def _average_vit_embeds(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _average_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What the tower would return if its average were over one token. Where the normalisation comes before the average
     (`final_ln_after_pool=False`) the pooled embedding is the mean of these.

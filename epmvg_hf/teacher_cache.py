@@ -125,9 +125,9 @@ class TeacherCache:
                     raise ValueError(f"the teacher cannot be cached for row {row} of the dataset, which has no image")
             pixel_values = image_processor(images=images, return_tensors="pt")["pixel_values"].to(device)
             canvases = image_processor.unnormalize(pixel_values)
-            embeds = teacher.encode_images(canvases, output_patches=output_patches)
-            # The second of them is None without patches.
-            return {name: _to_half(part) for name, part in zip(image_columns, embeds, strict=False)}
+            image_embeds, patch_embeds = teacher.encode_images(canvases, output_patches=output_patches)
+            columns = {"image_embeds": _to_half(image_embeds)}
+            return columns if patch_embeds is None else {**columns, "patch_embeds": _to_half(patch_embeds)}
 
         def encode_expressions(start: int, stop: int) -> dict[str, np.ndarray]:
             batch = expressions[start:stop]
@@ -193,10 +193,10 @@ class _Column:
         shapes = {None if shard is None else shard.shape[1:] for shard in shards}
         if len(shapes) > 1:
             raise ValueError(f"the embeddings of a teacher cache differ in shape: {', '.join(map(str, shapes))}")
-        self.shards = shards
-        self.stops = list(accumulate(len(shard) for shard in shards))
+        self.shards = [shard for shard in shards if shard is not None]  # by now all
+        self.stops = list(accumulate(map(len, self.shards)))
 
-    def take(self, rows: Sequence[int]) -> torch.FloatTensor:
+    def take(self, rows: Sequence[int]) -> torch.Tensor:
         """`(len(rows), ...)`."""
         taken = np.empty((len(rows), *self.shards[0].shape[1:]), self.shards[0].dtype)
         for place, row in enumerate(rows):
@@ -236,7 +236,7 @@ class _Shard:
             return False
         return tuple(shard) == self.columns and all(len(column) == len(self) for column in shard.values())
 
-    def write(self, columns: dict[str, np.ndarray]):
+    def write(self, columns: dict[str, np.ndarray]) -> None:
         batch = pa.record_batch({name: _to_arrow(array) for name, array in columns.items()})
         # One name for all attempts: what a killed process left there is overwritten.
         temporary = self.path.with_suffix(".tmp")
@@ -245,9 +245,9 @@ class _Shard:
         temporary.replace(self.path)
 
 
-def _read_shard(path: Path) -> dict[str, np.ndarray | list[str]]:
+def _read_shard(path: Path) -> dict[str, np.ndarray]:
     """
-    The columns of a shard, embeddings as read-only float16 views `(n, ...)` of the memory-mapped file.
+    The columns of a shard, embeddings as read-only float16 views `(n, ...)` of the memory-mapped file, texts as `str`.
 
     Raises:
         OSError, ValueError, pa.ArrowException: the file is not there, or is no whole Arrow stream of one batch.
@@ -266,9 +266,9 @@ def _to_arrow(array: np.ndarray) -> pa.Array:
     return column
 
 
-def _from_arrow(column: pa.Array) -> np.ndarray | list[str]:
+def _from_arrow(column: pa.Array) -> np.ndarray:
     if pa.types.is_string(column.type):
-        return column.to_pylist()
+        return column.to_numpy(zero_copy_only=False)
     shape = [len(column)]
     while pa.types.is_fixed_size_list(column.type):
         shape.append(column.type.list_size)
@@ -291,7 +291,7 @@ def _complete(
     batch_size: int,
     description: str,
     disable_tqdm: bool,
-):
+) -> None:
     """Returns when all shards are there. `encode` gives the columns of the items from a start to a stop."""
     missing = [shard for shard in shards if not shard.is_complete()]
     if not missing:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from .augmentation import GroundingAugmentation
 from .card_trainer import CardTrainer, public
@@ -86,18 +86,18 @@ class EpmVGTrainer(CardTrainer):
         augmentation: GroundingAugmentation | None = None,
         teacher: ClipTeacher | None = None,
         caption_dataset: Dataset | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if processing_class is None:
             raise ValueError("EpmVGTrainer needs processing_class, an EpmVGProcessor: it makes the model's inputs")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("EpmVGTrainer takes no compute_loss_func: override compute_loss")
-        self._teaches = teacher is not None and args.distils
         if caption_dataset is not None:
             _check_captions(caption_dataset, train_dataset, teacher, args)
         if teacher is not None:
             _check_teacher(teacher, model, args)
-        self.teacher, self.caption_dataset = teacher, caption_dataset
+        self.teacher = teacher if args.distils else None
+        self.caption_dataset = caption_dataset
         augmentation = (augmentation or GroundingAugmentation()) if args.augment else None
         self.train_collator = EpmVGDataCollator(processing_class, augmentation, args.max_expressions_per_image)
         self._metric = GroundingAccuracy(keep_in_memory=True)
@@ -113,7 +113,7 @@ class EpmVGTrainer(CardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if not (self._teaches and args.distils_embeddings):
+        if self.teacher is None or not args.distils_embeddings:
             # What gets no gradient must not ask for one: some wrappers wait for it.
             for name, parameter in model.named_parameters():
                 if "teacher_image_projection" in name or "teacher_text_projection" in name:
@@ -135,9 +135,9 @@ class EpmVGTrainer(CardTrainer):
         if caption_dataset is not None:
             self._captions = CaptionTurnsCallback()
             self.add_callback(self._captions)
-        if teacher is not None:
+        if self.teacher is not None:
             # Beside the model, not in it: nothing that wraps, optimizes or saves the student sees the teacher.
-            teacher.to(self.accelerator.device)
+            self.teacher.to(self.accelerator.device)
             self.distillation_loss = DistillationLoss(args, self.accelerator)
         if args.freeze_backbone_epochs > 0:
             self.add_callback(FreezeBackbonesCallback(self.model, args.freeze_backbone_epochs))
@@ -145,15 +145,15 @@ class EpmVGTrainer(CardTrainer):
     # Data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        if self._teaches:
-            self._prepare_teacher()
+        if self.teacher is not None:
+            self._prepare_teacher(self.teacher)
         evaluation_collator, self.data_collator = self.data_collator, self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = evaluation_collator
 
-    def _prepare_teacher(self):
+    def _prepare_teacher(self, teacher: ClipTeacher) -> None:
         """Have the collator deliver the teacher's outputs, or what the teacher needs to compute them."""
         datasets = [dataset for dataset in (self.train_dataset, self.caption_dataset) if dataset is not None]
         streamed = any(isinstance(dataset, IterableDataset) for dataset in datasets)
@@ -167,7 +167,7 @@ class EpmVGTrainer(CardTrainer):
         with self.accelerator.autocast():
             caches = [
                 TeacherCache.build(
-                    self.teacher,
+                    teacher,
                     dataset,
                     self.processing_class.image_processor,
                     cache_dir=self.args.teacher_cache_dir,
@@ -178,7 +178,9 @@ class EpmVGTrainer(CardTrainer):
             ]
         self.train_collator.teacher_cache = TeacherCache.concatenate(caches)
 
-    def _get_dataloader(self, dataset: Dataset | IterableDataset, *args, is_training: bool = False, **kwargs):
+    def _get_dataloader(
+        self, dataset: Dataset | IterableDataset, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
         by_image = _by_image(dataset)
         if is_training and dataset.column_names is not None and "box" not in dataset.column_names:
             raise ValueError("train_dataset has no column box; an expression without a box has the value None there")
@@ -190,7 +192,7 @@ class EpmVGTrainer(CardTrainer):
 
     # Training --------------------------------------------------------------------------------------------------
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._loss_terms = {}
         return super().train(*args, **kwargs)
 
@@ -237,9 +239,9 @@ class EpmVGTrainer(CardTrainer):
         def factor(step: int) -> float:
             return min(1.0, step / max(warmup, 1) if warmup else 1.0) * 0.1 ** sum(step >= drop for drop in drops)
 
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        scheduler = self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
         self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return scheduler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -256,7 +258,7 @@ class EpmVGTrainer(CardTrainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    ) -> Any:
         others = (*_OTHER_COLUMNS, *_TEACHER_COLUMNS)
         outputs = model(**{name: value for name, value in inputs.items() if name not in others})
         if "labels" not in inputs:
@@ -268,10 +270,10 @@ class EpmVGTrainer(CardTrainer):
             # Summed over accumulated batches and averaged over processes (DDP), this is the mean over all boxes.
             loss = loss * (boxes * self.accelerator.num_processes / max(total_boxes, 1))
             terms = {name: (term, boxes) for name, term in outputs["loss_dict"].items()}
-            if self._teaches:
+            if self.teacher is not None:
                 distilled, distillation_terms = self.distillation_loss(
                     outputs,
-                    self._teach(inputs),
+                    self._teach(self.teacher, inputs),
                     inputs["image_index"],
                     inputs["labels"],
                     total_boxes,
@@ -282,19 +284,17 @@ class EpmVGTrainer(CardTrainer):
             self._add_loss_terms(terms)
         return (loss, outputs) if return_outputs else loss
 
-    def _teach(self, inputs: dict[str, torch.Tensor]) -> TeacherOutput:
+    def _teach(self, teacher: ClipTeacher, inputs: dict[str, torch.Tensor]) -> TeacherOutput:
         """The teacher's outputs for a batch: those that came with it, else computed on the student's own canvases."""
         if "teacher_image_embeds" in inputs:
-            cached = {name: inputs.get(name) for name in _TEACHER_COLUMNS}
+            cached = {name: inputs[name] for name in _TEACHER_COLUMNS if name in inputs}
             return TeacherOutput(**{name.removeprefix("teacher_"): value for name, value in cached.items()})
         # The Trainer's own context does nothing about the dtype: accelerate wraps the student alone.
         with torch.no_grad(), self.accelerator.autocast():
             canvases = self.processing_class.image_processor.unnormalize(inputs["pixel_values"])
-            return self.teacher(
-                canvases, inputs["expressions"], output_patches=self.args.teacher_map_loss_coefficient > 0
-            )
+            return teacher(canvases, inputs["expressions"], output_patches=self.args.teacher_map_loss_coefficient > 0)
 
-    def _add_loss_terms(self, terms: dict[str, tuple[torch.Tensor, int]]):
+    def _add_loss_terms(self, terms: dict[str, tuple[torch.Tensor, int]]) -> None:
         for name, (term, count) in terms.items():
             weighted = torch.stack([term.detach().float() * count, term.new_tensor(count).float()])
             self._loss_terms[name] = self._loss_terms.get(name, 0) + weighted
@@ -371,7 +371,8 @@ class EpmVGTrainer(CardTrainer):
         batches = gather_object(self._evaluated)
         self._evaluated = []
 
-        predictions, references, losses, num_boxes = {}, {}, defaultdict(float), 0
+        predictions, references, num_boxes = {}, {}, 0
+        losses: defaultdict[str, float] = defaultdict(float)
         for batch in batches:
             # Accelerate fills up the last batches with images from the start; those rows count only once.
             new = [position for position, row in enumerate(batch["row_index"]) if row not in predictions]
@@ -390,7 +391,7 @@ class EpmVGTrainer(CardTrainer):
         predicted = np.array([predictions[row] for row in order]).reshape(-1, 4)
         true = np.array([references[row] for row in order]) if references else None
         metrics = {name: total / num_boxes for name, total in losses.items()} if num_boxes else {}
-        if num_boxes and self.compute_metrics is not None:
+        if true is not None and num_boxes and self.compute_metrics is not None:
             known = np.isfinite(true).all(-1)
             metrics.update(self.compute_metrics(EvalPrediction(predictions=predicted[known], label_ids=true[known])))
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -411,7 +412,7 @@ class EpmVGTrainer(CardTrainer):
         return f"{data}, and on {len(self.caption_dataset):,} expressions or captions without boxes"
 
     def _describe_teacher(self, name: str | None) -> str | None:
-        if not self._teaches:
+        if self.teacher is None:
             return None
         weights = {
             "its map of patches and expressions": self.args.teacher_map_loss_coefficient,
@@ -437,7 +438,7 @@ class PassCallback(TrainerCallback):
         self.begin_pass(self.passes)
         self.passes += 1
 
-    def begin_pass(self, index: int):
+    def begin_pass(self, index: int) -> None:
         raise NotImplementedError
 
 
@@ -447,7 +448,8 @@ class CaptionTurnsCallback(PassCallback):
     def __init__(self):
         self.groups: CaptionedGroups | None = None
 
-    def begin_pass(self, index: int):
+    def begin_pass(self, index: int) -> None:
+        assert self.groups is not None  # as of the data loader
         self.groups.set_epoch(index)
 
 
@@ -460,13 +462,13 @@ class FreezeBackbonesCallback(PassCallback):
         # Only what is trained at all: frozen batch norms stay frozen.
         self.parameters = [p for tower in towers for p in tower.parameters() if p.requires_grad]
 
-    def begin_pass(self, index: int):
+    def begin_pass(self, index: int) -> None:
         self._train_towers(index >= self.epochs)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._train_towers(True)
 
-    def _train_towers(self, trained: bool):
+    def _train_towers(self, trained: bool) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(trained)
 
@@ -476,7 +478,7 @@ def _check_captions(
     train_dataset: Dataset | IterableDataset | None,
     teacher: ClipTeacher | None,
     args: EpmVGTrainingArguments,
-):
+) -> None:
     if teacher is None:
         raise ValueError("caption_dataset needs a teacher: without one, expressions without boxes teach nothing")
     if not args.distils:
@@ -485,7 +487,7 @@ def _check_captions(
         raise ValueError("caption_dataset cannot be mixed in when it, or train_dataset, is streamed")
 
 
-def _check_teacher(teacher: ClipTeacher, model: EpmVGForVisualGrounding, args: EpmVGTrainingArguments):
+def _check_teacher(teacher: ClipTeacher, model: EpmVGForVisualGrounding, args: EpmVGTrainingArguments) -> None:
     width = model.config.teacher_projection_dim
     if args.distils_embeddings and width is None:
         raise ValueError(
@@ -503,7 +505,7 @@ def _check_teacher(teacher: ClipTeacher, model: EpmVGForVisualGrounding, args: E
         )
 
 
-def _by_image(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def _by_image(dataset: Dataset | IterableDataset) -> ImageGroups | IterableDataset:
     return (
         dataset.map(_number_row, with_indices=True) if isinstance(dataset, IterableDataset) else ImageGroups(dataset)
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from .configuration_epmvg import EpmVGConfig
@@ -261,7 +262,8 @@ def _count(tensors: dict[str, torch.Tensor], stem: str) -> int:
 
 def _unused(tensors: dict[str, torch.Tensor], config: EpmVGConfig) -> dict[str, str]:
     unused = {}
-    layers = config.text_config.num_hidden_layers
+    bert: PreTrainedConfig = config.text_config
+    layers = bert.num_hidden_layers
     for name in tensors:
         for pattern, reason in _UNUSED.items():
             if re.fullmatch(pattern, name):
