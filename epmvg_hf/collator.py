@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -28,7 +29,7 @@ class ImageGroups(Dataset):
             `box`. Rows of one image share its `image_id`.
     """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: datasets.Dataset):
         missing = {"image", "image_id", "expression"} - set(dataset.column_names)
         if missing:
             raise ValueError(

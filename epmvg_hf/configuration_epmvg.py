@@ -13,6 +13,8 @@
 # limitations under the License.
 """EpmVG model configuration."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -112,14 +114,14 @@ class EpmVGConfig(PreTrainedConfig):
     teacher_projection_dim: int | None = None
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         backbone = self.backbone_config
         if isinstance(backbone, dict) and backbone.get("model_type") == PatchBackboneConfig.model_type:
             # Not by name from AutoConfig: two folders with shared code would take each other's class.
             self.backbone_config = PatchBackboneConfig(**backbone)
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         if self.box_head not in ("reg", "map"):
             raise ValueError(f'box_head is {self.box_head!r}, expected "reg" or "map"')
         for heads in ("encoder_attention_heads", "fusion_attention_heads"):

@@ -1,11 +1,12 @@
 """An average of the weights over the steps of training."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # Beside the average, which is the checkpoint's model.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -27,7 +28,14 @@ class WeightAverage(TrainerCallback):
         self.model: AveragedModel | None = None
         self.checkpoint: str | None = None
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
         # Resumed, this copies the average, which is what the checkpoint's model is.
         self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         if self.checkpoint is not None:
@@ -38,11 +46,25 @@ class WeightAverage(TrainerCallback):
             self.model.n_averaged.fill_(state.global_step)
             self.checkpoint = None
 
-    def on_step_end(self, args, state, control, model, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
         assert self.model is not None  # as of on_train_begin
         self.model.update_parameters(model)
 
-    def on_train_end(self, args, state, control, model, **kwargs):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
         assert self.model is not None
         if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
             model.load_state_dict(self.model.module.state_dict())

@@ -131,7 +131,7 @@ class GroundingConfig(datasets.BuilderConfig):
     errors: str = "raise"
     exclude: frozenset[str] = field(default_factory=frozenset)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.missing_images not in ("error", "skip", "keep"):
             raise ValueError(f'missing_images must be "error", "skip" or "keep", not {self.missing_images!r}.')

@@ -246,7 +246,7 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
     # The loss is a mean over this batch's expressions; EpmVGTrainer rescales it over accumulated batches.
     accepts_loss_kwargs = False
 
-    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """As in transformers, but a name for all parts spares a backbone that does not know it, such as a ResNet."""
         backbone_config = self.config.backbone_config
         if isinstance(attn_implementation, str) and not _supports_attention(backbone_config, attn_implementation):
@@ -254,7 +254,7 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             # DETR and TransVG initialise their transformers with Xavier; the towers initialise themselves.
             init.xavier_uniform_(module.weight)
@@ -370,7 +370,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     def _batch_norms(self) -> list[nn.Module]:
         return [module for module in self.vision_model.modules() if isinstance(module, nn.BatchNorm2d)]
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "EpmVGModel":
         super().train(mode)
         for norm in self._batch_norms():
             # Here, not in __init__: from_pretrained makes every parameter anew, and ends in eval().
@@ -383,7 +383,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -611,11 +611,11 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             self.log_map_sharpness = nn.Parameter(torch.empty(1))
         self.post_init()
 
-    def get_image_features(self, *args, **kwargs) -> EpmVGImageFeatures:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> EpmVGImageFeatures:
         """[`EpmVGModel.get_image_features`]: the visual branch alone."""
         return self.model.get_image_features(*args, **kwargs)
 
-    def get_text_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+    def get_text_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """[`EpmVGModel.get_text_features`]: the text tower alone."""
         return self.model.get_text_features(*args, **kwargs)
 
@@ -747,13 +747,13 @@ def _token_mask(states: torch.Tensor, attention_mask: torch.Tensor | None) -> to
     return attention_mask.bool()
 
 
-def _check_either(**inputs: torch.Tensor | None):
+def _check_either(**inputs: torch.Tensor | None) -> None:
     given = [name for name, value in inputs.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"expected either {' or '.join(inputs)}, got {'both' if given else 'neither'}")
 
 
-def _check_visual(visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor | None):
+def _check_visual(visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor | None) -> None:
     if (visual_tokens is None) != (visual_mask is None):
         raise ValueError("visual_tokens and visual_mask come together: the mask says which grid the tokens are")
     if visual_tokens is not None and visual_tokens.shape[:2] != visual_mask.flatten(1).shape:
@@ -765,7 +765,7 @@ def _check_visual(visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor 
 
 def _check_pairing(
     images: torch.Tensor, expressions: torch.Tensor, image_index: torch.Tensor | None, max_text_length: int
-):
+) -> None:
     num_images, (num_expressions, length) = images.shape[0], expressions.shape[:2]
     if length > max_text_length:
         raise ValueError(f"{length} tokens per expression, but config.max_text_length is {max_text_length}")

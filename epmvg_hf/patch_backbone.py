@@ -57,7 +57,7 @@ class PatchBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         chosen = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
         kwargs.pop("stage_names", None)  # saved, but the tower says it
         super().__post_init__(**kwargs)

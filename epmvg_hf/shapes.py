@@ -311,7 +311,7 @@ class ShapesConfig(datasets.BuilderConfig):
     seed: int = 0
     num_images: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.split not in SPLITS:
             raise ValueError(f"Unknown split {self.split!r} of shapes: choose one of {', '.join(SPLITS)}.")

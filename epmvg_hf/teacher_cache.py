@@ -176,7 +176,7 @@ class TeacherCache:
         embeds = {name: column.take(groups) for name, column in self._image_columns.items()}
         return {**embeds, "teacher_text_embeds": self._text_embeds.take(expression_rows)}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         # Files, not their content: whoever unpickles maps them anew.
         return TeacherCache, (self.image_shards, self.expression_shards)
 

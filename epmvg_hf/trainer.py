@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, get_worker_info
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from .augmentation import GroundingAugmentation
@@ -431,10 +431,14 @@ class EpmVGTrainer(CardTrainer):
 class PassCallback(TrainerCallback):
     """Counts the passes over the data; `state.epoch` does not on a stream, where it is a share of `max_steps`."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.passes = int(state.epoch or 0)
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin_pass(self.passes)
         self.passes += 1
 
@@ -445,7 +449,7 @@ class PassCallback(TrainerCallback):
 class CaptionTurnsCallback(PassCallback):
     """Tells the captioned images which pass over the data begins, so that all of them get their turn."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.groups: CaptionedGroups | None = None
 
     def begin_pass(self, index: int) -> None:
@@ -465,7 +469,9 @@ class FreezeBackbonesCallback(PassCallback):
     def begin_pass(self, index: int) -> None:
         self._train_towers(index >= self.epochs)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._train_towers(True)
 
     def _train_towers(self, trained: bool) -> None:

@@ -108,7 +108,7 @@ class EpmVGTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must stay False: the collator reads the dataset's own columns."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator reads the dataset's own columns")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
