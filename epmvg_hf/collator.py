@@ -4,9 +4,8 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -15,6 +14,9 @@ from transformers import BatchFeature
 from .augmentation import GroundingAugmentation
 from .processing_epmvg import NO_BOX, EpmVGProcessor
 from .teacher_cache import TeacherCache
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class ImageGroups(Dataset):
@@ -29,7 +31,7 @@ class ImageGroups(Dataset):
             `box`. Rows of one image share its `image_id`.
     """
 
-    def __init__(self, dataset: datasets.Dataset):
+    def __init__(self, dataset: "datasets.Dataset"):
         missing = {"image", "image_id", "expression"} - set(dataset.column_names)
         if missing:
             raise ValueError(

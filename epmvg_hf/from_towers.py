@@ -1,13 +1,36 @@
 """The classmethod that starts a model from pretrained towers, free of the code of any of them."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal, Self, overload
 
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig
 
 
 class FromTowersMixin:
     """Lets a model start from pretrained towers."""
+
+    @overload
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        out_features: list[str] | None = None,
+        output_loading_info: Literal[False] = False,
+        **config: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        out_features: list[str] | None = None,
+        *,
+        output_loading_info: Literal[True],
+        **config: Any,
+    ) -> tuple[Self, list[dict[str, Any]]]: ...
 
     @classmethod
     def from_vision_text_pretrained(
@@ -17,7 +40,7 @@ class FromTowersMixin:
         out_features: list[str] | None = None,
         output_loading_info: bool = False,
         **config: Any,
-    ) -> "PreTrainedModel | tuple[PreTrainedModel, list[dict[str, Any]]]":
+    ) -> Self | tuple[Self, list[dict[str, Any]]]:
         r"""
         A new model whose towers are pretrained; the fusion transformer and whatever else no checkpoint holds are
         fresh. A table of it is logged. `EpmVGProcessor.from_vision_text_pretrained` makes the processor to it.

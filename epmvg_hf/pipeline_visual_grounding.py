@@ -14,7 +14,7 @@
 """`pipeline("visual-grounding")`: images and expressions in, boxes out."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from types import GeneratorType
 from typing import Any, cast
 
@@ -77,7 +77,7 @@ class VisualGroundingPipeline(Pipeline):
     def __call__(
         self,
         image: Any,
-        text: str | list[str] | list[str | list[str]] | None = None,
+        text: str | Sequence[str | list[str]] | None = None,
         *,
         timeout: float | None = None,
         batch_size: int | None = None,

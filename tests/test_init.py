@@ -1,3 +1,4 @@
+import ast
 import json
 import os
 import subprocess
@@ -81,6 +82,12 @@ def test_every_public_name_is_there():
         assert getattr(epmvg_hf, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'EpmVGDetector'"):
         epmvg_hf.EpmVGDetector  # noqa: B018
+
+
+def test_type_checkers_see_what_is_imported_when_first_used():
+    body = ast.parse(Path(epmvg_hf.__file__).read_text()).body
+    (block,) = (node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    assert {alias.name: node.module for node in block.body for alias in node.names} == epmvg_hf._LAZY
 
 
 def test_the_import_loads_no_library_that_the_model_base_of_transformers_does_not(tmp_path):
