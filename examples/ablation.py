@@ -14,7 +14,9 @@ import multiprocessing
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -49,7 +51,7 @@ TEACHER_MAP = {"teacher_map_loss_coefficient": 1.0, "teacher_map_rows": "all"}
 CAPTIONS = RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box"}
 
 # Name -> weight of the map loss towards the box, and what else changes in the training arguments.
-SETTINGS: dict[str, tuple[float, dict[str, float]]] = {
+SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     "none": (0.0, {}),
     "box_map": (1.0, {}),
     "both_maps": (1.0, TEACHER_MAP),
@@ -100,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     arguments = parse_arguments()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     check_study(arguments)
@@ -138,11 +140,10 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
     if "captions" not in name:
         captioned = None
     map_weight, changes = SETTINGS[name]
-    teacher = ClipTeacher.from_pretrained(arguments.teacher) if changes or "towers" in name else None
+    teacher = ClipTeacher.from_pretrained(arguments.teacher) if changes else None
     set_seed(seed)
     if "towers" in name:
-        model, processor = make_teacher_towers(teacher, map_weight)
-        teacher = None
+        model, processor = make_teacher_towers(ClipTeacher.from_pretrained(arguments.teacher), map_weight)
     else:
         expressions = load_split(arguments, "train")["expression"]
         model, processor = make_student(map_weight, expressions)
@@ -264,7 +265,9 @@ def build(config: EpmVGConfig) -> EpmVGForVisualGrounding:
 
 
 @torch.no_grad()
-def measure_gap(model: EpmVGForVisualGrounding, processor: EpmVGProcessor, test) -> dict[str, dict[str, float]]:
+def measure_gap(
+    model: EpmVGForVisualGrounding, processor: EpmVGProcessor, test: Dataset
+) -> dict[str, dict[str, float]]:
     """
     The modality gap before fusion, on the first 100 test images: in the space of the visual and text tokens, which
     every student has, and in the teacher's, where the student has a projection to it.
@@ -275,14 +278,14 @@ def measure_gap(model: EpmVGForVisualGrounding, processor: EpmVGProcessor, test)
     training = model.training
     outputs = model.eval().model(**inputs)
     model.train(training)
-    means = [
+    image_means, text_means = (
         torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
         for states, mask in (
             (outputs.visual_tokens, outputs.visual_mask.flatten(1)),
             (outputs.text_tokens, batch["attention_mask"]),
         )
-    ]
-    gaps = {"tokens": modality_gap(*means, batch["image_index"])}
+    )
+    gaps = {"tokens": modality_gap(image_means, text_means, batch["image_index"])}
     if outputs.image_embeds is not None:
         gaps["teacher_space"] = modality_gap(outputs.image_embeds, outputs.text_embeds, batch["image_index"])
     return {space: {name: value.item() for name, value in gap.items()} for space, gap in gaps.items()}
@@ -373,7 +376,7 @@ def cell(values: list[float]) -> str:
 
 def plot(file: Path, arguments: argparse.Namespace, results: dict) -> None:
     figure, axis = plt.subplots(figsize=(9, 5))
-    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
     for position, name in enumerate(arguments.settings):
         runs = [(labelled, [run["acc@0.5"] for run in results[name, labelled]]) for labelled in arguments.labelled]
         runs = [(labelled, values) for labelled, values in runs if values]

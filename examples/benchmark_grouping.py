@@ -10,7 +10,7 @@ import time
 
 import torch
 from PIL import Image
-from transformers import BertTokenizer
+from transformers import BatchFeature, BertTokenizer
 
 from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
 
@@ -47,7 +47,7 @@ pairs = processor(
 
 
 @torch.no_grad()
-def measure(inputs) -> tuple[torch.Tensor, float]:
+def measure(inputs: BatchFeature) -> tuple[torch.Tensor, float]:
     boxes = model(**inputs).pred_boxes.cpu()  # also warms up
     started = time.perf_counter()
     for _ in range(arguments.repeats):

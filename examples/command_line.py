@@ -33,7 +33,7 @@ def use_all_cores(arguments: TrainingArguments) -> None:
     """On a CPU, share its cores among the local processes: `accelerate launch` gives each of them one thread."""
     if arguments.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, os.cpu_count() // local_processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:

@@ -10,7 +10,7 @@ Nothing in the checkpoint is executed. Each of its tensors is converted, or name
 import argparse
 from pathlib import Path
 
-from transformers import BertTokenizer
+from transformers import BertTokenizer, PreTrainedConfig
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
 from epmvg_hf.transvg_conversion import convert_transvg, read_transvg_checkpoint
@@ -53,7 +53,8 @@ def load_tokenizer(name: str, model: EpmVGForVisualGrounding) -> BertTokenizer:
         tokenizer = BertTokenizer.from_pretrained(name)
     except Exception as error:  # a folder can be wrong in any way, and so can a download
         raise ValueError(f"there is no tokenizer in {name}: {error}") from error
-    vocab_size = model.config.text_config.vocab_size
+    text_config: PreTrainedConfig = model.config.text_config
+    vocab_size = text_config.vocab_size
     if len(tokenizer) > vocab_size:
         raise ValueError(f"{name} has {len(tokenizer)} tokens, but the checkpoint embeddings of {vocab_size} only.")
     if len(tokenizer) < vocab_size:
@@ -63,9 +64,11 @@ def load_tokenizer(name: str, model: EpmVGForVisualGrounding) -> BertTokenizer:
 
 def report(model: EpmVGForVisualGrounding, used: int, unused: dict[str, str]) -> str:
     config = model.config
+    resnet: PreTrainedConfig = config.backbone_config
+    bert: PreTrainedConfig = config.text_config
     lines = [
-        f"ResNet {config.backbone_config.depths}, {config.encoder_layers} encoder layers, "
-        f"{config.text_config.num_hidden_layers} layers of BERT, {config.fusion_layers} fusion layers, "
+        f"ResNet {resnet.depths}, {config.encoder_layers} encoder layers, "
+        f"{bert.num_hidden_layers} layers of BERT, {config.fusion_layers} fusion layers, "
         f"{config.image_size} pixels, {config.max_text_length} tokens",
         f"{used} tensors converted; not used:",
         *(f"- {name}: {reason}" for name, reason in unused.items()),

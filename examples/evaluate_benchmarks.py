@@ -16,6 +16,7 @@ import logging
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 
 from epmvg_hf import (
     EpmVGForVisualGrounding,
@@ -44,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO)
     training_arguments = EpmVGTrainingArguments(
@@ -78,14 +79,14 @@ def test_splits(name: str) -> list[str]:
     if name == "custom":
         raise ValueError("custom data has the splits that you gave it: name them with --splits")
     if name == "shapes":
-        splits = list(SHAPES_SPLITS)
+        splits = tuple(SHAPES_SPLITS)
     else:
         benchmark, split_by = resolve_name(name)
         splits = benchmark.splits[split_by or next(iter(benchmark.splits))]
     return [split for split in splits if not split.startswith("train")]
 
 
-def load(name: str, folder: str | None, split: str, arguments: argparse.Namespace):
+def load(name: str, folder: str | None, split: str, arguments: argparse.Namespace) -> Dataset:
     options = {}
     if name != "shapes":
         options = {"missing_images": arguments.missing_images, "errors": arguments.errors}
@@ -97,7 +98,7 @@ def load(name: str, folder: str | None, split: str, arguments: argparse.Namespac
     return dataset if arguments.limit is None else dataset.select(range(min(arguments.limit, len(dataset))))
 
 
-def evaluate(trainer: EpmVGTrainer, dataset) -> dict:
+def evaluate(trainer: EpmVGTrainer, dataset: Dataset) -> dict:
     output = trainer.predict(dataset)
     every_box = dataset["boxes"][:] if "boxes" in dataset.column_names else None
     scores = evaluate_boxes(output.predictions, output.label_ids, dataset["image_id"][:], every_box)

@@ -18,7 +18,8 @@ import numpy as np
 from command_line import checkpoint_to_resume, config_file, parse_arguments, use_all_cores
 from datasets import Dataset
 from trained_tokenizer import train_tokenizer
-from transformers import AutoTokenizer, EarlyStoppingCallback, set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedConfig, set_seed
+from transformers.trainer_utils import PredictionOutput
 
 from epmvg_hf import (
     ClipTeacher,
@@ -154,23 +155,24 @@ def make_model(
     settings |= {name: getattr(arguments, name) for name in given if not name.endswith("_name_or_path")}
     if teacher_projection_dim is not None:
         settings["teacher_projection_dim"] = teacher_projection_dim
-    towers = arguments.vision_name_or_path, arguments.text_name_or_path
-    if any(towers):
-        if not all(towers):
+    vision, text = arguments.vision_name_or_path, arguments.text_name_or_path
+    if vision or text:
+        if not (vision and text):
             raise ValueError("vision_name_or_path and text_name_or_path must be given together")
         for name in ("backbone_config", "backbone_stride", "text_config"):
             settings.pop(name, None)
         model = EpmVGForVisualGrounding.from_vision_text_pretrained(
-            *towers, attn_implementation=arguments.attn_implementation, **settings
+            vision, text, attn_implementation=arguments.attn_implementation, **settings
         )
-        return model, EpmVGProcessor.from_vision_text_pretrained(*towers, model.config)
+        return model, EpmVGProcessor.from_vision_text_pretrained(vision, text, model.config)
 
     config = EpmVGConfig(**settings)
+    text_config: PreTrainedConfig = config.text_config
     if arguments.tokenizer_name is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
     else:
-        tokenizer = train_tokenizer(expressions, config.text_config.vocab_size)
-    config.text_config.vocab_size = len(tokenizer)
+        tokenizer = train_tokenizer(expressions, text_config.vocab_size)
+    text_config.vocab_size = len(tokenizer)
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
     config._attn_implementation = arguments.attn_implementation
     return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
@@ -189,7 +191,7 @@ def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, D
     return dataset.select([row for row, has_box in enumerate(chosen) if has_box]), captioned
 
 
-def main(command_line: list[str] | None = None):
+def main(command_line: list[str] | None = None) -> None:
     default_file = HERE / "configs" / "shapes.yaml"
     model_arguments, data_arguments, training_arguments, card_arguments = parse_arguments(
         ARGUMENTS, __doc__, default_file, sys.argv[1:] if command_line is None else command_line
@@ -200,7 +202,7 @@ def main(command_line: list[str] | None = None):
         register_for_hub()
     use_all_cores(training_arguments)
 
-    def load(split: str):
+    def load(split: str) -> Dataset:
         with training_arguments.main_process_first(desc=f"preparing {split}"):
             return load_grounding_dataset(
                 data_arguments.dataset_name,
@@ -214,7 +216,7 @@ def main(command_line: list[str] | None = None):
                 num_images=data_arguments.num_train_images if split == data_arguments.train_split else None,
             )
 
-    def load_evaluation(split: str):
+    def load_evaluation(split: str) -> Dataset:
         dataset = load(split)
         limit = data_arguments.max_eval_rows
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
@@ -288,7 +290,7 @@ def main(command_line: list[str] | None = None):
         trainer.create_model_card(**card)
 
 
-def write_predictions(folder: Path, dataset, output, picture_rows: int) -> None:
+def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, picture_rows: int) -> None:
     """`predictions.jsonl` with every expression, and `predictions.png` with some, spread over the dataset."""
     with (folder / "predictions.jsonl").open("w") as file:
         for row, box, true_box in zip(

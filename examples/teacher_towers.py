@@ -3,6 +3,8 @@
 Covers what `configs/teachers/clip_tiny.json` is made of: open_clip's ModifiedResNet and its causal text transformer.
 """
 
+from typing import Any
+
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import TextTransformer
@@ -11,7 +13,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, 
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 
-from epmvg_hf import ClipTeacher
+from epmvg_hf import ClipTeacher, EpmVGModel
 
 # The strides of ModifiedResNet up to its last stage.
 STRIDE = 32
@@ -22,7 +24,7 @@ class ClipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
     layers: list[int] | None = None
     width: int = 64
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.stage_names = ["stage4"]
         kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
         self.set_output_features_output_indices(out_features=["stage4"], out_indices=None)
@@ -40,10 +42,10 @@ class ClipResNetBackbone(BackboneMixin, PreTrainedModel):
         self.tower.attnpool = nn.Identity()
         self.post_init()
 
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         """The tower is initialised when it is made."""
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
         return BackboneOutput(feature_maps=(self.tower(pixel_values),))
 
 
@@ -72,13 +74,15 @@ class ClipTextModel(PreTrainedModel):
         )
         self.post_init()
 
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         """The tower is initialised when it is made."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.tower.token_embedding
 
-    def forward(self, input_ids: torch.Tensor, attention_mask=None, **kwargs) -> BaseModelOutput:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
         # Attention is causal and padding comes last, so no token ever sees it.
         length = input_ids.shape[1]
         states = self.tower.token_embedding(input_ids) + self.tower.positional_embedding[:length]
@@ -104,7 +108,7 @@ def tower_configs(teacher: ClipTeacher) -> dict[str, PreTrainedConfig]:
     }
 
 
-def load_towers(model, teacher: ClipTeacher) -> None:
+def load_towers(model: EpmVGModel, teacher: ClipTeacher) -> None:
     """Copies the teacher's weights into an `EpmVGModel` made from [`tower_configs`], all but the poolings."""
     vision = {n: t for n, t in teacher.clip.visual.state_dict().items() if not n.startswith("attnpool.")}
     model.vision_model.tower.load_state_dict(vision)

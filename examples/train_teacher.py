@@ -12,6 +12,7 @@ import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from command_line import checkpoint_to_resume, config_file, parse_arguments
@@ -197,14 +198,16 @@ def evaluate_teacher(teacher: ClipTeacher, images: CaptionedImages, dataset: Dat
     return {**metrics, **pointing_accuracy(teacher, patch_embeds, images, dataset)}
 
 
-def pointing_accuracy(teacher: ClipTeacher, patch_embeds: torch.Tensor, images: CaptionedImages, dataset: Dataset):
+def pointing_accuracy(
+    teacher: ClipTeacher, patch_embeds: torch.Tensor, images: CaptionedImages, dataset: Dataset
+) -> dict[str, float]:
     """Share of expressions whose best patch has its centre in the box; what a patch at random reaches beside it."""
     image_processor = EpmVGImageProcessor(size={"height": (side := images.canvases.shape[-1]), "width": side})
     groups = ImageGroups(dataset)
     index = torch.empty(len(dataset), dtype=torch.long)
-    for position, rows in enumerate(groups.groups):
-        index[rows] = position
-    sizes = torch.tensor([groups.images[rows[0]]["image"].size[::-1] for rows in groups.groups])
+    for position, group in enumerate(groups.groups):
+        index[group] = position
+    sizes = torch.tensor([groups.images[group[0]]["image"].size[::-1] for group in groups.groups])
     letterbox = image_processor.letterbox(sizes).select(index)
     cx, cy, width, height = letterbox.to_labels(torch.tensor(groups.rows[:]["box"])).unbind(-1)
     rows, columns = patch_embeds.shape[1:3]
@@ -222,7 +225,7 @@ def pointing_accuracy(teacher: ClipTeacher, patch_embeds: torch.Tensor, images: 
     return metrics
 
 
-def main():
+def main() -> None:
     teacher_arguments, training_arguments = parse_arguments(
         (TeacherArguments, TrainingArguments), __doc__, CONFIGS / "shapes.yaml", sys.argv[1:]
     )
@@ -234,7 +237,7 @@ def main():
     canvas_size = teacher_arguments.canvas_size
     folder = Path(training_arguments.output_dir)
 
-    def load(split: str, **options) -> Dataset:
+    def load(split: str, **options: Any) -> Dataset:
         name, data_dir = teacher_arguments.dataset_name, teacher_arguments.data_dir
         missing_images = teacher_arguments.missing_images
         return load_grounding_dataset(name, data_dir=data_dir, split=split, missing_images=missing_images, **options)
