@@ -14,8 +14,9 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer, make_markdown_table, parse_log_history
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput, unwrap_peft_model
 
+from .adapters import has_adapter
 from .model_card import METRICS, PIPELINE_TAG, REPOSITORY, Evaluation, dataset_id, make_card
 
 # What `datasets` calls a dataset that it read from files of a format.
@@ -102,9 +103,11 @@ class CardTrainer(Trainer):
         names = _listed(dataset) or _listed(dataset_tags) or _listed(known)
         base_models = hub_models(self.model.config, finetuned_from)
         config = ", ".join(_listed(dataset_args)) or None
+        model = self.accelerator.unwrap_model(self.model)
         card = make_card(
             model_name or folder.absolute().name,
-            with_code=self.accelerator.unwrap_model(self.model).is_remote_code(),
+            with_code=model.is_remote_code(),
+            adapter_of=public(model.name_or_path) if has_adapter(model) else None,
             language=language,
             license=license,
             task=(_listed(tasks) or [PIPELINE_TAG])[0],
@@ -129,7 +132,7 @@ class CardTrainer(Trainer):
 
     def _own_card(self) -> None:
         """From now on the model in memory has this run's card, and not that of the folder it was loaded from."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
         model.card_folder = self.processing_class.card_folder = self.args.output_dir
 
     def _describe_data(self, name: str) -> str:
@@ -168,10 +171,11 @@ def describe_training(trainer: Trainer, base_models: Sequence[str], data: str, t
     start = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in base_models)
     if not start:
         start = "a saved model" if trainer.model.config.name_or_path else "scratch"
-    lines = [
-        "## Training\n",
-        f"{trainer.model.num_parameters() / 1e6:.1f} M parameters, from {start}, on {data}.",
-    ]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    size = f"{model.num_parameters() / 1e6:.1f} M parameters"
+    if has_adapter(model):
+        size += f", of which the adapter's {model.num_parameters(only_trainable=True):,} were trained"
+    lines = ["## Training\n", f"{size}, from {start}, on {data}."]
     if teacher is not None:
         lines.append(f"\n{teacher}")
     command = training_command(sys.argv, trainer.args.world_size)

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model, save_model
+import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -42,7 +43,7 @@ class WeightAverage(TrainerCallback):
             file = Path(self.checkpoint) / TRAINED_WEIGHTS
             if not file.is_file():
                 raise ValueError(f"{self.checkpoint} cannot be resumed with ema_decay: it was saved without")
-            load_model(model, file)
+            model.load_state_dict(load_file(file), strict=False)
             self.model.n_averaged.fill_(state.global_step)
             self.checkpoint = None
 
@@ -71,5 +72,12 @@ class WeightAverage(TrainerCallback):
         self.model = None
 
     def save_trained(self, model: nn.Module, folder: str) -> None:
-        """Writes the weights in training beside the average."""
-        save_model(model, str(Path(folder) / TRAINED_WEIGHTS))
+        """Writes the weights in training beside the average; what is frozen is its own average."""
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        weights = {
+            # A file takes no tensor that shares its memory or lies in another order.
+            name: value.clone(memory_format=torch.contiguous_format)
+            for name, value in model.state_dict().items()
+            if name not in frozen
+        }
+        save_file(weights, Path(folder) / TRAINED_WEIGHTS)

@@ -49,6 +49,11 @@ boxes = [result["box"] for result in processor.post_process_grounding(model(**in
 ```
 """
 
+_USE_ADAPTER = """\
+This is an adapter: it needs `pip install peft` and its base model, `BASE`, which is loaded along with it from where
+`adapter_config.json` says.
+"""
+
 _LIMITS = """\
 ## Limits
 
@@ -146,6 +151,7 @@ def make_card(
     model_name: str,
     *,
     with_code: bool = False,
+    adapter_of: str | None = None,
     language: str | list[str] | None = None,
     license: str | None = None,
     task: str = PIPELINE_TAG,
@@ -161,6 +167,7 @@ def make_card(
     Args:
         model_name (`str`): its title.
         with_code (`bool`, *optional*, defaults to `False`): whether the code goes along, see `register_for_hub`.
+        adapter_of (`str`, *optional*): of a PEFT adapter, the base model's name.
         language (`str` or `list[str]`, *optional*): languages of the expressions, such as `"en"`.
         license (`str`, *optional*): identifier of the weights' licence, such as `"apache-2.0"`.
         task (`str`, *optional*, defaults to `"zero-shot-object-detection"`): task on the Hub, its `pipeline_tag`.
@@ -176,16 +183,19 @@ def make_card(
     data = ModelCardData(
         language=language,
         license=license,
-        library_name="transformers",
+        library_name="transformers" if adapter_of is None else "peft",
         pipeline_tag=task,
         tags=list(dict.fromkeys([*TAGS, *tags])),
         datasets=list(datasets) or None,
         base_model=list(base_models) or None,
+        base_model_relation="adapter" if base_models and adapter_of is not None else None,
         metrics=["accuracy"],
         model_name=model_name,
         eval_results=[result for evaluation in evaluations for result in _eval_results(evaluation, task)] or None,
     )
     parts = [f"# {model_name}", _USE]
+    if adapter_of is not None:
+        parts.append(_USE_ADAPTER.replace("BASE", adapter_of))
     if with_code:
         parts.append(_USE_CODE)
     if evaluations:

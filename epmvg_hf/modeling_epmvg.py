@@ -278,7 +278,8 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
             init.zeros_(module.box_head[-1].weight)
 
     def _loaded_from(self) -> str:
-        return self.config.name_or_path
+        # Of a model with an adapter of its own, that is the base, whose card does not tell of the adapter.
+        return "" if self._hf_peft_config_loaded else self.config.name_or_path
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         # With its code (see `register_for_hub`), both classes read the folder, whichever was saved. Without, nothing

@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, unwrap_peft_model
 
+from .adapters import has_own_adapter, load_adapter_weights
 from .augmentation import GroundingAugmentation
 from .card_trainer import CardTrainer, public
 from .collator import CaptionedGroups, EpmVGDataCollator, ImageGroups
@@ -58,7 +59,7 @@ class EpmVGTrainer(CardTrainer):
     with other random augmentation.
 
     Args:
-        model ([`EpmVGForVisualGrounding`]): the student.
+        model ([`EpmVGForVisualGrounding`] or `peft.PeftModel`): the student, or the student with an adapter.
         args ([`EpmVGTrainingArguments`]): the arguments.
         train_dataset, eval_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
             Rows with `image`, `image_id`, `expression` and `box` (xyxy pixels of that image).
@@ -113,13 +114,14 @@ class EpmVGTrainer(CardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        student = unwrap_peft_model(model)  # its names are the same with and without
         if self.teacher is None or not args.distils_embeddings:
             # What gets no gradient must not ask for one: some wrappers wait for it.
-            for name, parameter in model.named_parameters():
+            for name, parameter in student.named_parameters():
                 if "teacher_image_projection" in name or "teacher_text_projection" in name:
                     parameter.requires_grad_(False)
         for pattern in args.frozen_parameters or ():
-            found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+            found = [parameter for name, parameter in student.named_parameters() if re.search(pattern, name)]
             if not found:
                 raise ValueError(f"frozen_parameters has {pattern!r}, which is found in no parameter's name")
             for parameter in found:
@@ -140,7 +142,7 @@ class EpmVGTrainer(CardTrainer):
             self.teacher.to(self.accelerator.device)
             self.distillation_loss = DistillationLoss(args, self.accelerator)
         if args.freeze_backbone_epochs > 0:
-            self.add_callback(FreezeBackbonesCallback(self.model, args.freeze_backbone_epochs))
+            self.add_callback(FreezeBackbonesCallback(student, args.freeze_backbone_epochs))
 
     # Data ------------------------------------------------------------------------------------------------------
 
@@ -329,9 +331,18 @@ class EpmVGTrainer(CardTrainer):
             self._average.save_trained(self.model, self.args.output_dir if output_dir is None else output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_own_adapter(self.model):
+            load_adapter_weights(self.model, resume_from_checkpoint)  # the Trainer knows only those of a PeftModel
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._average is not None:
             self._average.checkpoint = resume_from_checkpoint
+
+    def _load_best_model(self) -> None:
+        if has_own_adapter(self.model):
+            load_adapter_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     # Evaluation ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ accelerate launch examples/run_grounding.py --learning_rate 3e-4            # th
 accelerate launch examples/run_grounding.py --num_labelled_images 100       # few boxes, other images by captions
 accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my # all arguments from a YAML or JSON file
 accelerate launch examples/run_grounding.py examples/configs/refcoco.yaml --data_dir DIR    # a recipe
+accelerate launch examples/run_grounding.py --model_name_or_path MODEL --lora_rank 16       # an adapter of a model
 """
 
 import json
@@ -13,6 +14,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from command_line import checkpoint_to_resume, config_file, parse_arguments, use_all_cores
@@ -33,7 +35,11 @@ from epmvg_hf import (
     register_for_hub,
 )
 from epmvg_hf.blind import blind_accuracy
+from epmvg_hf.extras import needs_extra
 from epmvg_hf.visualization import draw_grid
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 HERE = Path(__file__).parent
 logger = logging.getLogger("run_grounding")
@@ -71,6 +77,17 @@ class ModelArguments:
     map_loss_coefficient: float | None = field(
         default=None,
         metadata={"help": "Weight of the map loss towards the box; with few labels and a teacher, 0 is better."},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Train and save a LoRA adapter of model_name_or_path, of this rank, and nothing else."},
+    )
+    lora_target_modules: str = field(
+        default="all-linear",
+        metadata={
+            "help": "Layers with an adapter: all linear ones of towers, fusion and box head, or those whose whole "
+            r"name a regular expression matches, such as '.*text_model.*\.(query|value)'."
+        },
     )
     tokenizer_name: str | None = field(
         default=None,
@@ -140,11 +157,20 @@ def make_model(
     """The model and its processor, saved ones or new ones, with projections to a teacher's space of that width."""
     of_new_models = ("vision_name_or_path", "text_name_or_path", "image_size", "max_text_length")
     given = [name for name in of_new_models if getattr(arguments, name) is not None]
+    if arguments.lora_rank is not None and arguments.model_name_or_path is None:
+        raise ValueError(
+            "lora_rank needs model_name_or_path: an adapter is saved without the model that it belongs to"
+        )
     if arguments.model_name_or_path is not None:
         if given:
             raise ValueError(f"a saved model has its own {', '.join(given)}: leave out one or the other")
         config = EpmVGConfig.from_pretrained(arguments.model_name_or_path)
-        if config.teacher_projection_dim is None:
+        if config.teacher_projection_dim is None and teacher_projection_dim is not None:
+            if arguments.lora_rank is not None:
+                raise ValueError(
+                    "with lora_rank the adapter alone is saved, but the relation and feature losses need projections "
+                    f"that {arguments.model_name_or_path} has not"
+                )
             config.teacher_projection_dim = teacher_projection_dim  # two new projections; the rest is as saved
         model = EpmVGForVisualGrounding.from_pretrained(
             arguments.model_name_or_path, config=config, attn_implementation=arguments.attn_implementation
@@ -176,6 +202,14 @@ def make_model(
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
     config._attn_implementation = arguments.attn_implementation
     return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
+
+
+def with_lora(model: EpmVGForVisualGrounding, rank: int, target_modules: str) -> "PeftModel":
+    """The model, frozen, with a new LoRA adapter, which is saved alone."""
+    with needs_extra("lora_rank", "peft"):
+        from peft import LoraConfig, get_peft_model
+    # Scaled by alpha / rank: this way a learning rate suits every rank.
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules))
 
 
 def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, Dataset | None]:
@@ -236,9 +270,12 @@ def main(command_line: list[str] | None = None) -> None:
     model, processor = make_model(model_arguments, expressions, projected)
     if model_arguments.map_loss_coefficient is not None:
         model.config.map_loss_coefficient = model_arguments.map_loss_coefficient
+    student: EpmVGForVisualGrounding | PeftModel = model
+    if model_arguments.lora_rank is not None:
+        student = with_lora(model, model_arguments.lora_rank, model_arguments.lora_target_modules)
     patience = data_arguments.early_stopping_patience
     trainer = EpmVGTrainer(
-        model=model,
+        model=student,
         args=training_arguments,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
         train_dataset=train_dataset,
@@ -249,7 +286,9 @@ def main(command_line: list[str] | None = None) -> None:
     )
     if caption_dataset is not None and teacher is None:
         logger.warning("without a teacher, the expressions of %d rows go unused", len(caption_dataset))
-    logger.info("%d training expressions, %.1f M parameters", len(train_dataset), model.num_parameters() / 1e6)
+    trained = student.num_parameters(only_trainable=True)
+    total = student.num_parameters() / 1e6
+    logger.info("%d training expressions, %.1f M parameters, %d of them trained", len(train_dataset), total, trained)
 
     if training_arguments.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))

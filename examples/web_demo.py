@@ -6,6 +6,7 @@ python examples/web_demo.py me/my-epmvg --device cuda:0 --share # also under a p
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,6 +15,9 @@ from transformers.image_utils import load_image
 
 from epmvg_hf import VisualGroundingPipeline
 from epmvg_hf.extras import needs_extra
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 COLUMNS = ["expression", "xmin", "ymin", "xmax", "ymax"]
 
@@ -33,8 +37,8 @@ def ground(grounder: VisualGroundingPipeline, image: Image.Image | None, text: s
     return (image, outlines), rows
 
 
-def make_page(model: str, device: str | None = None):
-    """The `gradio.Interface` of a model, a folder or Hub id."""
+def make_page(model: str, device: str | None = None) -> "gr.Interface":
+    """The page of a model, a folder or Hub id."""
     with needs_extra("web_demo.py", "demo"):
         import gradio as gr
 

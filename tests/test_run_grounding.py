@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_towers import save_text_tower, save_vision_tower
+from transformers import pipeline
 
 from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
 
@@ -127,3 +128,34 @@ def test_a_new_model_takes_towers_and_keeps_the_other_settings(tmp_path):
     assert config._attn_implementation == config.text_config._attn_implementation == "eager"
     assert model.model.teacher_image_projection.out_features == 24
     assert type(processor.tokenizer).__name__ == "RobertaTokenizer" and processor.max_text_length == 20
+
+
+def test_an_adapter_of_a_saved_model(tmp_path, processor):
+    tiny_model(box_head="map").save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    output = tmp_path / "out"
+    example.main([
+        "--model_name_or_path", str(tmp_path / "base"), "--lora_rank", "2", "--teacher_name", "none",
+        "--lora_target_modules", r".*(encoder\.layers|text_model).*\.(q_proj|query)", "--output_dir", str(output),
+        "--num_train_images", "4", "--max_eval_rows", "8", "--max_steps", "1", "--eval_strategy", "no",
+        "--save_strategy", "no", "--load_best_model_at_end", "false", "--bf16", "false", "--use_cpu", "true",
+    ])  # fmt: skip
+    saved = load_file(output / "adapter_model.safetensors")
+    assert len(saved) == 2 * 2 and not (output / "model.safetensors").exists()
+    assert {value.shape[0] for name, value in saved.items() if "lora_A" in name} == {2}
+    boxes = [json.loads(line)["box"] for line in (output / "predictions.jsonl").read_text().splitlines()]
+    row = load_grounding_dataset("shapes", split="test", num_images=1)[0]
+    found = pipeline("visual-grounding", model=str(output))(row["image"], row["expression"])["box"]
+    assert list(found.values()) == pytest.approx(boxes[0], abs=1e-3)
+    assert "of which the adapter's 128 were trained" in (output / "README.md").read_text()
+
+
+def test_an_adapter_needs_a_base_that_is_saved(tmp_path, processor):
+    with pytest.raises(ValueError, match="lora_rank needs model_name_or_path"):
+        example.make_model(example.ModelArguments(lora_rank=2), [], None)
+    tiny_model(box_head="map").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = example.ModelArguments(model_name_or_path=str(tmp_path), lora_rank=2)
+    assert example.make_model(arguments, [], None)[0].config.teacher_projection_dim is None
+    with pytest.raises(ValueError, match=f"need projections that {tmp_path} has not"):
+        example.make_model(arguments, [], 24)
