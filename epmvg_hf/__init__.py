@@ -99,7 +99,9 @@ def register_for_hub() -> None:
 
     >>> epmvg_hf.register_for_hub()
     >>> model.push_to_hub("me/my-epmvg")
+    CommitInfo(commit_url='https://huggingface.co/me/my-epmvg/commit/...
     >>> processor.push_to_hub("me/my-epmvg")
+    CommitInfo(commit_url='https://huggingface.co/me/my-epmvg/commit/...
     ```
     """
     EpmVGConfig.register_for_auto_class()

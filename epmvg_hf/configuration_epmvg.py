@@ -78,6 +78,19 @@ class EpmVGConfig(PreTrainedConfig):
             `image_embeds` and `text_embeds` are compared with the teacher in training.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation for the weights that are not Xavier initialised.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: a setting is of the wrong type, or no model can have it.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import EpmVGConfig
+
+    >>> config = EpmVGConfig(box_head="map", image_size=512, max_text_length=40)
+    >>> config.backbone_config.model_type, config.text_config.model_type
+    ('resnet', 'bert')
+    ```
     """
 
     model_type = "epmvg"
@@ -122,6 +135,7 @@ class EpmVGConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
+        """Raises a `ValueError` for settings that no model can have. Called for every new configuration."""
         if self.box_head not in ("reg", "map"):
             raise ValueError(f'box_head is {self.box_head!r}, expected "reg" or "map"')
         for heads in ("encoder_attention_heads", "fusion_attention_heads"):

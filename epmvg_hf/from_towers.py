@@ -63,6 +63,18 @@ class FromTowersMixin:
             ValueError: a checkpoint is no such tower, or lacks tensors; `image_size` is not a multiple of the
                 backbone's stride; `max_text_length` is beyond the text tower's positions; a setting contradicts
                 DETR's.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import EpmVGForVisualGrounding
+
+        >>> model, rows = EpmVGForVisualGrounding.from_vision_text_pretrained(
+        ...     "facebook/detr-resnet-50", "google-bert/bert-base-uncased", output_loading_info=True
+        ... )
+        >>> [row["part"] for row in rows if row["source"] is not None]  # the others are fresh
+        ['vision_model', 'input_projection', 'encoder', 'text_model']
+        ```
         """
         # Here, as it loads the code of many towers.
         from .pretrained_towers import model_from_towers

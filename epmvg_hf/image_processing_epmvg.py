@@ -90,6 +90,15 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
         """
         Undoes the normalisation of `pixel_values` `(B, 3, S, S)`: colours in [0, 1], for whoever wants another mean
         and deviation, such as a CLIP teacher. Padding gets the mean colour.
+
+        Example:
+
+        ```python
+        >>> pixel_values = processor(images=image)["pixel_values"]
+        >>> colours = processor.image_processor.unnormalize(pixel_values)
+        >>> colours[0, :, 0, 0]  # in a corner, which is padding
+        tensor([0.4850, 0.4560, 0.4060])
+        ```
         """
         if not self.do_normalize:
             return pixel_values
@@ -113,6 +122,14 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
 
         Raises:
             ValueError: an image cannot be placed, see [`Letterbox.place`]; or `do_pad=False` and it leaves padding.
+
+        Example:
+
+        ```python
+        >>> letterbox = processor.image_processor.letterbox([(480, 640)])
+        >>> list(letterbox.windows())  # (top, left, height, width) of the picture on a canvas of 64 x 64 pixels
+        [(8, 0, 48, 64)]
+        ```
         """
         settings: dict[str, Any] = {"do_resize": self.do_resize, "do_pad": self.do_pad, "size": self.size}
         settings |= {"pad_offset": self.pad_offset, "default_to_square": self.default_to_square, **kwargs}
@@ -184,6 +201,17 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
     - **original_sizes** (`torch.LongTensor` of shape `(B, 2)`) -- (height, width) of the images as given.
 
     It raises a `ValueError` for images without pixels and for settings that place a picture off the canvas.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import EpmVGImageProcessor
+
+    >>> image_processor = EpmVGImageProcessor(size={"height": 224, "width": 224})
+    >>> inputs = image_processor(image, return_tensors="pt")
+    >>> inputs["pixel_values"].shape, inputs["original_sizes"]
+    (torch.Size([1, 3, 224, 224]), tensor([[128, 113]]))
+    ```
     """
 
     valid_kwargs = EpmVGImageProcessorKwargs

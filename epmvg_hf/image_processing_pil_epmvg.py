@@ -30,6 +30,17 @@ class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
     resize is the very one of TransVG, so with the default settings its pixels are TransVG's.
 
     EXIF orientation is **not** applied: boxes refer to the pixels as they are stored.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import EpmVGImageProcessorPil
+
+    >>> image_processor = EpmVGImageProcessorPil(size={"height": 224, "width": 224})
+    >>> inputs = image_processor(image, return_tensors="pt")
+    >>> inputs["pixel_values"].shape, inputs["original_sizes"]
+    (torch.Size([1, 3, 224, 224]), tensor([[128, 113]]))
+    ```
     """
 
     valid_kwargs = EpmVGImageProcessorKwargs

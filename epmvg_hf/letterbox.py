@@ -36,6 +36,22 @@ class Letterbox:
         height, width (`torch.LongTensor` of shape `(B,)`): size of the resized picture in canvas pixels.
         image_height, image_width (`torch.LongTensor` of shape `(B,)`): size of the image as given, in its own pixels.
         canvas (`int`): side of the canvas in pixels.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.letterbox import Letterbox
+
+    >>> letterbox = Letterbox.place([(480, 640)], canvas=320)
+    >>> list(letterbox.windows())
+    [(40, 0, 240, 320)]
+    >>> labels = letterbox.to_labels(torch.tensor([[0.0, 0.0, 640.0, 480.0]]))
+    >>> labels
+    tensor([[0.5000, 0.5000, 1.0000, 0.7500]])
+    >>> letterbox.to_pixels(labels)
+    tensor([[  0.,   0., 640., 480.]])
+    ```
     """
 
     ratio: torch.Tensor

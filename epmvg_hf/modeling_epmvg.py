@@ -150,6 +150,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention `(batch, length, heads, head_dim)` and its weights `(batch, heads, length, length)`, in plain PyTorch.
+    """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -233,6 +236,19 @@ class EpmVGEncoderLayer(GradientCheckpointingLayer):
 
 
 class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
+    """
+    What [`EpmVGModel`] and [`EpmVGForVisualGrounding`] share: new weights, loading, saving, `push_to_hub` with a model
+    card, gradient checkpointing and the attention implementations of transformers.
+
+    Example:
+
+    ```python
+    >>> model.save_pretrained("outputs/mine")
+    >>> type(model).from_pretrained("outputs/mine").num_parameters() == model.num_parameters()
+    True
+    ```
+    """
+
     config: EpmVGConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -247,7 +263,27 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
     accepts_loss_kwargs = False
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """As in transformers, but a name for all parts spares a backbone that does not know it, such as a ResNet."""
+        """
+        As in transformers, but a name for all parts spares a backbone that does not know it, such as a ResNet.
+
+        Args:
+            attn_implementation (`str` or `dict`): `"eager"`, `"sdpa"`, `"flash_attention_2"`, `"flex_attention"`, ...,
+                or one for each part: `""` (both transformers of this package), `"backbone_config"`, `"text_config"`.
+            allow_all_kernels (`bool`, *optional*, defaults to `False`): also kernels of unknown authors on the Hub.
+
+        Raises:
+            ValueError: there is no such implementation, or a part does not support it.
+            ImportError: its library is not installed.
+
+        Example:
+
+        ```python
+        >>> model.set_attn_implementation("eager")
+        >>> outputs = model(**processor(images=image, text="the star"), output_attentions=True)
+        >>> outputs.attentions[0].shape  # [REG], 4 tokens of text, 64 visual tokens
+        torch.Size([1, 2, 69, 69])
+        ```
+        """
         backbone_config = self.config.backbone_config
         if isinstance(attn_implementation, str) and not _supports_attention(backbone_config, attn_implementation):
             attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
@@ -337,6 +373,21 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     """
     The bare grounding student: vision backbone and DETR encoder, text tower, and a fusion transformer over
     `[REG] . text . visual` (TransVG). The visual branch runs once per image, however many expressions it has.
+
+    Args:
+        config ([`EpmVGConfig`]): the architecture; the weights are new. [`~EpmVGModel.from_vision_text_pretrained`]
+            starts from pretrained towers.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import EpmVGModel
+
+    >>> model = EpmVGModel.from_pretrained("outputs/demo")
+    >>> outputs = model(**processor(images=image, text=["the star", "the green triangle"]))
+    >>> outputs.visual_tokens.shape, outputs.consistency_map.shape  # 1 image, 2 expressions, 8 x 8 visual tokens
+    (torch.Size([1, 64, 16]), torch.Size([2, 64]))
+    ```
     """
 
     def __init__(self, config: EpmVGConfig):
@@ -372,6 +423,10 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         return [module for module in self.vision_model.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def train(self, mode: bool = True) -> "EpmVGModel":
+        """
+        As in PyTorch, but with `config.frozen_batch_norm` the backbone's batch norms stay in evaluation mode, and are
+        not trained.
+        """
         super().train(mode)
         for norm in self._batch_norms():
             # Here, not in __init__: from_pretrained makes every parameter anew, and ends in eval().
@@ -402,14 +457,23 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             pixel_values, pixel_mask, original_sizes:
                 See [`EpmVGModel.forward`].
 
+        Returns:
+            [`EpmVGImageFeatures`]: or a tuple, with `return_dict=False`.
+
+        Raises:
+            ValueError: the backbone's cells are not of `config.backbone_stride` pixels.
+
         Example:
 
         ```python
-        features = model.get_image_features(**processor(images=image))
-        seen = {"visual_tokens": features.last_hidden_state, "visual_mask": features.visual_mask}
-        for expression in expressions:
-            outputs = model(**processor(text=expression), **seen)
-            boxes = processor.post_process_grounding(outputs, target_sizes=[(image.height, image.width)])
+        >>> features = model.get_image_features(**processor(images=image))
+        >>> seen = {"visual_tokens": features.last_hidden_state, "visual_mask": features.visual_mask}
+        >>> for expression in ("the man in blue", "the door"):
+        ...     outputs = model(**processor(text=expression), **seen)
+        ...     (result,) = processor.post_process_grounding(outputs, target_sizes=[(image.height, image.width)])
+        ...     print(result["box"].shape)
+        torch.Size([4])
+        torch.Size([4])
         ```
         """
         feature_map, visual_mask = self._encode_pixels(pixel_values, pixel_mask)
@@ -454,6 +518,13 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's states. `last_hidden_state`
             `(N, L, text_config.hidden_size)` is what the model projects to its `text_tokens`, and `pooler_output`
             `(N, teacher_projection_dim)` are the model's `text_embeds`, if the config has such a width.
+
+        Example:
+
+        ```python
+        >>> model.get_text_features(**processor(text=["the star", "a dog"])).last_hidden_state.shape
+        torch.Size([2, 4, 16])
+        ```
         """
         # Not every text tower knows inputs_embeds.
         tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
@@ -506,6 +577,20 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
         Raises:
             ValueError: images or expressions are missing, given twice, or do not match.
+
+        Returns:
+            [`EpmVGModelOutput`]: or a tuple, with `return_dict=False`.
+
+        Example:
+
+        ```python
+        >>> inputs = processor(images=[image, image], text=[["the star"], ["the circle", "the man"]])
+        >>> inputs["image_index"]
+        tensor([0, 1, 1])
+        >>> outputs = model(**inputs)
+        >>> outputs.visual_mask.shape, outputs.consistency_map.shape  # 2 images, 3 expressions
+        (torch.Size([2, 8, 8]), torch.Size([3, 64]))
+        ```
         """
         _check_either(pixel_values=pixel_values, visual_tokens=visual_tokens)
         _check_either(input_ids=input_ids, inputs_embeds=inputs_embeds)
@@ -593,7 +678,24 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
 
 class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
-    """[`EpmVGModel`] with a box head: one box per expression, and the grounding loss when `labels` are given."""
+    """
+    [`EpmVGModel`] with a box head: one box per expression, and the grounding loss when `labels` are given.
+
+    Args:
+        config ([`EpmVGConfig`]): the architecture; the weights are new. [`~EpmVGModel.from_vision_text_pretrained`]
+            starts from pretrained towers.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import EpmVGForVisualGrounding
+
+    >>> model = EpmVGForVisualGrounding.from_pretrained("outputs/demo")
+    >>> outputs = model(**processor(images=image, text="the green triangle", boxes=[24, 59, 57, 88]))
+    >>> sorted(outputs.loss_dict)
+    ['loss_bbox', 'loss_giou', 'loss_map']
+    ```
+    """
 
     def __init__(self, config: EpmVGConfig):
         super().__init__(config)
@@ -613,11 +715,29 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> EpmVGImageFeatures:
-        """[`EpmVGModel.get_image_features`]: the visual branch alone."""
+        """
+        [`EpmVGModel.get_image_features`]: the visual branch alone.
+
+        Example:
+
+        ```python
+        >>> model.get_image_features(**processor(images=image)).last_hidden_state.shape  # (B, V, d_model)
+        torch.Size([1, 64, 16])
+        ```
+        """
         return self.model.get_image_features(*args, **kwargs)
 
     def get_text_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """[`EpmVGModel.get_text_features`]: the text tower alone."""
+        """
+        [`EpmVGModel.get_text_features`]: the text tower alone.
+
+        Example:
+
+        ```python
+        >>> model.get_text_features(**processor(text="the star")).last_hidden_state.shape  # (N, L, width)
+        torch.Size([1, 4, 16])
+        ```
+        """
         return self.model.get_text_features(*args, **kwargs)
 
     @can_return_tuple
@@ -644,11 +764,21 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
                 True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, as the processor makes them from `boxes=`;
                 rows of NaN, for expressions without a box, take no part in the loss.
 
+        Returns:
+            [`EpmVGGroundingOutput`]: or a tuple, with `return_dict=False`.
+
+        Raises:
+            ValueError: see [`EpmVGModel.forward`].
+            ImportError: there are labels, whose loss needs torchvision, and it is not installed.
+
         Example:
 
         ```python
-        inputs = processor(images=image, text=["the man in blue", "the door"], return_tensors="pt")
-        boxes = processor.post_process_grounding(model(**inputs), inputs)
+        >>> inputs = processor(images=image, text=["the man in blue", "the door"], return_tensors="pt")
+        >>> outputs = model(**inputs)
+        >>> outputs.pred_boxes.shape
+        torch.Size([2, 4])
+        >>> boxes = [result["box"] for result in processor.post_process_grounding(outputs, inputs)]
         ```
         """
         outputs = self.model(

@@ -46,6 +46,19 @@ class PatchBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
             so on.
         out_indices (`list[int]`, *optional*):
             The same by number, `"stem"` being 0.
+
+    Raises:
+        ValueError: the tower is neither of the two, or has no such feature map.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.patch_backbone import PatchBackboneConfig
+
+    >>> config = PatchBackboneConfig(out_features=["stage4", "stage12"])
+    >>> config.tower_config.model_type, config.out_indices
+    ('clip_vision_model', [4, 12])
+    ```
     """
 
     model_type = "epmvg_patch_backbone"
@@ -73,6 +86,22 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
     A vision transformer whose patch tokens are feature maps `(B, hidden_size, height / patch, width / patch)`. The map
     of the last stage is the tower's `last_hidden_state`, an earlier one the output of its layer; the class token is
     left out. Position embeddings are interpolated to the size of the image.
+
+    Args:
+        config ([`PatchBackboneConfig`]): the tower and the maps of it; the weights are new.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import CLIPVisionConfig
+    >>> from epmvg_hf.patch_backbone import PatchBackbone, PatchBackboneConfig
+
+    >>> tower = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    >>> backbone = PatchBackbone(PatchBackboneConfig(tower_config=tower))
+    >>> backbone(torch.zeros(1, 3, 96, 64)).feature_maps[0].shape  # patches of 32 pixels
+    torch.Size([1, 32, 3, 2])
+    ```
     """
 
     config: PatchBackboneConfig
@@ -99,6 +128,10 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`): normalised images.
+
+        Returns:
+            `BackboneOutput`: `feature_maps`, one `(B, hidden_size, height / patch, width / patch)` for each of
+            `config.out_features`.
         """
         outputs = self.tower(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True, return_dict=True)
         states = (*outputs.hidden_states[:-1], outputs.last_hidden_state)

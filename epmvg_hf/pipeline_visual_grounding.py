@@ -44,14 +44,17 @@ class VisualGroundingPipeline(Pipeline):
     Example:
 
     ```python
-    import epmvg_hf
-    from transformers import pipeline
+    >>> import epmvg_hf
+    >>> from transformers import pipeline
 
-    grounder = pipeline("visual-grounding", model="outputs/demo")
-    grounder("scene.png", "the red star")
-    # {"box": {"xmin": 20.1, "ymin": 8.4, "xmax": 52.7, "ymax": 41.0}, "text": "the red star"}
-    grounder("scene.png", ["the red star", "the left circle"])  # a list: a result for each expression
-    grounder(["scene.png", "scene.png"], ["a star", ["a circle", "a dog"]], batch_size=2)  # one item for each image
+    >>> grounder = pipeline("visual-grounding", model="outputs/demo")
+    >>> grounder("scene.png", "the red star")
+    {'box': {'xmin': ..., 'ymin': ..., 'xmax': ..., 'ymax': ...}, 'text': 'the red star'}
+    >>> len(grounder("scene.png", ["the red star", "the left circle"]))  # a list: a result for each expression
+    2
+    >>> results = grounder(["a.jpg", "b.jpg"], ["a star", ["a circle", "a dog"]], batch_size=2)
+    >>> results[0]["text"], [result["text"] for result in results[1]]  # one item for each image
+    ('a star', ['a circle', 'a dog'])
     ```
     """
 
@@ -108,9 +111,11 @@ class VisualGroundingPipeline(Pipeline):
         Example:
 
         ```python
-        rows = ({"image": row["image"], "text": row["expression"]} for row in dataset)
-        for result in grounder(rows, batch_size=8):
-            print(result["text"], result["box"])
+        >>> rows = ({"image": row["image"], "text": row["expression"]} for row in dataset.select([0, 8]))
+        >>> for result in grounder(rows, batch_size=8):
+        ...     print(result["text"], list(result["box"]))
+        third diamond from the left ['xmin', 'ymin', 'xmax', 'ymax']
+        rightmost object ['xmin', 'ymin', 'xmax', 'ymax']
         ```
         """
         inputs = make_rows(image, text)
@@ -122,6 +127,20 @@ class VisualGroundingPipeline(Pipeline):
         """
         Saves model and processor, so that `pipeline("visual-grounding", model=save_directory)` finds both. Pipeline's
         own method leaves out the processor, and copies code that would then want `trust_remote_code`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            kwargs: of `save_pretrained` of both, such as `push_to_hub`.
+
+        Example:
+
+        ```python
+        >>> from transformers import pipeline
+
+        >>> grounder.save_pretrained("outputs/copy")
+        >>> pipeline("visual-grounding", model="outputs/copy")("scene.png", "the star")["text"]
+        'the star'
+        ```
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
@@ -150,6 +169,7 @@ class VisualGroundingPipeline(Pipeline):
         )
 
     def run_single(self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict) -> Any:
+        """The result of one row of [`~VisualGroundingPipeline.__call__`]."""
         batch = self.collate([self.preprocess(inputs, **preprocess_params)])
         return self.postprocess(self.forward(batch, **forward_params), **postprocess_params)[0]
 
@@ -194,15 +214,19 @@ class VisualGroundingPipeline(Pipeline):
 
 class GroundingResults:
     """
-    What a call on a generator or dataset returns: results in the order of its rows, computed while they are read.
+    What a call on a generator or dataset returns: results in the order of its rows, computed while they are read. It
+    has a length if it is made from a `torch.utils.data.Dataset` that has one.
+
+    Args:
+        batches (`DataLoader`): what [`~VisualGroundingPipeline.collate`] made of the rows.
+        ground (`Callable`): makes the results of a batch.
 
     Example:
 
     ```python
-    results = grounder(dataset, batch_size=8)
-    len(results)  # of a dataset that has a length
-    for result in results:
-        ...
+    >>> results = grounder(dataset.rename_column("expression", "text"), batch_size=8)
+    >>> [result["text"] for result in results][:2]
+    ['third diamond from the left', 'gray diamond above the green diamond']
     ```
     """
 

@@ -46,6 +46,16 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         do_lower_case (`bool`, *optional*, defaults to `False`): expressions are lower-cased before the tokenizer sees
             them, as TransVG does; saved with the processor. Also with a tokenizer that lower-cases itself, this makes
             words of what would be a special token, such as "[SEP]".
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import EpmVGProcessor
+
+    >>> processor = EpmVGProcessor.from_pretrained("outputs/demo")
+    >>> list(processor(images=image, text=["the star", "the green triangle"]))
+    ['pixel_values', 'pixel_mask', 'original_sizes', 'input_ids', 'attention_mask', 'image_index']
+    ```
     """
 
     # The model takes no segment ids, whatever the tokenizer offers.
@@ -88,6 +98,17 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         Raises:
             ValueError: there is no image processor with the vision tower, or the tokenizer has more tokens than the
                 text tower.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import EpmVGProcessor
+
+        >>> vision, text = "facebook/detr-resnet-50", "google-bert/bert-base-uncased"
+        >>> processor = EpmVGProcessor.from_vision_text_pretrained(vision, text, model.config)
+        >>> processor.max_text_length == model.config.max_text_length
+        True
+        ```
         """
         # Here, as it loads the code of many towers.
         from .pretrained_towers import tower_statistics, tower_tokenizer
@@ -132,6 +153,17 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         Raises:
             ValueError: an expression is empty; images, expressions and boxes do not match in number; a box is no box,
                 or not inside its image.
+
+        Example:
+
+        ```python
+        >>> inputs = processor(images=image, text=["all of it", "a dog"], boxes=[[0, 0, 113, 128], None])
+        >>> inputs["pixel_values"].shape, inputs["image_index"]
+        (torch.Size([1, 3, 64, 64]), tensor([0, 0]))
+        >>> inputs["labels"]
+        tensor([[0.5039, 0.5000, 0.8828, 1.0000],
+                [   nan,    nan,    nan,    nan]])
+        ```
         """
         if images is None and text is None:
             raise ValueError("Expected `images`, `text` or both, got neither.")
@@ -194,6 +226,18 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
 
         Raises:
             ValueError: not exactly one of `inputs` and `target_sizes` is given, or it does not match `pred_boxes`.
+
+        Example:
+
+        ```python
+        >>> import torch
+
+        >>> inputs = processor(images=image, text=["the star", "the green triangle"])
+        >>> outputs = model(**inputs)
+        >>> outputs.pred_boxes = torch.tensor([[0.5, 0.5, 0.1, 0.2], [0.5, 0.5, 1.0, 1.0]])  # were they these
+        >>> [result["box"] for result in processor.post_process_grounding(outputs, inputs)]
+        [tensor([49.6000, 51.2000, 62.4000, 76.8000]), tensor([  0.,   0., 113., 128.])]
+        ```
         """
         if (inputs is None) == (target_sizes is None):
             raise ValueError("Expected exactly one of `inputs` and `target_sizes`.")
