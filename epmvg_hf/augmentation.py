@@ -79,6 +79,18 @@ class GroundingAugmentation:
             Probability of the colour jitter.
         min_scale (`float`, *optional*, defaults to 0.7):
             The long side takes between this share and all of the canvas (TransVG: 448 to 640 pixels of 640).
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from epmvg_hf import GroundingAugmentation
+
+    >>> augmentation = GroundingAugmentation(flip=1.0)
+    >>> _, expressions, boxes = augmentation(image, ["the left triangle"], np.array([[24.0, 59.0, 57.0, 88.0]]))
+    >>> expressions, boxes.tolist()  # of an image of 113 pixels width, not cropped, as that could make "left" false
+    (['the right triangle'], [[56.0, 59.0, 89.0, 88.0]])
+    ```
     """
 
     flip: float = 0.5
@@ -112,7 +124,19 @@ class GroundingAugmentation:
         return image, expressions, boxes
 
     def placement(self, canvas: int) -> tuple[int, float, float]:
-        """The long side in pixels of a `canvas`-pixel canvas, and the shares of free canvas above and left of it."""
+        """
+        The long side in pixels of a `canvas`-pixel canvas, and the shares of free canvas above and left of it.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import GroundingAugmentation
+
+        >>> long_side, above, left = GroundingAugmentation(min_scale=0.7).placement(640)
+        >>> 448 <= long_side <= 640 and 0 <= above <= 1 and 0 <= left <= 1
+        True
+        ```
+        """
         return random.randint(round(self.min_scale * canvas), canvas), random.random(), random.random()
 
     def _crop(self, image: Image.Image, boxes: np.ndarray) -> tuple[Image.Image, np.ndarray]:
@@ -129,7 +153,28 @@ class GroundingAugmentation:
 
 
 def mirror(image: Image.Image, expressions: list[str], boxes: np.ndarray) -> tuple[Image.Image, list[str], np.ndarray]:
-    """Mirror the image left to right, and with it the boxes and the words left and right of the expressions."""
+    """
+    Mirror the image left to right, and with it the boxes and the words left and right of the expressions.
+
+    Args:
+        image (`PIL.Image.Image`): the image.
+        expressions (`list[str]`): its expressions.
+        boxes (`np.ndarray` of shape `(len(expressions), 4)`): xyxy pixels of the image, 0-based, half-open, or NaN.
+
+    Returns:
+        The mirror image, its expressions and its boxes.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from epmvg_hf.augmentation import mirror
+
+    >>> _, expressions, boxes = mirror(image, ["Leftmost star"], np.array([[0.0, 59.0, 33.0, 88.0]]))
+    >>> expressions, boxes.tolist()
+    (['Rightmost star'], [[80.0, 59.0, 113.0, 88.0]])
+    ```
+    """
     mirrored = np.stack(
         [image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], axis=-1
     ).astype(boxes.dtype)

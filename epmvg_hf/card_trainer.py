@@ -35,6 +35,7 @@ class CardTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer`; from now on the model has this run's card."""
         self._own_card()
         return super().train(*args, **kwargs)
 
@@ -44,6 +45,26 @@ class CardTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
+        """
+        Evaluates, as in `Trainer`, and notes the result for the model card.
+
+        Args:
+            eval_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): the trainer's own by default.
+            ignore_keys (`list[str]`, *optional*): not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): what names begin with.
+
+        Returns:
+            `dict[str, float]`: `eval_acc@0.5`, `eval_acc@0.7` and `eval_mean_iou` in [0, 1], `eval_loss` with its
+            terms, and times in seconds.
+
+        Example:
+
+        ```python
+        >>> metrics = trainer.evaluate()
+        >>> [name for name in metrics if "acc" in name]
+        ['eval_acc@0.5', 'eval_acc@0.7']
+        ```
+        """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -55,12 +76,48 @@ class CardTrainer(Trainer):
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
+        """
+        The boxes of a dataset's expressions, and what they reach where the dataset has boxes.
+
+        Args:
+            test_dataset (`datasets.Dataset` or `datasets.IterableDataset`): the rows.
+            ignore_keys (`list[str]`, *optional*): not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`): what names of metrics begin with.
+
+        Returns:
+            `PredictionOutput`: `predictions` and `label_ids`, `np.ndarray` of shape `(N, 4)`, xyxy pixels of the
+            images in the order of the rows; `metrics` as in [`~EpmVGTrainer.evaluate`].
+
+        Example:
+
+        ```python
+        >>> output = trainer.predict(dataset)
+        >>> output.predictions.shape, output.label_ids[0].tolist()
+        ((32, 4), [59.0, 97.0, 87.0, 125.0])
+        ```
+        """
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         self._note_evaluation(test_dataset, output.metrics or {}, metric_key_prefix)
         return output
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> CommitInfo:
-        """As in `Trainer`, but everything lies in `args.output_dir` before the Hub is asked for anything."""
+        """
+        Saves the model with its processor and its card, and uploads them, as in `Trainer`; but everything lies in
+        `args.output_dir` before the Hub is asked for anything.
+
+        Args:
+            args, kwargs: those of `Trainer.push_to_hub` and of [`~EpmVGTrainer.create_model_card`].
+
+        Returns:
+            `CommitInfo`: where it is.
+
+        Example:
+
+        ```python
+        >>> trainer.push_to_hub(license="apache-2.0").commit_url
+        'https://huggingface.co/me/mine/commit/...'
+        ```
+        """
         if self.hub_model_id is None:
             self.save_model(_internal_call=True)
         return super().push_to_hub(*args, **kwargs)
@@ -95,6 +152,16 @@ class CardTrainer(Trainer):
             dataset (`str` or `list[str]`, *optional*): the training data's name, likewise.
             dataset_args (`str` or `list[str]`, *optional*): its configuration, such as `"unc"`.
             teacher (`str`, *optional*): the teacher's name; what it was loaded by unless given.
+
+        Example:
+
+        ```python
+        >>> from pathlib import Path
+
+        >>> trainer.create_model_card(license="apache-2.0", language="en")
+        >>> "license: apache-2.0" in Path("outputs/mine/README.md").read_text()
+        True
+        ```
         """
         if not self.is_world_process_zero():
             return

@@ -29,6 +29,21 @@ class ImageGroups(Dataset):
         dataset (`datasets.Dataset`):
             One row per expression with `image`, `image_id`, `expression` and, unless boxes are to be predicted only,
             `box`. Rows of one image share its `image_id`.
+
+    Raises:
+        ValueError: the dataset lacks a column.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import ImageGroups
+
+    >>> groups = ImageGroups(dataset)
+    >>> len(dataset), len(groups)
+    (32, 4)
+    >>> [row["expression"] for row in groups.__getitems__([3])][:2]
+    ['red star', 'the lowest red circle']
+    ```
     """
 
     def __init__(self, dataset: "datasets.Dataset"):
@@ -77,6 +92,20 @@ class CaptionedGroups(Dataset):
         captioned (`ImageGroups`): images with expressions or sentences; boxes, if there are any, are not read.
         ratio (`float`): captioned images for each labelled image.
         seed (`int`): sets the order of the captioned images.
+
+    Raises:
+        ValueError: there is no captioned image.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.collator import CaptionedGroups, ImageGroups
+
+    >>> captions = dataset.remove_columns("box")
+    >>> groups = CaptionedGroups(ImageGroups(dataset), ImageGroups(captions), ratio=0.5, seed=0)
+    >>> len(groups), groups.__getitems__([5])[0]["box"]  # 4 labelled and 2 captioned images
+    (6, None)
+    ```
     """
 
     def __init__(self, labelled: ImageGroups, captioned: ImageGroups, ratio: float, seed: int):
@@ -130,6 +159,18 @@ class EpmVGDataCollator:
             Whether the batch also has the texts, which a teacher reads with a tokenizer of its own.
         teacher_cache ([`TeacherCache`], *optional*):
             Adds the teacher's outputs to the batch; its rows are the images of the [`ImageGroups`] that are batched.
+
+    Example:
+
+    ```python
+    >>> from torch.utils.data import DataLoader
+    >>> from epmvg_hf import EpmVGDataCollator, ImageGroups
+
+    >>> loader = DataLoader(ImageGroups(dataset), batch_size=2, collate_fn=EpmVGDataCollator(processor))
+    >>> batch = next(iter(loader))
+    >>> batch["pixel_values"].shape, batch["labels"].shape  # 2 images, 16 expressions
+    (torch.Size([2, 3, 64, 64]), torch.Size([16, 4]))
+    ```
     """
 
     processor: EpmVGProcessor
@@ -149,6 +190,9 @@ class EpmVGDataCollator:
             the image that the processor saw, when the rows have boxes, and `row_index` `(N,)` when they have that.
             A box that is `None` becomes NaN, in `boxes` and in `labels`. With `keep_expressions`, `expressions`
             (`list[str]`); with a cache, the outputs of [`TeacherCache.lookup`].
+
+        Raises:
+            ValueError: a row has no image, an augmentation finds no boxes, or the processor refuses a text or a box.
         """
         groups = self._group(rows)
         images = [group[0]["image"] for group in groups]

@@ -30,6 +30,16 @@ def has_box(labels: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.BoolTensor` of shape `(N,)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.losses import has_box
+
+    >>> has_box(torch.tensor([[0.5, 0.5, 0.2, 0.2], [float("nan")] * 4]))
+    tensor([ True, False])
+    ```
     """
     return ~labels.isnan().all(-1)
 
@@ -46,6 +56,20 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
     Returns:
         `dict[str, torch.FloatTensor]` with the scalars `loss_bbox` and `loss_giou`, means over the rows with a box; 0
         if there is none.
+
+    Raises:
+        ImportError: torchvision is not installed.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.losses import box_loss
+
+    >>> true = torch.tensor([[0.5, 0.5, 0.25, 0.25]])
+    >>> box_loss(true + torch.tensor([0.25, 0, 0, 0]), true)  # beside each other
+    {'loss_bbox': tensor(0.2500), 'loss_giou': tensor(1.)}
+    ```
     """
     # Only training needs torchvision. Within `try`, shared code can be loaded without it (see `register_for_hub`).
     try:
@@ -83,6 +107,17 @@ def map_loss(
 
     Returns:
         `torch.FloatTensor`, a scalar; 0 if no row is to be averaged over.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.losses import map_loss
+
+    >>> target = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    >>> map_loss(torch.zeros(1, 4), target, mask=torch.ones(1, 4, dtype=torch.bool))  # log 2
+    tensor(0.6931)
+    ```
     """
     count: int | torch.Tensor = max(len(mask), 1)
     if row_mask is not None:
@@ -105,6 +140,18 @@ def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Ten
     Returns:
         `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding, rows sum to 1 (to 0 where there
         is no box or it touches no unpadded cell, and such a row adds nothing to the loss).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.losses import box_map_target
+
+    >>> labels = torch.tensor([[0.25, 0.5, 0.5, 1.0]])  # the left half
+    >>> box_map_target(labels, torch.ones(1, 2, 3, dtype=torch.bool)).view(2, 3)
+    tensor([[0.3333, 0.1667, 0.0000],
+            [0.3333, 0.1667, 0.0000]])
+    ```
     """
     grid_height, grid_width = visual_mask.shape[1:]
     # An empty box shares no area with any cell.
@@ -142,6 +189,17 @@ def teacher_map_target(
     Returns:
         `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding, rows sum to 1 (to 0 where all is
         padding).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.losses import teacher_map_target
+
+    >>> patches, words = torch.eye(2).view(1, 1, 2, 2), torch.tensor([[1.0, 0.0]])  # which show the first patch
+    >>> teacher_map_target(patches, words, None, torch.ones(1, 1, 2, dtype=torch.bool), temperature=0.5)
+    tensor([[0.8808, 0.1192]])
+    ```
     """
     # All images with all expressions, of which one image each is kept: more products than needed, but copying an
     # image's patches once for each of its expressions takes longer, and far more memory.
@@ -185,6 +243,19 @@ def relation_loss(
 
     Returns:
         `torch.FloatTensor`, a scalar in nats.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.losses import relation_loss
+
+    >>> teacher = torch.eye(2)  # of two images and of the two expressions that belong to them
+    >>> relation_loss(teacher, teacher, teacher, teacher, 1.0, 1.0)
+    tensor(0.)
+    >>> relation_loss(teacher, teacher.flip(0), teacher, teacher, 1.0, 1.0)  # the student mixes them up
+    tensor(0.4621)
+    ```
     """
     student = _float32_product(image_embeds, text_embeds.T) / student_temperature
     teacher = (_float32_product(teacher_image_embeds, teacher_text_embeds.T) / teacher_temperature).detach()
@@ -216,6 +287,20 @@ def feature_loss(
 
     Returns:
         `torch.FloatTensor`, a scalar in [0, 4].
+
+    Raises:
+        ValueError: the student's and the teacher's embeddings differ in width.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.losses import feature_loss
+
+    >>> teacher = torch.eye(2)
+    >>> feature_loss(3 * teacher, teacher, teacher, teacher), feature_loss(-teacher, teacher, teacher, teacher)
+    (tensor(0.), tensor(2.))
+    ```
     """
     loss = torch.zeros((), device=image_embeds.device)
     for student, teacher in ((image_embeds, teacher_image_embeds), (text_embeds, teacher_text_embeds)):

@@ -36,6 +36,16 @@ def modality_gap(
         `dict[str, torch.FloatTensor]` of float32 scalars: `gap`, the Euclidean distance in [0, 2] between the centroid
         of the images and that of the expressions; `alignment`, the mean cosine of an expression with its own image;
         `mismatch`, that of all pairs of an expression and another image (NaN if there is one image only).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.modality_gap import modality_gap
+
+    >>> modality_gap(torch.eye(2), torch.eye(2))
+    {'gap': tensor(0.), 'alignment': tensor(1.), 'mismatch': tensor(0.)}
+    ```
     """
     images, texts = (nn.functional.normalize(embeds.float(), dim=-1) for embeds in (image_embeds, text_embeds))
     own_images = images if image_index is None else images[image_index]

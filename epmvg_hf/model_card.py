@@ -92,6 +92,16 @@ class Evaluation:
         split (`str`, *optional*): name of the split.
         expressions (`int`, *optional*): how many rows were evaluated; not known of a stream.
         config (`str`, *optional*): configuration of the dataset, such as `"unc"`.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.model_card import Evaluation
+
+    >>> reached = Evaluation({"acc@0.5": 0.5, "mean_iou": 0.5}, "shapes", "test", expressions=8000)
+    >>> reached.metrics["acc@0.5"], reached.split
+    (0.5, 'test')
+    ```
     """
 
     metrics: dict[str, float]
@@ -179,6 +189,18 @@ def make_card(
 
     Returns:
         `ModelCard`: where it says how to use the model, `OWNER/NAME` stands for the repository.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.model_card import Evaluation, make_card
+
+    >>> reached = Evaluation({"acc@0.5": 0.5}, "shapes", "test", expressions=8000)
+    >>> card = make_card("my-epmvg", license="apache-2.0", evaluations=[reached])
+    >>> "| shapes | test | 8,000 | 0.5000 | - | - |" in card.text
+    True
+    >>> card.save("README.md")
+    ```
     """
     data = ModelCardData(
         language=language,

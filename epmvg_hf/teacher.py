@@ -49,6 +49,16 @@ class TeacherOutput(ModelOutput):
             One embedding per expression.
         patch_embeds (`torch.FloatTensor` of shape `(B, grid_height, grid_width, e)`, *optional*):
             One embedding per cell of the teacher's grid, which covers the whole canvas; only with `output_patches`.
+
+    Example:
+
+    ```python
+    >>> import torch
+
+    >>> output = teacher(torch.zeros(1, 3, 64, 64), ["the red star", "a circle"])
+    >>> output.image_embeds.shape, output.text_embeds.shape, output.patch_embeds.shape
+    (torch.Size([1, 128]), torch.Size([2, 128]), torch.Size([1, 8, 8, 128]))
+    ```
     """
 
     image_embeds: torch.Tensor
@@ -79,6 +89,22 @@ class ClipTeacher(nn.Module):
         name (`str` or `None`): what it was loaded by, such as `"ViT-B-32 openai"`; of paths only the last name.
         embed_dim (`int`): dimensions of the image-text space.
         image_size (`int`): side of the teacher's square input in pixels.
+
+    Raises:
+        ValueError: the model's input is not square.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf import ClipTeacher
+
+    >>> teacher = ClipTeacher.from_pretrained("local-dir:model_cards/clip-tiny-shapes")
+    >>> teacher.embed_dim, teacher.image_size
+    (128, 256)
+    >>> teacher(torch.zeros(1, 3, 64, 64), ["the red star"]).patch_embeds.shape
+    torch.Size([1, 8, 8, 128])
+    ```
     """
 
     def __init__(
@@ -151,10 +177,9 @@ class ClipTeacher(nn.Module):
         ```python
         >>> from epmvg_hf import ClipTeacher
 
-        >>> teacher = ClipTeacher.from_pretrained("ViT-B-32", "openai")
-        >>> output = teacher(pixel_values, ["the red circle", "the dog on the left"])
-        >>> output.patch_embeds.shape
-        torch.Size([1, 7, 7, 512])
+        >>> teacher = ClipTeacher.from_pretrained("local-dir:model_cards/clip-tiny-shapes")  # or "ViT-B-32", "openai"
+        >>> teacher.encode_texts(["the red circle", "the star on the left"]).shape
+        torch.Size([2, 128])
         ```
         """
         with needs_extra("ClipTeacher", "teacher"):
@@ -177,7 +202,16 @@ class ClipTeacher(nn.Module):
         return cls(_build(source, name), _tokenizer(source, name), source.model_config, shown)
 
     def train(self, mode: bool = True) -> "ClipTeacher":
-        """Stays in evaluation mode, also when a module that holds it is set to training."""
+        """
+        Stays in evaluation mode, also when a module that holds it is set to training.
+
+        Example:
+
+        ```python
+        >>> teacher.train().training
+        False
+        ```
+        """
         return super().train(False)
 
     def forward(
@@ -191,6 +225,21 @@ class ClipTeacher(nn.Module):
                 N expressions, in the order of the caller's `image_index`, which the teacher need not know.
             output_patches (`bool`, *optional*, defaults to `True`):
                 Whether to return `patch_embeds`.
+
+        Returns:
+            [`TeacherOutput`]
+
+        Raises:
+            ValueError: see [`~ClipTeacher.encode_images`] and [`~ClipTeacher.encode_texts`].
+
+        Example:
+
+        ```python
+        >>> canvas = processor.image_processor.unnormalize(processor(images=image)["pixel_values"])
+        >>> output = teacher(canvas, ["the green triangle", "the star"])
+        >>> (output.text_embeds @ output.image_embeds.T).shape  # cosines of 2 expressions and 1 image
+        torch.Size([2, 1])
+        ```
         """
         image_embeds, patch_embeds = self.encode_images(pixel_values, output_patches)
         return TeacherOutput(
@@ -216,6 +265,16 @@ class ClipTeacher(nn.Module):
         Raises:
             `ValueError`: The pixels are no such canvas, or patches of this vision tower are not known to lie in the
                 image-text space.
+
+        Example:
+
+        ```python
+        >>> import torch
+
+        >>> image_embeds, patch_embeds = teacher.encode_images(torch.zeros(2, 3, 64, 64), output_patches=False)
+        >>> image_embeds.shape, patch_embeds
+        (torch.Size([2, 128]), None)
+        ```
         """
         pixels = self._preprocess(pixel_values)
         if not output_patches:
@@ -225,7 +284,24 @@ class ClipTeacher(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, expressions: list[str]) -> torch.Tensor:
-        """`text_embeds` `(N, e)` of N expressions, of which equal ones are computed once; N may be 0."""
+        """
+        Args:
+            expressions (`list[str]`): N expressions, of which equal ones are computed once; N may be 0.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, e)`: `text_embeds`, of length 1.
+
+        Raises:
+            `ValueError`: It is one string, not a list.
+
+        Example:
+
+        ```python
+        >>> text_embeds = teacher.encode_texts(["the red star", "the blue star"])
+        >>> text_embeds.shape, text_embeds.norm(dim=-1)
+        (torch.Size([2, 128]), tensor([1.0000, 1.0000]))
+        ```
+        """
         if isinstance(expressions, str):
             raise ValueError(f"expressions must be a list of strings, not the string {expressions!r}.")
         device = self.clip.logit_scale.device
@@ -238,7 +314,16 @@ class ClipTeacher(nn.Module):
 
     @property
     def has_patches(self) -> bool:
-        """Whether patch embeddings are known for the vision tower, see [`pooled_and_patches`]."""
+        """
+        Whether patch embeddings are known for the vision tower, see [`pooled_and_patches`].
+
+        Example:
+
+        ```python
+        >>> teacher.has_patches
+        True
+        ```
+        """
         return _embeds_of(self.clip.visual) is not None
 
     @cached_property
@@ -246,6 +331,13 @@ class ClipTeacher(nn.Module):
         """
         SHA-256, in hexadecimal, of all that decides the outputs: weights, model configuration, preprocessing and
         tokenizer. Taken when first asked for; a later change, of the dtype for one, is not seen.
+
+        Example:
+
+        ```python
+        >>> len(teacher.fingerprint)
+        64
+        ```
         """
         settings = {
             "outputs_version": _OUTPUTS_VERSION,
@@ -535,6 +627,18 @@ def pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.T
 
     Raises:
         `ValueError`: Patches of this vision tower are not known to lie in the image-text space.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.teacher import pooled_and_patches
+
+    >>> pixels = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
+    >>> pooled, patches = pooled_and_patches(teacher.clip.visual, pixels)
+    >>> pooled.shape, patches.shape
+    (torch.Size([1, 128]), torch.Size([1, 8, 8, 128]))
+    ```
     """
     embeds = _embeds_of(visual)
     if embeds is None:

@@ -44,6 +44,17 @@ class TeacherCache:
 
     Raises:
         ValueError: the embeddings of two files differ in shape.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.teacher_cache import TeacherCache
+
+    >>> cache = TeacherCache.build(teacher, dataset, processor.image_processor, cache_dir="outputs/teacher")
+    >>> embeds = cache.lookup(groups=[0, 1], expressions=["red star"])  # of the first images, and of one expression
+    >>> embeds["teacher_patch_embeds"].shape, embeds["teacher_text_embeds"].shape
+    (torch.Size([2, 8, 8, 128]), torch.Size([1, 128]))
+    ```
     """
 
     def __init__(self, image_shards: Sequence[Path], expression_shards: Sequence[Path]):

@@ -61,6 +61,16 @@ def load_transformers_clip(
     Raises:
         `OSError`: A file is missing or a download failed.
         `ValueError`: It is no CLIP, open_clip has no such CLIP, or its tensors are not exactly those of the model.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.teacher_conversion import load_transformers_clip
+
+    >>> config, preprocess, tensors = load_transformers_clip("openai/clip-vit-base-patch32")
+    >>> sorted(config), preprocess["interpolation"]
+    (['embed_dim', 'quick_gelu', 'text_cfg', 'vision_cfg'], 'bicubic')
+    ```
     """
     from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
 

@@ -72,6 +72,22 @@ class EpmVGTrainer(CardTrainer):
         caption_dataset (`datasets.Dataset`, *optional*):
             Rows with `image`, `image_id` and `expression` (a caption), mixed into training at `args.caption_ratio`.
         kwargs: further arguments of `transformers.Trainer`.
+
+    Raises:
+        ValueError: there is no processor, or an argument contradicts another: a caption dataset or a term of the
+            distillation without what it needs, `frozen_parameters` that are not there, ...
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments
+
+    >>> args = EpmVGTrainingArguments("outputs/mine", num_train_epochs=2, per_device_train_batch_size=2)
+    >>> trainer = EpmVGTrainer(model, args, train_dataset=dataset, eval_dataset=dataset, processing_class=processor)
+    >>> trainer.train().global_step  # batches count images, of which the dataset has 4
+    4
+    >>> trainer.save_model()
+    ```
     """
 
     # compute_loss divides by the expressions of the whole step, all accumulated batches and processes.
@@ -195,6 +211,23 @@ class EpmVGTrainer(CardTrainer):
     # Training --------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        Trains, as in `Trainer`: `train(resume_from_checkpoint=True)` goes on from the last checkpoint.
+
+        Returns:
+            `TrainOutput`: `global_step`, `training_loss` and `metrics`.
+
+        Raises:
+            ValueError: the training data has no column box, or is not what the collator can read.
+
+        Example:
+
+        ```python
+        >>> result = trainer.train()
+        >>> result.global_step, "train_loss" in result.metrics
+        (1, True)
+        ```
+        """
         self._loss_terms = {}
         return super().train(*args, **kwargs)
 

@@ -55,6 +55,21 @@ class EpmVGTrainingArguments(TrainingArguments):
             Only for map-style datasets that are not augmented; otherwise the teacher runs in every step.
         teacher_cache_dir (`str`, *optional*):
             Where those outputs are kept. Defaults to a folder in the cache of `datasets`.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`):
+            Must stay `False`: the collator reads the dataset's own columns.
+
+    Raises:
+        ValueError: a setting is out of its range, or not for this trainer.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import EpmVGTrainingArguments
+
+    >>> args = EpmVGTrainingArguments("outputs/mine", learning_rate=1e-4, vision_learning_rate=1e-5, ema_decay=0.999)
+    >>> args.ema_decay, args.distils  # once there is a teacher
+    (0.999, True)
+    ```
     """
 
     vision_learning_rate: float | None = field(
@@ -145,12 +160,34 @@ class EpmVGTrainingArguments(TrainingArguments):
 
     @property
     def distils(self) -> bool:
-        """Whether any term of the loss needs a teacher."""
+        """
+        Whether any term of the loss needs a teacher.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import EpmVGTrainingArguments
+
+        >>> EpmVGTrainingArguments("outputs/mine", teacher_map_loss_coefficient=0).distils
+        False
+        ```
+        """
         return self.distils_embeddings or self.teacher_map_loss_coefficient > 0
 
     @property
     def distils_embeddings(self) -> bool:
-        """Whether any term needs the student's projections to the teacher's image-text space."""
+        """
+        Whether any term needs the student's projections to the teacher's image-text space.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import EpmVGTrainingArguments
+
+        >>> EpmVGTrainingArguments("outputs/mine", relation_loss_coefficient=1).distils_embeddings
+        True
+        ```
+        """
         return self.relation_loss_coefficient + self.feature_loss_coefficient > 0
 
     @property
