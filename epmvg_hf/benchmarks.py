@@ -237,6 +237,16 @@ def resolve_name(name: str) -> tuple[Benchmark, str | None]:
 
     Raises:
         `ValueError`: No benchmark is called that.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.benchmarks import resolve_name
+
+    >>> benchmark, split_by = resolve_name("gref_umd")
+    >>> benchmark.title, split_by, benchmark.counts["umd", "test"].expressions
+    ('RefCOCOg', 'umd', 9602)
+    ```
     """
     known = {_simplify(benchmark): (benchmark, None) for benchmark in BENCHMARKS} | ALIASES
     simple = _simplify(name)

@@ -29,6 +29,16 @@ def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: flo
     Returns:
         `dict[str, float]`: `whole_image`, `best_constant_box`, and `best_box_per_expression`, which falls back on the
         expression's last word, then on the constant box, where the training rows have too few of the same.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.blind import blind_accuracy
+
+    >>> accuracy = blind_accuracy(dataset, dataset)
+    >>> list(accuracy), accuracy["whole_image"]
+    (['whole_image', 'best_constant_box', 'best_box_per_expression'], 0.0)
+    ```
     """
     train_boxes, true_boxes = _relative_boxes(train_dataset), _relative_boxes(eval_dataset)
     train_expressions = [expression.lower() for expression in train_dataset["expression"]]

@@ -58,13 +58,26 @@ def check_splits(
     Reads all annotations and the header of every image.
 
     Args:
-        benchmark, data_dir, split_by, image_dir, source: as in [`load_grounding_dataset`].
+        benchmark ([`Benchmark`]): the benchmark, see [`~benchmarks.resolve_name`].
+        data_dir, split_by, image_dir, source: as in [`load_grounding_dataset`].
 
     Returns:
         `tuple`: A report for each split whose files are there, and why the others could not be read.
 
     Raises:
         `ValueError`: The benchmark has no such way to split it or kind of files.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from epmvg_hf.benchmarks import resolve_name
+    >>> from epmvg_hf.check_data import check_splits
+
+    >>> reports, absent = check_splits(resolve_name("refcoco")[0], Path("refer/data"))
+    >>> [(report.split, report.is_official) for report in reports]  # of a folder with a few rows of each
+    [('train', False), ('validation', False), ('testA', False), ('testB', False)]
+    ```
     """
     reports, absent = [], []
     for split in splits_of(benchmark, split_by):
@@ -118,8 +131,26 @@ def held_out_images(benchmark: Benchmark, data_dir: Path, split_by: str | None =
     """
     The ids of the images in each split but "train" that is in the folder; for COCO's benchmarks those of train2014.
 
+    Args:
+        benchmark ([`Benchmark`]): the benchmark, see [`~benchmarks.resolve_name`].
+        data_dir, split_by: as in [`load_grounding_dataset`].
+
+    Returns:
+        `dict[str, set[str]]`: ids by split.
+
     Raises:
         `FileNotFoundError`: The folder has none of these splits.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from epmvg_hf.benchmarks import resolve_name
+    >>> from epmvg_hf.check_data import held_out_images
+
+    >>> list(held_out_images(resolve_name("refcoco")[0], Path("refer/data")))
+    ['validation', 'testA', 'testB']
+    ```
     """
     held_out = {}
     for split in splits_of(benchmark, split_by):

@@ -78,6 +78,17 @@ class CustomData(GroundingSource):
     Raises:
         `ValueError`: An argument is not valid, there are several files for the split, or the file is too large.
         `FileNotFoundError`: There is no file for the split.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import load_grounding_dataset
+
+    >>> # my_data/train.jsonl: {"image": "0001.png", "expression": ["the green triangle", "a triangle"], "box": [...]}
+    >>> dataset = load_grounding_dataset("custom", data_dir="my_data", box_format="xyxy")
+    >>> dataset["expression"][:], dataset[0]["source_row"]
+    (['the green triangle', 'a triangle'], '1')
+    ```
     """
 
     name = "custom"

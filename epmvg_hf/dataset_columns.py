@@ -49,6 +49,18 @@ def as_grounding_dataset(
         In a WebDataset, write every number of a box with a point (1.0), or name its `features` to `load_dataset`:
         `datasets` takes the types of JSON from the first samples, refuses whole numbers beside others there, and cuts
         1.5 to 1 after whole numbers only. Here that is mended for streams, but comes too late for prepared data.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from epmvg_hf import as_grounding_dataset
+
+    >>> own = Dataset.from_dict({"photo": ["scene.png"], "phrase": ["green triangle"], "bbox": [[24, 59, 33, 29]]})
+    >>> rows = as_grounding_dataset(own, {"image": "photo", "expression": "phrase", "box": "bbox"}, box_format="xywh")
+    >>> rows[0]["image"].size, rows[0]["box"]
+    ((113, 128), [24.0, 59.0, 57.0, 88.0])
+    ```
     """
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise ValueError(

@@ -31,6 +31,18 @@ def evaluate_boxes(
     Returns:
         `dict`: `expressions` and `images` (`int`); `acc@0.5` and `mean_iou` (`float`); `acc@0.5_interval`, lower and
         upper end (`list[float]`); with `all_references` also `any_box_acc@0.5` and `any_box_acc@0.5_interval`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from epmvg_hf.evaluation import evaluate_boxes
+
+    >>> predictions, references = np.array([[0, 0, 9, 9], [0, 0, 9, 9]]), np.array([[0, 0, 9, 9], [5, 5, 20, 20]])
+    >>> result = evaluate_boxes(predictions, references, image_ids=["a", "b"])
+    >>> result["acc@0.5"], result["acc@0.5_interval"]  # of two images no more can be said
+    (0.5, [0.0, 1.0])
+    ```
     """
     iou = paired_iou(np.asarray(predictions, np.float64), np.asarray(references, np.float64))
     right = iou >= THRESHOLD
@@ -67,6 +79,16 @@ def bootstrap_interval(
 
     Returns:
         `list[float]`: Lower and upper end.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from epmvg_hf.evaluation import bootstrap_interval
+
+    >>> bootstrap_interval(np.array([True, False, True]), image_ids=["a", "a", "b"])
+    [0.5, 1.0]
+    ```
     """
     images, image_index = np.unique(np.asarray(image_ids), return_inverse=True)
     sums = np.bincount(image_index, weights=values, minlength=len(images))

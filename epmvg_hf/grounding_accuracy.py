@@ -29,7 +29,22 @@ _THRESHOLDS = (0.5, 0.7)
 
 
 class GroundingAccuracy(evaluate.Metric):
-    """`acc@0.5`, `acc@0.7` and `mean_iou` of predicted boxes; every prediction counts once."""
+    """
+    `acc@0.5`, `acc@0.7` and `mean_iou` of predicted boxes; every prediction counts once.
+
+    `compute(predictions=..., references=...)` takes boxes (x1, y1, x2, y2), one per expression, both in one unit, and
+    gives shares in [0, 1]; a `ValueError` if they differ in number.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import GroundingAccuracy
+
+    >>> metric = GroundingAccuracy(keep_in_memory=True)
+    >>> metric.compute(predictions=[[0, 0, 10, 10]], references=[[0, 0, 10, 6]])
+    {'acc@0.5': 1.0, 'acc@0.7': 0.0, 'mean_iou': 0.6}
+    ```
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         box = datasets.List(datasets.Value("float64"), length=4)
@@ -56,8 +71,18 @@ def paired_iou(boxes: np.ndarray, references: np.ndarray) -> np.ndarray:
 
     Returns:
         `np.ndarray` of shape `(N,)`; 0 where both boxes are empty.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from epmvg_hf.grounding_accuracy import paired_iou
+
+    >>> paired_iou(np.array([[0, 0, 10, 10], [0, 0, 5, 5]]), np.array([[0, 0, 10, 6], [5, 5, 9, 9]]))
+    array([0.6, 0. ])
+    ```
     """
     overlap = np.minimum(boxes[:, 2:], references[:, 2:]) - np.maximum(boxes[:, :2], references[:, :2])
     intersection = overlap.clip(min=0).prod(-1)
     union = (boxes[:, 2:] - boxes[:, :2]).prod(-1) + (references[:, 2:] - references[:, :2]).prod(-1) - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    return np.divide(intersection, union, out=np.zeros(len(union)), where=union > 0)

@@ -116,7 +116,12 @@ def load_grounding_dataset(
 
     >>> dataset = load_grounding_dataset("shapes", split="validation", num_images=10)
     >>> row = dataset[0]
-    >>> row["image"].crop(row["box"])
+    >>> row["expression"], row["box"]
+    ('third diamond from the left', [59.0, 97.0, 87.0, 125.0])
+    >>> row["image"].crop(row["box"]).size
+    (28, 28)
+    >>> load_grounding_dataset("refcoco", data_dir="refer/data", split="testA").column_names
+    ['image', 'image_id', 'expression', 'box', 'ref_id', 'ann_id', 'sent_id']
     ```
     """
     with needs_extra("Loading a dataset", "train"):

@@ -65,6 +65,16 @@ def read_pickle(path: str | os.PathLike) -> Any:
         `FileNotFoundError`: There is no such file.
         `ValueError`: The file is not one intact pickle, has more than 1 GiB, or wants anything but plain data. The
             message names the file and what it wants, of which nothing was run.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.safe_pickle import read_pickle
+
+    >>> refs = read_pickle("refer/data/refcoco/refs(unc).p")
+    >>> sorted(refs[0])
+    ['ann_id', 'category_id', 'file_name', 'image_id', 'ref_id', 'sent_ids', 'sentences', 'split']
+    ```
     """
     data = read_file(path)
     with one_error(path):
@@ -88,6 +98,16 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         `FileNotFoundError`: There is no such file.
         `ValueError`: The file is not an intact torch file, has more than 1 GiB, or holds tensors or anything else but
             plain data. The message names the file and what it wants, of which nothing was run.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.safe_pickle import read_torch_file
+
+    >>> rows = read_torch_file("index/unc/unc_val.pth")
+    >>> rows[0][:4]
+    ('COCO_train2014_000000000042.jpg', '482127.pth', [30.58, 9.03, 29.29, 42.79], 'guy on the right')
+    ```
     """
     data = read_file(path)
     with one_error(path):

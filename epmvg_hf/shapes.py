@@ -119,7 +119,19 @@ class Scene:
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
-    """Makes scene number `index` of a split (a key of `SPLITS`): the same one for the same three arguments."""
+    """
+    Makes scene number `index` of a split (a key of `SPLITS`): the same one for the same three arguments.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.shapes import make_scene
+
+    >>> scene = make_scene(seed=0, split="validation", index=0)
+    >>> scene.width, scene.height, len(scene.objects), scene.expressions[4].text
+    (113, 128, 7, 'the small triangle')
+    ```
+    """
     split_id, _ = SPLITS[split]
     rng = np.random.default_rng([seed, split_id, index])
     held_out = split == "test_composition"
@@ -135,7 +147,18 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws a scene as an RGB picture of `scene.width` x `scene.height` pixels."""
+    """
+    Draws a scene as an RGB picture of `scene.width` x `scene.height` pixels.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.shapes import make_scene, render
+
+    >>> render(make_scene(seed=0, split="validation", index=0)).size
+    (113, 128)
+    ```
+    """
     top, bottom = scene.background
     rows = np.linspace(top, bottom, scene.height).round().astype(np.uint8)
     image = Image.fromarray(np.repeat(rows[:, None], scene.width, axis=1))
@@ -392,6 +415,18 @@ def load_shapes(
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: One row per expression with the columns `image`, `image_id`,
         `expression`, `box` (float pixels), `kind` (one of `KINDS`) and `objects` (every object of the scene).
+
+    Raises:
+        `ValueError`: There is no such split, or a number is not one.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.shapes import load_shapes
+
+    >>> load_shapes("validation", num_images=4)[4]["box"]
+    [64.0, 20.0, 82.0, 36.0]
+    ```
     """
     builder = Shapes(dataset_name="shapes", cache_dir=cache_dir, split=split, seed=seed, num_images=num_images)
     if streaming:

@@ -82,6 +82,16 @@ def read_transvg_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], 
     Raises:
         `OSError`: There is no such file.
         `ValueError`: It could run code, or it holds something unknown.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.transvg_conversion import read_transvg_checkpoint
+
+    >>> tensors, args, reasons = read_transvg_checkpoint("TransVG_R50_unc.pth")
+    >>> "vl_pos_embed.weight" in tensors
+    True
+    ```
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -134,6 +144,18 @@ def convert_transvg(
     Raises:
         `ValueError`: A tensor is missing, unknown, of the wrong shape or not of floating point, TransVG's arguments
             ask for what this model does not do, or the image size is not known.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.transvg_conversion import convert_transvg, read_transvg_checkpoint
+
+    >>> tensors, args, _ = read_transvg_checkpoint("TransVG_R50_unc.pth")
+    >>> model, unused = convert_transvg(tensors, args)
+    >>> model.config.box_head, model.config.max_text_length
+    ('reg', 20)
+    >>> model.save_pretrained("outputs/transvg")
+    ```
     """
     try:
         config = transvg_config(tensors, args or {}, image_size)

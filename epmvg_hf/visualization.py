@@ -31,6 +31,18 @@ def draw_grid(
         boxes (`np.ndarray` of shape `(N, 4)`): predicted boxes, xyxy pixels of the images.
         true_boxes (`np.ndarray` of shape `(N, 4)`, *optional*): true boxes, likewise.
         columns (`int`, *optional*, defaults to 4): cells per row.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> from epmvg_hf.visualization import draw_grid
+
+    >>> draw_grid("boxes.png", [image], ["the green triangle"], np.array([[24, 59, 57, 88]]))
+    >>> Image.open("boxes.png").size
+    (300, 320)
+    ```
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
