@@ -80,7 +80,7 @@ def save_vision_tower(kind: str, folder: Path) -> str:
     return str(folder)
 
 
-def save_text_tower(kind: str, folder: Path) -> str:
+def save_text_tower(kind: str, folder: Path, positions: int = 20) -> str:
     torch.manual_seed(1)
     if kind == "clip":
         return save_clip(folder)
@@ -94,7 +94,7 @@ def save_text_tower(kind: str, folder: Path) -> str:
         model = DistilBertForMaskedLM(DistilBertConfig(**sizes, vocab_size=40, max_position_embeddings=20))
         tokenizer = tiny_tokenizer()
     else:
-        model = BertForMaskedLM(BertConfig(**TRANSFORMER, vocab_size=40, max_position_embeddings=20))
+        model = BertForMaskedLM(BertConfig(**TRANSFORMER, vocab_size=40, max_position_embeddings=positions))
         tokenizer = tiny_tokenizer()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

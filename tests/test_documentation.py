@@ -1,0 +1,358 @@
+"""Every example of the docstrings and every Python block of the README, run as a user would run them."""
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import io
+import json
+import pkgutil
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import test_flickr30k_entities
+import test_index_files
+import test_refer_api
+import test_transvg_conversion
+import torch
+from conftest import ONE_STEP, FakeHub, tiny_model, tiny_processor
+from PIL import Image
+from tiny_towers import save_clip, save_text_tower, save_vision_tower
+from transformers import pipeline
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import epmvg_hf
+from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
+from epmvg_hf.model_card import make_card
+
+ROOT = Path(__file__).parents[1]
+TEACHER = "local-dir:model_cards/clip-tiny-shapes"
+
+# Public methods that a library calls, at the time and with the arguments that it documents.
+HOOKS = {
+    "EpmVGConfig": {"validate", "validate_architecture"},
+    "EpmVGImageProcessorMixin": {"to_dict"},
+    "EpmVGModel": {"get_input_embeddings", "set_input_embeddings", "train"},
+    "EpmVGPreTrainedModel": {"save_pretrained"},
+    "EpmVGProcessor": {"model_input_names"},
+    "EpmVGTrainer": {
+        "compute_loss",
+        "create_optimizer",
+        "create_scheduler",
+        "evaluation_loop",
+        "get_batch_samples",
+        "get_decay_parameter_names",
+        "get_train_dataloader",
+        "log",
+        "prediction_step",
+    },
+    "EpmVGTrainingArguments": {"n_gpu"},
+    "ModelCardMixin": {"save_pretrained"},
+    "VisualGroundingPipeline": {"collate", "get_iterator", "postprocess", "preprocess", "run_single"},
+}
+
+# What README, examples and docstrings name beside `__all__`.
+ALSO_PUBLIC = {
+    "augmentation": ["mirror"],
+    "benchmarks": ["resolve_name"],
+    "blind": ["blind_accuracy"],
+    "check_data": ["check_splits", "held_out_images"],
+    "collator": ["CaptionedGroups"],
+    "custom_data": ["CustomData"],
+    "evaluation": ["bootstrap_interval", "evaluate_boxes"],
+    "grounding_accuracy": ["paired_iou"],
+    "letterbox": ["Letterbox"],
+    "losses": [
+        "box_loss",
+        "box_map_target",
+        "feature_loss",
+        "has_box",
+        "map_loss",
+        "relation_loss",
+        "teacher_map_target",
+    ],
+    "modality_gap": ["modality_gap"],
+    "model_card": ["Evaluation", "make_card"],
+    "patch_backbone": ["PatchBackbone", "PatchBackboneConfig"],
+    "pipeline_visual_grounding": ["GroundingResults"],
+    "safe_pickle": ["read_pickle", "read_torch_file"],
+    "shapes": ["load_shapes", "make_scene", "render"],
+    "teacher": ["pooled_and_patches"],
+    "teacher_cache": ["TeacherCache"],
+    "teacher_conversion": ["load_transformers_clip"],
+    "transvg_conversion": ["convert_transvg", "read_transvg_checkpoint"],
+    "visualization": ["draw_grid"],
+}
+
+
+# Where examples run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The working folder that the examples have in mind: trained models, pictures, benchmarks, towers "of the Hub"."""
+    root = tmp_path_factory.mktemp("documentation")
+    (root / "model_cards").symlink_to(ROOT / "model_cards")
+    tiny_model(box_head="map").save_pretrained(root / "outputs" / "demo")
+    tiny_processor().save_pretrained(root / "outputs" / "demo")
+
+    rows = _shapes()
+    for row, name in ((0, "scene.png"), (0, "image.jpg"), (8, "a.jpg"), (16, "b.jpg")):
+        rows[row]["image"].save(root / name)
+    for name in ("flickr30k_entities", "refer/data"):
+        (root / name).parent.mkdir(exist_ok=True)
+    test_flickr30k_entities.write(root / "flickr30k_entities")
+    test_refer_api.write(root / "refer" / "data")
+    test_index_files.write(root / "index", "unc", split="val")
+    (root / "held_out.txt").write_text("42\n")
+    (root / "my_data").mkdir()
+    rows[0]["image"].save(root / "my_data" / "0001.png")
+    own = {"image": "0001.png", "expression": ["the green triangle", "a triangle"], "box": [24, 59, 57, 88]}
+    (root / "my_data" / "train.jsonl").write_text(json.dumps(own))
+
+    # The names and the columns of the README.
+    (root / "rows").mkdir()
+    few = rows.select([0, 1, 8]).select_columns(["image", "expression", "box"])
+    few.rename_columns({"image": "photo", "expression": "phrase", "box": "bbox"}).to_parquet(root / "rows/0.parquet")
+    (root / "shards").mkdir()
+    with tarfile.open(root / "shards" / "0.tar", "w") as shard:
+        shard.add(root / "a.jpg", "000001.jpg")
+        (root / "000001.json").write_text(json.dumps({"expression": ["a star"], "box": [1.0, 2.0, 30.5, 40.0]}))
+        shard.add(root / "000001.json", "000001.json")
+
+    towers = {
+        "facebook/detr-resnet-50": lambda path: save_vision_tower("detr", path),
+        "google-bert/bert-base-uncased": lambda path: save_text_tower("bert", path, positions=40),
+        "openai/clip-vit-base-patch32": save_clip,
+    }
+    for name, save in towers.items():
+        (root / name).parent.mkdir()
+        save(root / name)
+    torch.save({"model": test_transvg_conversion.original().state_dict()}, root / "TransVG_R50_unc.pth")
+    return root
+
+
+def _shapes():
+    """Four drawn scenes with eight expressions each."""
+    return load_grounding_dataset("shapes", split="validation", num_images=4)
+
+
+def _trainer(**changes) -> EpmVGTrainer:
+    arguments = EpmVGTrainingArguments("outputs/mine", **ONE_STEP)
+    data = {"train_dataset": _shapes(), "eval_dataset": _shapes()}
+    return EpmVGTrainer(tiny_model(box_head="map"), arguments, processing_class=tiny_processor(), **data, **changes)
+
+
+# What the examples have at hand beside what they import; "loaded as in the README".
+AT_HAND = {
+    "model": lambda: tiny_model(box_head="map", teacher_projection_dim=128),
+    "processor": tiny_processor,
+    "image": lambda: Image.open("scene.png"),
+    "dataset": _shapes,
+    "teacher": lambda: ClipTeacher.from_pretrained(TEACHER),
+    "trainer": _trainer,
+    "grounder": lambda: pipeline("visual-grounding", model="outputs/demo"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_in_its_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for _, value in _documented():
+        if inspect.isclass(value) and "_auto_class" in vars(value):
+            monkeypatch.setattr(value, "_auto_class", None)  # put back after an example that registers them
+    # What a trainer shows of its progress is for the screen, and never twice the same.
+    for callback in (PrinterCallback, ProgressCallback):
+        monkeypatch.setattr(callback, "on_log", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def published(hub: FakeHub, folder) -> FakeHub:
+    """The Hub; what is pushed to it lies in a folder of that name, which is where transformers looks first."""
+    upload = hub.create_commit
+
+    def create_commit(repo_id, operations, **kwargs):
+        result = upload(repo_id, operations, **kwargs)
+        for name, content in hub.files[repo_id].items():
+            path = folder / repo_id / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return result
+
+    hub.create_commit = create_commit
+    return hub
+
+
+# Docstrings --------------------------------------------------------------------------------------------------------
+
+
+def _modules() -> Iterator[ModuleType]:
+    for module in pkgutil.iter_modules(epmvg_hf.__path__, "epmvg_hf."):
+        yield importlib.import_module(module.name)
+    yield epmvg_hf
+
+
+def _documented() -> Iterator[tuple[str, object]]:
+    """All functions, classes and methods of the package, by their names without that of the package."""
+    for module in _modules():
+        prefix = module.__name__.removeprefix("epmvg_hf").removeprefix(".")
+        for name, value in vars(module).items():
+            if not (inspect.isclass(value) or inspect.isfunction(value)) or value.__module__ != module.__name__:
+                continue
+            yield f"{prefix}.{name}".removeprefix("."), value
+            if inspect.isclass(value):
+                for method, function in _methods(value):
+                    yield f"{prefix}.{name}.{method}", function
+
+
+def _methods(cls: type) -> Iterator[tuple[str, object]]:
+    kinds = (classmethod, staticmethod, property, cached_property)
+    for name, value in vars(cls).items():
+        if inspect.isfunction(value) or isinstance(value, kinds):
+            yield name, value
+
+
+def _has_example(value: object) -> bool:
+    return re.search(r"^ *Example:\n\n *```python\n *>>> ", value.__doc__ or "", re.MULTILINE) is not None
+
+
+DOCUMENTED = dict(_documented())
+EXAMPLES = [name for name, value in DOCUMENTED.items() if ">>> " in (value.__doc__ or "")]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, published):
+    text = re.sub(r"^\s*```.*$", "", DOCUMENTED[name].__doc__, flags=re.MULTILINE)  # fences are no output
+    values = {given: make() for given, make in AT_HAND.items() if re.search(rf"\b{given}\b", text)}
+    example = doctest.DocTestParser().get_doctest(text, values, name, None, None)
+    assert any(line.want for line in example.examples), "the example shows nothing that comes out"
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert runner.run(example, out=report.write).failed == 0, report.getvalue()
+
+
+def test_no_code_block_goes_unrun():
+    """Blocks without prompts would not be run."""
+    blocks = [name for name, value in DOCUMENTED.items() if "```python" in (value.__doc__ or "")]
+    assert blocks == EXAMPLES
+
+
+def _public_methods(cls: type) -> Iterator[tuple[type, str, object]]:
+    """Those that the package defines and a user calls, each with the class of the package that defines it."""
+    for owner in cls.__mro__:
+        if owner.__module__.startswith("epmvg_hf."):
+            for method, function in _methods(owner):
+                if not method.startswith("_") and method not in HOOKS.get(owner.__name__, ()):
+                    yield owner, method, function
+
+
+PUBLIC = {name: getattr(epmvg_hf, name) for name in epmvg_hf.__all__} | {
+    f"{module}.{name}": DOCUMENTED[f"{module}.{name}"] for module, names in ALSO_PUBLIC.items() for name in names
+}
+
+
+def test_every_public_name_has_an_example():
+    lacking = {name for name, value in PUBLIC.items() if not _has_example(value)}
+    for name in epmvg_hf.__all__:
+        for owner, method, _ in _public_methods(PUBLIC[name]) if inspect.isclass(PUBLIC[name]) else ():
+            # What overrides a method of the package may leave the words to that, and the other way round.
+            same = (vars(cls)[method] for cls in PUBLIC[name].__mro__ if method in vars(cls))
+            if not any(_has_example(other) for other in same):
+                lacking.add(f"{owner.__name__}.{method}")
+    assert lacking == set()
+
+
+def test_hooks_are_those_of_a_library():
+    for name in HOOKS:
+        (cls,) = (value for qualified, value in DOCUMENTED.items() if qualified.endswith(f".{name}"))
+        assert HOOKS[name] <= vars(cls).keys()
+
+
+def _parameters(value: object) -> list[str]:
+    """What the docstring of a class, function or method has to describe."""
+    if dataclasses.is_dataclass(value):
+        names = list(vars(value).get("__annotations__", ()))
+    elif inspect.isclass(value) and "__init__" not in vars(value):
+        names = []
+    else:
+        called = value.__init__ if inspect.isclass(value) else value
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names = [name for name, given in inspect.signature(called).parameters.items() if given.kind not in variable]
+    return [name for name in names if name != "self" and not name.startswith("_")]
+
+
+def test_every_parameter_of_what_is_public_is_described():
+    described = dict(PUBLIC)
+    for cls in filter(inspect.isclass, PUBLIC.values()):
+        for owner, method, function in _public_methods(cls):
+            if _has_example(function) and callable(getattr(cls, method)):
+                described[f"{owner.__name__}.{method}"] = getattr(cls, method)
+    lacking = {
+        f"{name}: {parameter}"
+        for name, value in described.items()
+        for parameter in _parameters(value)
+        if not re.search(rf"\b{parameter}\b", value.__doc__)
+    }
+    assert lacking == set()
+
+
+def test_what_docstrings_name_is_there():
+    """`[`~module.name`]` and `[`~Class.method`]` in docstrings."""
+    unknown = []
+    for where, value in DOCUMENTED.items():
+        for owner, name in re.findall(r"\[`~(\w+)\.(\w+)`\]", value.__doc__ or ""):
+            classes = [found for qualified, found in DOCUMENTED.items() if qualified.endswith(f".{owner}")]
+            if f"{owner}.{name}" not in DOCUMENTED and not any(hasattr(found, name) for found in classes):
+                unknown.append(f"{owner}.{name} in {where}")
+    assert unknown == []
+
+
+# Markdown ----------------------------------------------------------------------------------------------------------
+
+
+def _run_blocks(markdown: str, values: dict[str, object]) -> Iterator[str]:
+    """Runs the Python blocks one after the other in one namespace, and stops after each."""
+    for block in re.finditer(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL):
+        line = markdown.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], "README.md", "exec"), values)
+        yield block[1]
+
+
+# By what a block of the README has, in their order: what it has made then.
+MADE = {
+    "rows = (": "result['text'] == 'the third object from the left' and len(result['box']) == 4",
+    "model(**inputs)": "len(outputs.pred_boxes) == 2 and result['box'].shape == (4,)",
+    "seen = {": "boxes[0]['box'].allclose(result['box'], atol=1e-4)",  # as by the block before
+    "trainer.train()": "trainer.state.global_step == 3 and 'eval_acc@0.5' in trainer.state.log_history[-1]",
+    "from_vision_text_pretrained": "processor.max_text_length == model.config.max_text_length == 40",
+    "ClipTeacher": "trainer.teacher is teacher and trainer.caption_dataset is captions",
+    'load_grounding_dataset("refcoco"': "dataset[0]['expression'] == 'in testA'",
+    "as_grounding_dataset(": "next(iter(train))['expression'] == 'a star'",
+    "push_to_hub": "model.name_or_path == 'outputs/mine'",
+    "trust_remote_code": "type(model).__name__ == 'EpmVGForVisualGrounding'",
+}
+
+
+def test_readme(published):
+    values = {"dataset": _shapes(), "captions": _shapes().remove_columns("box")}
+    blocks = _run_blocks((ROOT / "README.md").read_text(), values)
+    for block, (part, made) in zip(blocks, MADE.items(), strict=True):
+        assert part in block
+        assert eval(made, values), block
+    assert set(published.files) == {"me/distilled", "me/my-epmvg"}
+
+
+@pytest.mark.parametrize("name", ["clip-tiny-shapes", "of a model"])
+def test_model_card(name):
+    if name == "of a model":
+        text = make_card("demo", with_code=True).text.replace("OWNER/NAME", "outputs/demo")
+    else:
+        text = (ROOT / "model_cards" / name / "README.md").read_text()
+    values = {}
+    assert list(_run_blocks(text, values))
+    assert len(values["boxes"]) == 2 if name == "of a model" else values["teacher"].embed_dim == 128
