@@ -25,13 +25,13 @@ from PIL import Image
 from tiny_towers import save_clip, save_text_tower, save_vision_tower
 from transformers import pipeline
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import PushToHubMixin
 
 import epmvg_hf
 from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 from epmvg_hf.model_card import make_card
 
 ROOT = Path(__file__).parents[1]
-TEACHER = "local-dir:model_cards/clip-tiny-shapes"
 
 # Public methods that a library calls, at the time and with the arguments that it documents.
 HOOKS = {
@@ -104,12 +104,9 @@ def folder(tmp_path_factory) -> Path:
     rows = _shapes()
     for row, name in ((0, "scene.png"), (0, "image.jpg"), (8, "a.jpg"), (16, "b.jpg")):
         rows[row]["image"].save(root / name)
-    for name in ("flickr30k_entities", "refer/data"):
-        (root / name).parent.mkdir(exist_ok=True)
     test_flickr30k_entities.write(root / "flickr30k_entities")
     test_refer_api.write(root / "refer" / "data")
     test_index_files.write(root / "index", "unc", split="val")
-    (root / "held_out.txt").write_text("42\n")
     (root / "my_data").mkdir()
     rows[0]["image"].save(root / "my_data" / "0001.png")
     own = {"image": "0001.png", "expression": ["the green triangle", "a triangle"], "box": [24, 59, 57, 88]}
@@ -142,19 +139,19 @@ def _shapes():
     return load_grounding_dataset("shapes", split="validation", num_images=4)
 
 
-def _trainer(**changes) -> EpmVGTrainer:
+def _trainer() -> EpmVGTrainer:
     arguments = EpmVGTrainingArguments("outputs/mine", **ONE_STEP)
     data = {"train_dataset": _shapes(), "eval_dataset": _shapes()}
-    return EpmVGTrainer(tiny_model(box_head="map"), arguments, processing_class=tiny_processor(), **data, **changes)
+    return EpmVGTrainer(tiny_model(box_head="map"), arguments, processing_class=tiny_processor(), **data)
 
 
-# What the examples have at hand beside what they import; "loaded as in the README".
+# What the examples have at hand, beside what they import.
 AT_HAND = {
     "model": lambda: tiny_model(box_head="map", teacher_projection_dim=128),
     "processor": tiny_processor,
     "image": lambda: Image.open("scene.png"),
     "dataset": _shapes,
-    "teacher": lambda: ClipTeacher.from_pretrained(TEACHER),
+    "teacher": lambda: ClipTeacher.from_pretrained("local-dir:model_cards/clip-tiny-shapes"),
     "trainer": _trainer,
     "grounder": lambda: pipeline("visual-grounding", model="outputs/demo"),
 }
@@ -163,9 +160,9 @@ AT_HAND = {
 @pytest.fixture(autouse=True)
 def _quiet_and_in_its_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for _, value in _documented():
-        if inspect.isclass(value) and "_auto_class" in vars(value):
-            monkeypatch.setattr(value, "_auto_class", None)  # put back after an example that registers them
+    for value in DOCUMENTED.values():
+        if inspect.isclass(value) and issubclass(value, PushToHubMixin):
+            monkeypatch.setattr(value, "_auto_class", None)  # put back after the example that registers them
     # What a trainer shows of its progress is for the screen, and never twice the same.
     for callback in (PrinterCallback, ProgressCallback):
         monkeypatch.setattr(callback, "on_log", lambda *args, **kwargs: None)
@@ -228,8 +225,9 @@ EXAMPLES = [name for name, value in DOCUMENTED.items() if ">>> " in (value.__doc
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, published):
     text = re.sub(r"^\s*```.*$", "", DOCUMENTED[name].__doc__, flags=re.MULTILINE)  # fences are no output
-    values = {given: make() for given, make in AT_HAND.items() if re.search(rf"\b{given}\b", text)}
-    example = doctest.DocTestParser().get_doctest(text, values, name, None, None)
+    example = doctest.DocTestParser().get_doctest(text, {}, name, None, None)
+    code = "".join(line.source for line in example.examples)
+    example.globs.update({given: make() for given, make in AT_HAND.items() if re.search(rf"\b{given}\b", code)})
     assert any(line.want for line in example.examples), "the example shows nothing that comes out"
     report = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
