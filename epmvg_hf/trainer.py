@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -48,7 +49,8 @@ class EpmVGTrainer(CardTrainer):
 
     Metrics are `acc@0.5`, `acc@0.7` and `mean_iou` of boxes in pixels of the original images, every expression with a
     box counted once on any number of processes. `predict` gives `predictions` and `label_ids`, xyxy pixel boxes
-    `(N, 4)` in the order of the dataset's rows (of a stream read by several workers: in an order of their own).
+    `(N, 4)` in the order of the dataset's rows (of a stream read by several processes or workers: in an order of their
+    own).
     `eval_loss` on several processes weighs a batch that was filled up by its new rows.
 
     With a teacher, training adds the terms of [`~distillation.DistillationLoss`]. The teacher is no part of the model:
@@ -199,7 +201,7 @@ class EpmVGTrainer(CardTrainer):
     def _get_dataloader(
         self, dataset: Dataset | IterableDataset, *args: Any, is_training: bool = False, **kwargs: Any
     ) -> DataLoader:
-        by_image = _by_image(dataset)
+        by_image = _by_image(dataset, self.accelerator)
         if is_training and dataset.column_names is not None and "box" not in dataset.column_names:
             raise ValueError("train_dataset has no column box; an expression without a box has the value None there")
         if is_training and self.caption_dataset is not None:
@@ -283,6 +285,8 @@ class EpmVGTrainer(CardTrainer):
     ) -> tuple[list, torch.Tensor]:
         """The batches of one optimizer step, and (boxes, expressions) in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # the end of a stream, which the other processes may not have reached
+            return [], torch.zeros(2, dtype=torch.long, device=device)
         boxes = sum(int(has_box(batch["labels"]).sum()) for batch in batches)
         expressions = sum(len(batch["labels"]) for batch in batches)
         return batches, self.accelerator.reduce(torch.tensor([boxes, expressions], device=device), reduction="sum")
@@ -555,13 +559,18 @@ def _check_teacher(teacher: ClipTeacher, model: EpmVGForVisualGrounding, args: E
         )
 
 
-def _by_image(dataset: Dataset | IterableDataset) -> ImageGroups | IterableDataset:
-    return (
-        dataset.map(_number_row, with_indices=True) if isinstance(dataset, IterableDataset) else ImageGroups(dataset)
-    )
+def _by_image(dataset: Dataset | IterableDataset, accelerator: Accelerator) -> ImageGroups | IterableDataset:
+    if not isinstance(dataset, IterableDataset):
+        return ImageGroups(dataset)
+    # Accelerate gives each process shards of its own if there are enough, else some of the rows of all shards.
+    has_own = dataset.num_shards >= accelerator.num_processes and not accelerator.split_batches
+    reader, readers = (accelerator.process_index, accelerator.num_processes) if has_own else (0, 1)
+    return dataset.map(_number_row, with_indices=True, fn_kwargs={"reader": reader, "readers": readers})
 
 
-def _number_row(row: dict[str, Any], index: int) -> dict[str, int]:
-    """Each data loader worker streams shards of its own and counts from 0; their numbers must not collide."""
+def _number_row(row: dict[str, Any], index: int, reader: int, readers: int) -> dict[str, int]:
+    """Whoever streams shards of its own, a process or its data loader's worker, counts from 0; none may collide."""
     worker = get_worker_info()
-    return {"row_index": index if worker is None else index * worker.num_workers + worker.id}
+    if worker is not None:
+        reader, readers = reader * worker.num_workers + worker.id, readers * worker.num_workers
+    return {"row_index": index * readers + reader}

@@ -172,7 +172,7 @@ def _run(folder: Path, processes: int, *options: str) -> dict:
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         command[4:4] = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    paths = [str(script.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = filter(None, [str(script.parent), os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
