@@ -216,13 +216,13 @@ class CardTrainer(Trainer):
             return
         name, split = dataset_name(dataset), None if dataset.split is None else str(dataset.split)
         count = None if isinstance(dataset, IterableDataset) else len(dataset)
-        step = self.state.global_step if self.is_in_train else self._step_of_weights()
-        self._evaluations[name, split, step] = Evaluation(values, name, split, count)
+        self._evaluations[name, split, self._step_of_weights()] = Evaluation(values, name, split, count)
 
     def _step_of_weights(self) -> int:
-        """The optimizer step that the model's weights are of, once it is trained."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return best or self.state.global_step
+        """The optimizer step that the model's weights are of."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end and not self.is_in_train else None
+        # Not `best_global_step`: weights of the best evaluation that were not saved cannot be loaded.
+        return self.state.global_step if best is None else int(best.rpartition("-")[2])
 
 
 def describe_training(trainer: Trainer, base_models: Sequence[str], data: str, teacher: str | None) -> str:

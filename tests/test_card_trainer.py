@@ -114,6 +114,21 @@ def test_the_best_checkpoint_has_the_figures_of_its_own_evaluation(tmp_path, pro
     assert all(f"| {step}" in card.text for step in logged)  # the table of the training
 
 
+def test_figures_of_weights_that_were_never_saved_are_not_those_of_the_model(tmp_path, processor, rows, validation):
+    """The first step was the best, but the second is the only one with a checkpoint, so its weights stay."""
+    trainer = make_trainer(
+        tmp_path, processor, rows, validation, max_steps=2, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="mean_iou",
+        greater_is_better=True,
+    )  # fmt: skip
+    scores = iter([0.75, 0.25])
+    trainer.compute_metrics = lambda evaluated: {"mean_iou": next(scores)}
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and trainer.state.best_model_checkpoint is None
+    trainer.create_model_card()
+    assert results_of(card_of(tmp_path)) == [("shapes", "validation", "mean IoU", 0.25)]
+
+
 def test_push_to_hub_uploads_the_run_with_its_card(tmp_path, processor, rows, validation, hub):
     trainer = make_trainer(tmp_path / "out", processor, rows, validation, hub_model_id="lab/grounder")
     trainer.train()
