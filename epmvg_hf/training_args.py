@@ -152,11 +152,12 @@ class EpmVGTrainingArguments(TrainingArguments):
             raise ValueError(
                 "batch_eval_metrics is not supported: every expression is counted once, after all batches"
             )
-        if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
-            # Accelerate would collate streamed rows on one process and cut the batch by its first dimension, which
-            # is B for some tensors and N for others.
-            self.accelerator_config = {"dispatch_batches": False, **(self.accelerator_config or {})}
         super().__post_init__()
+        # Accelerate would collate streamed rows on one process and cut the batch by its first dimension, which is B
+        # for some tensors and N for others.
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("dispatch_batches must not be True: a batch of B images and N expressions cannot be cut")
+        self.accelerator_config.dispatch_batches = False
 
     @property
     def distils(self) -> bool:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from epmvg_hf import EpmVGTrainingArguments
 
@@ -28,6 +29,12 @@ def test_streamed_rows_are_collated_where_they_are_used(tmp_path):
     assert arguments.accelerator_config.dispatch_batches is False
     own = EpmVGTrainingArguments(output_dir=tmp_path, use_cpu=True, accelerator_config={"even_batches": True})
     assert own.accelerator_config.dispatch_batches is False
+    (tmp_path / "accelerator.json").write_text('{"even_batches": true}')
+    for form in (AcceleratorConfig(), str(tmp_path / "accelerator.json")):
+        own = EpmVGTrainingArguments(output_dir=tmp_path, use_cpu=True, accelerator_config=form)
+        assert own.accelerator_config.dispatch_batches is False
+    with pytest.raises(ValueError, match="dispatch_batches must not be True"):
+        EpmVGTrainingArguments(use_cpu=True, accelerator_config={"dispatch_batches": True})
     assert arguments.device == torch.device("cpu")
 
 
