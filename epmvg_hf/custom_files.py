@@ -141,6 +141,7 @@ def parse_cells(record: dict[str, str], names: dict[str, str], box_format: str) 
 
 
 def parse_number(text: str) -> float | None:
+    """The number in a cell, `None` if that is empty; a `ValueError` if there is something else."""
     try:
         return float(text) if text.strip() else None
     except ValueError:
@@ -148,6 +149,7 @@ def parse_number(text: str) -> float | None:
 
 
 def parse_object(text: str) -> dict[str, Any]:
+    """A JSON object; a `ValueError` without place and full stop if the text is none."""
     try:
         parsed = json.loads(text)
     except json.JSONDecodeError as error:
@@ -173,6 +175,7 @@ def read_record(source_row: str, record: dict[str, Any], names: dict[str, str], 
 
 
 def pick(record: dict[str, Any], name: str) -> Any:
+    """A field; a `ValueError` that names those there are if it is not among them."""
     if name not in record:
         raise ValueError(f"no {name!r}, only {', '.join(record)[:120]}")
     return record[name]
@@ -245,6 +248,7 @@ def read_coco_images(
 
 
 def read_id(entry: Any, field: str) -> int | str:
+    """The id in a field of an entry of COCO; a `ValueError` if it is neither a number nor text."""
     if not isinstance(entry, dict):
         raise ValueError(f"{reprlib.repr(entry)} is not an object")
     value = pick(entry, field)
@@ -254,6 +258,7 @@ def read_id(entry: Any, field: str) -> int | str:
 
 
 def read_size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    """Width and height in pixels, `None` if neither is given; a `ValueError` if they are no positive integers."""
     width, height = entry.get("width"), entry.get("height")
     if width is None and height is None:
         return None
@@ -263,6 +268,7 @@ def read_size(entry: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def read_coco_expressions(entry: dict[str, Any]) -> list[str]:
+    """The expressions of an annotation; a `ValueError` unless exactly one of its fields has them."""
     fields = [field for field in EXPRESSION_FIELDS if field in entry]
     if len(fields) != 1:
         has = " and ".join(fields) or "no expression"

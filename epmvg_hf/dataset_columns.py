@@ -118,6 +118,7 @@ def has_field(present: list[str], features: datasets.Features | None, name: str 
 
 
 def row_features() -> dict[str, Any]:
+    """The features of our columns but the image."""
     text = datasets.Value("string")
     return {"image_id": text, "expression": text, "box": datasets.List(datasets.Value("float32"), length=4)}
 
@@ -152,6 +153,7 @@ def convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> dat
 def convert_stream(
     dataset: datasets.IterableDataset, present: list[str], settings: dict[str, Any]
 ) -> datasets.IterableDataset:
+    """Rows with their images, made while iterating."""
     if dataset.features is not None:
         dataset = dataset.decode(False)
         dataset = dataset.cast(with_float_boxes(dataset.features, settings["names"]["box"]))
@@ -177,6 +179,7 @@ def with_float_boxes(features: datasets.Features, name: str | None) -> datasets.
 
 
 def as_floats(feature: Any) -> Any:
+    """A feature of boxes with floats in place of integers."""
     if isinstance(feature, datasets.Value) and "int" in feature.dtype:
         return datasets.Value("float64")
     if isinstance(feature, datasets.List | datasets.LargeList):
@@ -233,6 +236,7 @@ def read_sample(
 
 
 def pick_nested(batch: dict[str, list], name: str, position: int) -> Any:
+    """The value of a sample, in a column or by a name with dots below it; a `ValueError` if it is not there."""
     if name in batch:
         return batch[name][position]
     column, *fields = name.split(".")
@@ -245,6 +249,7 @@ def pick_nested(batch: dict[str, list], name: str, position: int) -> Any:
 
 
 def pick_id(batch: dict[str, list], name: str, position: int) -> str:
+    """The id of a sample's image, as text; a `ValueError` if it is neither a number nor text."""
     value = pick_nested(batch, name, position)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"the image_id is {reprlib.repr(value)}, expected a number or text")
@@ -265,4 +270,5 @@ def encode_image(value: Any) -> tuple[dict[str, Any], str | None]:
 
 
 def identify(image: dict[str, Any]) -> str:
+    """An id for an image that has none: its path, or else a digest of its bytes."""
     return image["path"] or hashlib.sha256(image["bytes"]).hexdigest()[:32]

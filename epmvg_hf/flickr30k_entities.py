@@ -145,6 +145,7 @@ class AnnotationFiles:
             raise ValueError(f"{path} cannot be read as UTF-8 text: {error}.") from error
 
     def check_complete(self, image_ids: Iterable[str]) -> None:
+        """Raises a `FileNotFoundError` if one of the photos lacks one of its two files."""
         there = set(self._open_zip().namelist()) if self.is_zip else self.list_unpacked()
         missing = [name for image_id in image_ids for name in annotation_names(image_id) if name not in there]
         if missing:
@@ -153,6 +154,7 @@ class AnnotationFiles:
             )
 
     def list_unpacked(self) -> dict[str, str]:
+        """Paths of the unpacked files by name, such as `"Annotations/36979.xml"`."""
         return {f"{f}/{name}": path for f in ANNOTATION_FOLDERS for name, path in list_files(self.path / f).items()}
 
     def _open_zip(self) -> zipfile.ZipFile:
@@ -230,6 +232,7 @@ def parse_objects(text: str, source: Path) -> tuple[tuple[int, int], dict[str, l
 
 
 def positive_integer(element: ElementTree.Element, path: str, source: Path, what: str) -> int:
+    """The integer below an element; a `ValueError` if it is missing, or not from 1."""
     text = element.findtext(path)
     if text is None or not POSITIVE.fullmatch(text):
         raise ValueError(f"{source}: {what} has {text!r} as <{path}>, expected an integer from 1.")
@@ -242,6 +245,13 @@ def list_name(split: str) -> str:
 
 
 def read_split_list(path: Path) -> list[str]:
+    """
+    The ids of the images of a split.
+
+    Raises:
+        `FileNotFoundError`: There is no such file.
+        `ValueError`: It has something else than digits, an id twice, or none.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"No list of image ids {path.name} in {path.parent}.")
     image_ids = path.read_text(encoding="utf-8", errors="replace").split()
@@ -254,4 +264,5 @@ def read_split_list(path: Path) -> list[str]:
 
 
 def annotation_names(image_id: str) -> tuple[str, str]:
+    """The names of a photo's two files."""
     return f"Annotations/{image_id}.xml", f"Sentences/{image_id}.txt"

@@ -173,6 +173,7 @@ class ReferredObject:
 
 
 def folders_of(wanted: Wanted) -> list[Path]:
+    """The folders that the files of a benchmark may be in."""
     names = REPOSITORIES[wanted.benchmark.name]
     return [wanted.data_dir / part for name in (".", *names) for part in (name, f"{name}/data")]
 
@@ -235,12 +236,14 @@ def read_rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, A
 
 
 def check_columns(path: Path, file: pq.ParquetFile, columns: list[str]) -> None:
+    """Raises a `ValueError` if a file lacks one of the columns."""
     missing = [column for column in columns if column not in file.schema_arrow.names]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]}, expected the columns that the other files have.")
 
 
 def read_lmms(path: Path) -> Iterator[ReferredObject | str]:
+    """The objects in a file of lmms-lab, or a sentence for a row that cannot be used."""
     for number, row in read_rows(path, LMMS_COLUMNS):
         where = f"{path}, row {number}"
         try:
@@ -256,6 +259,7 @@ def read_lmms(path: Path) -> Iterator[ReferredObject | str]:
 
 
 def read_jxu(path: Path, split: str) -> Iterator[ReferredObject | str]:
+    """The objects of a split in a file of jxu124, or a sentence for a row that cannot be used."""
     conventions = {"xywh", "xyxy"}  # which `bbox` may still have
     for number, row in read_rows(path, JXU_COLUMNS):
         where = f"{path}, row {number}"
@@ -315,6 +319,7 @@ def separate(objects: list[ReferredObject | str], wanted: Wanted, folder: Path) 
 
 
 def count(objects: list[ReferredObject | str]) -> Counts:
+    """How many expressions, objects and images there are; a row that cannot be used counts as an object."""
     usable = [found for found in objects if not isinstance(found, str)]
     return Counts(sum(len(found.rows) for found in usable), len(objects), len({found.name for found in usable}))
 
@@ -338,12 +343,14 @@ def image_id_in(name: str) -> str:
 
 
 def read_numbers(values: Any, column: str) -> list[float]:
+    """Four numbers of pixels; a `ValueError` if it is anything else."""
     if not is_box(values):
         raise ValueError(f"{column} has the box {reprlib.repr(values)}, expected 4 finite numbers.")
     return [float(value) for value in values]
 
 
 def read_list(values: Any, column: str, kind: type = object) -> list[Any]:
+    """A list that is not empty, with items of one kind; a `ValueError` if it is anything else, or too long."""
     if not isinstance(values, list) or not values or not all(isinstance(value, kind) for value in values):
         raise ValueError(f"{column} is {reprlib.repr(values)}, expected a list of expressions.")
     if len(values) > MAX_EXPRESSIONS:
@@ -352,6 +359,7 @@ def read_list(values: Any, column: str, kind: type = object) -> list[Any]:
 
 
 def read_json(row: dict[str, Any], column: str) -> dict[str, Any]:
+    """The JSON object in a column; a `ValueError` if it holds anything else, or too much."""
     text = row[column]
     try:
         found = json.loads(text) if isinstance(text, str) and len(text) <= MAX_JSON_CHARACTERS else None
@@ -363,6 +371,7 @@ def read_json(row: dict[str, Any], column: str) -> dict[str, Any]:
 
 
 def read_size(info: dict[str, Any]) -> tuple[int, int]:
+    """Width and height in pixels; a `ValueError` if they are no sizes of an image."""
     width, height = info.get("width"), info.get("height")
     if not (type(width) is int and type(height) is int and 0 < width < 100_000 and 0 < height < 100_000):
         raise ValueError(f"raw_image_info has the width and height {reprlib.repr((width, height))}, expected pixels.")
@@ -370,10 +379,12 @@ def read_size(info: dict[str, Any]) -> tuple[int, int]:
 
 
 def as_id(value: Any) -> str | None:
+    """An id as text."""
     return None if value is None else str(value)
 
 
 def are_close(box: list[float], other: list[float]) -> bool:
+    """Whether two boxes are the same but for rounding."""
     return all(abs(one - two) <= BOX_TOLERANCE for one, two in zip(box, other, strict=True))
 
 

@@ -132,6 +132,7 @@ class IndexFile(GroundingSource):
 
 
 def file_name(wanted: Wanted) -> str:
+    """The name of the index file of a split."""
     return f"{wanted.benchmark.index_names[wanted.split_by]}_{short_split_name(wanted.split)}.pth"
 
 
@@ -150,6 +151,7 @@ def read_entry(entry: Any, layout: Layout, where: str) -> tuple[str, str, dict[s
 
 
 def read_numbers(box: Any, where: str) -> list[float]:
+    """Four numbers from a list or an array; a `ValueError` if it is anything else."""
     numbers = box.tolist() if isinstance(box, np.ndarray) else box
     if type(numbers) in (list, tuple):
         numbers = [value.item() if isinstance(value, np.generic) else value for value in numbers]
@@ -159,6 +161,7 @@ def read_numbers(box: Any, where: str) -> list[float]:
 
 
 def read_name(name: Any, pattern: re.Pattern, layout: Layout, where: str) -> str:
+    """The id in a name; a `ValueError` if that is not as the layout has it."""
     # Nothing but digits is taken from a name, so that none leads out of a folder.
     match = pattern.fullmatch(name) if type(name) is str else None
     if match is None:

@@ -303,6 +303,7 @@ def read_image(image: Any, timeout: float | None) -> Image.Image:
 
 
 def as_result(expression: str, box: list[float]) -> dict[str, Any]:
+    """What a call returns for an expression and its box, xyxy pixels."""
     return {"box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)), "text": expression}
 
 
@@ -312,6 +313,7 @@ def is_named(value: Any, name: str) -> bool:
 
 
 def type_name(value: Any) -> str:
+    """A value for error messages, which must not quote all of it."""
     return f"a value of type {type(value).__name__}"
 
 

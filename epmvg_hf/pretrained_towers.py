@@ -204,6 +204,7 @@ def loading_table(rows: list[dict[str, Any]]) -> str:
 
 
 def in_short(names: list[str], limit: int = 4) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 

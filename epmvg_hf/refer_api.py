@@ -165,6 +165,7 @@ def read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) -
 
 
 def read_refs(path: Path) -> list[Any]:
+    """The references; a `ValueError` if the file has no list of them."""
     refs = read_pickle(path)
     if type(refs) is not list or not refs:
         raise ValueError(f"{path} holds {reprlib.repr(refs)}, expected a list of references.")
@@ -258,6 +259,7 @@ def new_id_of(entry: Any, name: str, known: dict[str, set[str]], where: str) -> 
 
 
 def id_of(entry: Any, name: str, where: str) -> str:
+    """An id as text; a `ValueError` if it is missing, or neither an integer nor a string."""
     return str(field_of(entry, name, ID, where))
 
 

@@ -95,6 +95,7 @@ class ReferItJson(GroundingSource):
 
 
 def query_names(split: str) -> str:
+    """The files with the expressions of a split, for error messages."""
     names = QUERIES.format(short_split_name(split))
     return names if split != "trainval" else f"{names} (or {QUERIES.format('train')} and {QUERIES.format('val')})"
 
@@ -118,6 +119,7 @@ class JsonObject(dict):
 
 
 def read_object(path: Path) -> JsonObject:
+    """The object in a JSON file; a `ValueError` if it holds anything else."""
     found = read_json(path, MAX_JSON_BYTES, object_pairs_hook=JsonObject)
     if not isinstance(found, JsonObject):
         raise ValueError(f"{path} has a {type(found).__name__} at its top, expected a JSON object.")
@@ -125,6 +127,7 @@ def read_object(path: Path) -> JsonObject:
 
 
 def read_image_id(region: str, path: Path) -> str:
+    """The image of a region, whose name begins with it; a `ValueError` if it is no such name."""
     match = REGION.fullmatch(region)  # also keeps the name of the image file plain
     if match is None:
         raise ValueError(f"{path}: {reprlib.repr(region)} is not a region, expected digits_digits.")
@@ -132,6 +135,7 @@ def read_image_id(region: str, path: Path) -> str:
 
 
 def read_size(sizes: JsonObject, image_id: str, path: Path) -> tuple[int, int]:
+    """Width and height of an image in pixels; a `ValueError` if they are missing, twice there or no size."""
     size = _value_of(sizes, f"{image_id}.jpg", path)
     if not _are_integers(size, 2) or 0 in size:
         raise ValueError(

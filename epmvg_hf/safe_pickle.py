@@ -131,6 +131,7 @@ class RefusedError(ValueError):
 
 @contextmanager
 def one_error(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever goes wrong with a file becomes a `ValueError` of one sentence with its name."""
     try:
         yield
     except RefusedError as error:
@@ -141,6 +142,7 @@ def one_error(path: str | os.PathLike) -> Iterator[None]:
 
 
 def read_file(path: str | os.PathLike) -> bytes:
+    """The content of a file; a `FileNotFoundError` without one, a `ValueError` if it is larger than `MAX_BYTES`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No file {path.name} in {path.parent}.")
@@ -179,6 +181,7 @@ def load(stream: io.BytesIO) -> Any:
 
 
 def check_end(stream: io.BytesIO) -> None:
+    """Raises a `RefusedError` if the stream goes on."""
     rest = len(stream.read())
     if rest:
         raise RefusedError(f"goes on for {rest:,} bytes after its pickle, expected its end")
@@ -201,6 +204,7 @@ def check_plain(value: Any) -> None:
 
 
 def hashable(values: list) -> list:
+    """The values, if they can be keys; a `RefusedError` if one is nested deeper than a flat tuple."""
     # Hashing tuples in tuples recurses in C: enough of them end the process, or keep it busy for ever.
     for value in values:
         if type(value) not in SCALARS and not (type(value) is tuple and all(type(part) in SCALARS for part in value)):
@@ -247,6 +251,7 @@ class Memo(dict):
 
 
 def new_dtype(code: Any, *_: Any) -> Unfinished:
+    """A plain dtype, whose byte order comes later; a `RefusedError` for any other."""
     if type(code) is not str or code not in DTYPES:
         what = ascii(code[:80]) if type(code) is str else type(code).__name__
         raise RefusedError(f"has NumPy data of type {what}, expected booleans, integers or floats of up to 8 bytes")
@@ -254,6 +259,7 @@ def new_dtype(code: Any, *_: Any) -> Unfinished:
 
 
 def finish_dtype(code: str, state: Any) -> np.dtype:
+    """The dtype in its byte order; a `RefusedError` if it is to have anything more."""
     if type(state) is not tuple or len(state) != 8 or state[0] != 3 or state[2:] != DTYPE_STATE:
         raise RefusedError("has a NumPy dtype with more than a byte order, expected a plain number")
     if type(state[1]) is not str or state[1] not in ("<", ">", "|", "="):
@@ -262,12 +268,14 @@ def finish_dtype(code: str, state: Any) -> np.dtype:
 
 
 def new_array(kind: Any, *_: Any) -> Unfinished:
+    """An array, whose content comes later; a `RefusedError` for any other class."""
     if type(kind) is not Global or kind.name != "numpy.ndarray":
         raise RefusedError("has a NumPy array of an unknown class, expected numpy.ndarray")
     return Unfinished(finish_array)
 
 
 def finish_array(state: Any) -> np.ndarray:
+    """The array of a state: version, shape, dtype, order and bytes; a `RefusedError` for any other state."""
     if type(state) is not tuple or len(state) != 5 or state[0] != 1 or type(state[3]) not in (bool, int):
         raise RefusedError("has a NumPy array with a state other than version, shape, dtype, order and bytes")
     _, shape, dtype, fortran_order, raw = state
@@ -275,6 +283,7 @@ def finish_array(state: Any) -> np.ndarray:
 
 
 def array_from_buffer(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+    """The array of a pickle of protocol 5: bytes, dtype, shape, order; a `RefusedError` for any other order."""
     if type(order) is not str or order not in ("C", "F", "K"):
         raise RefusedError("has a NumPy array of an unknown order, expected 'C', 'F' or 'K'")
     if order != "K":
@@ -285,10 +294,12 @@ def array_from_buffer(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = 
 
 
 def make_scalar(dtype: Any, raw: Any) -> Any:
+    """A number of NumPy from its bytes."""
     return make_array((), dtype, raw, "C")[()]
 
 
 def make_array(shape: Any, dtype: Any, raw: Any, order: Literal["C", "F"]) -> np.ndarray:
+    """A copy of the bytes as an array in this machine's byte order; a `RefusedError` if they do not fit."""
     if not isinstance(dtype, np.dtype):
         raise RefusedError("has a NumPy array without a dtype")
     if type(shape) is not tuple or len(shape) > MAX_DIMENSIONS:
@@ -314,6 +325,7 @@ def encode_latin1(text: Any, encoding: Any = None) -> bytes:
 
 
 def make_set(kind: type, items: Any = ()) -> set | frozenset:
+    """A set of a list's items; a `RefusedError` for anything else, or items that nest."""
     if type(items) not in (list, tuple):
         raise RefusedError(f"makes a {kind.__name__} of something else than a list")
     return kind(hashable(items))
@@ -410,6 +422,7 @@ class PlainUnpickler(pickle._Unpickler):
         self.push_made(target.value)
 
     def push_made(self, value: Any) -> None:
+        """Puts down a value that was made; a `RefusedError` if more is made than the file has bytes for."""
         if isinstance(value, (np.ndarray, np.generic)):
             self.left -= value.nbytes
         elif isinstance(value, (bytes, set, frozenset)):
@@ -434,6 +447,7 @@ class PlainUnpickler(pickle._Unpickler):
         self.set_items(self.pop_mark())
 
     def set_items(self, items: list) -> None:
+        """Sets keys and values, in turn, of the dict on top; a `RefusedError` if it is none."""
         if type(self.stack[-1]) is not dict:
             raise RefusedError(f"sets an item of a {type(self.stack[-1]).__name__}, expected a dict")
         self.stack[-1].update(zip(hashable(items[::2]), items[1::2], strict=True))

@@ -237,6 +237,7 @@ class _Shard:
 
     @property
     def lock(self) -> FileLock:
+        """Held by the process that computes the items."""
         return FileLock(self.path.with_suffix(".lock"))
 
     def is_complete(self) -> bool:
@@ -248,6 +249,7 @@ class _Shard:
         return tuple(shard) == self.columns and all(len(column) == len(self) for column in shard.values())
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
+        """Writes the columns; the file gets its name when all of it is there."""
         batch = pa.record_batch({name: _to_arrow(array) for name, array in columns.items()})
         # One name for all attempts: what a killed process left there is overwritten.
         temporary = self.path.with_suffix(".tmp")

@@ -491,6 +491,7 @@ class PassCallback(TrainerCallback):
         self.passes += 1
 
     def begin_pass(self, index: int) -> None:
+        """What to do before pass number `index`, counted from 0."""
         raise NotImplementedError
 
 

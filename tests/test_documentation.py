@@ -271,6 +271,18 @@ def test_hooks_are_those_of_a_library():
         assert HOOKS[name] <= vars(cls).keys()
 
 
+def test_nothing_public_is_without_words():
+    """Also what only the package calls; what overrides a method has the words of that."""
+    without = set()
+    for name, value in DOCUMENTED.items():
+        owner, _, own = name.rpartition(".")
+        bases = DOCUMENTED[owner].__mro__[1:] if owner in DOCUMENTED else ()
+        overrides = any(own in vars(base) for base in bases)
+        if not own.startswith("_") and not overrides and not (value.__doc__ or "").strip():
+            without.add(name)
+    assert without == set()
+
+
 def _parameters(value: object) -> list[str]:
     """What the docstring of a class, function or method has to describe."""
     if dataclasses.is_dataclass(value):
