@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""A model as two programs, of ONNX or torch.export: an image is encoded once, its expressions whenever they come.
+
+python examples/export_model.py outputs/demo outputs/onnx                   # image.onnx and expression.onnx
+python examples/export_model.py outputs/demo outputs/pt2 --format torch     # image.pt2 and expression.pt2
+
+    pixel_values, pixel_mask                                             -> image      -> visual_tokens, visual_mask
+    visual_tokens, visual_mask, input_ids, attention_mask, image_index   -> expression -> pred_boxes
+
+They take any number of images B, expressions N and tokens L (2 to `max_text_length`), on the canvas of the processor,
+which is saved beside them. Here they are run with other numbers than they were exported with: the boxes must be the
+model's.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.export import Dim
+from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, OnnxConfig, OnnxExporter
+
+from epmvg_hf import EpmVGForVisualGrounding, EpmVGProcessor
+from epmvg_hf.extras import needs_extra
+
+TOLERANCE = 1e-4  # of a box, as a share of the canvas
+IMAGE_INPUTS = ("pixel_values", "pixel_mask")
+EXPRESSION_INPUTS = ("visual_tokens", "visual_mask", "input_ids", "attention_mask", "image_index")
+
+
+class ImageHalf(EpmVGForVisualGrounding):
+    """The model up to what [`EpmVGModel`] takes back."""
+
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.get_image_features(pixel_values, pixel_mask, return_dict=True)
+        return {"visual_tokens": features.last_hidden_state, "visual_mask": features.visual_mask}
+
+
+class ExpressionHalf(EpmVGForVisualGrounding):
+    """The model from there on."""
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pred_boxes": super().forward(**inputs, return_dict=True).pred_boxes}
+
+
+def export(folder: str, output_format: str) -> ExportedModel:
+    """The two programs of a saved model, the components "image" and "expression"."""
+    if output_format == "onnx":
+        with needs_extra("The export", "onnx"):
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        exporter, config_class = OnnxExporter(), OnnxConfig
+    else:
+        exporter, config_class = DynamoExporter(), DynamoConfig
+    image_half, expression_half = ImageHalf.from_pretrained(folder), ExpressionHalf.from_pretrained(folder)
+    processor = EpmVGProcessor.from_pretrained(folder)
+
+    inputs = make_inputs(processor, num_images=2, num_expressions=3)
+    with torch.no_grad():
+        inputs |= image_half(*(inputs[name] for name in IMAGE_INPUTS))
+    images, expressions = Dim("images"), Dim("expressions")
+    tokens = Dim("tokens", min=2, max=image_half.config.max_text_length)
+    axes = {
+        **{name: {0: images} for name in (*IMAGE_INPUTS, "visual_tokens", "visual_mask")},
+        **{name: {0: expressions, 1: tokens} for name in ("input_ids", "attention_mask")},
+        "image_index": {0: expressions},
+    }
+    components = {}
+    for name, model, names in (
+        ("image", image_half, IMAGE_INPUTS),
+        ("expression", expression_half, EXPRESSION_INPUTS),
+    ):
+        config = config_class(dynamic=True, dynamic_shapes={name: axes[name] for name in names})
+        exported = exporter.export(model, {name: inputs[name] for name in names}, config)
+        components[name] = exported.components["model"]
+    return ExportedModel(components, exporter.export_format, config=image_half.config)
+
+
+def make_inputs(processor: EpmVGProcessor, num_images: int, num_expressions: int) -> dict[str, torch.Tensor]:
+    """Noise of various sizes, and expressions of various lengths, in turn about each image."""
+    rng = np.random.default_rng(num_images)
+    sizes = rng.integers(40, 200, size=(num_images, 2))
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    texts = [
+        ["the red circle" + " on the left" * (k % 3) for k in range(image, num_expressions, num_images)]
+        for image in range(num_images)
+    ]
+    inputs = processor(images=images, text=texts, return_tensors="pt")
+    return {name: inputs[name] for name in (*IMAGE_INPUTS, "input_ids", "attention_mask", "image_index")}
+
+
+def run(exported: ExportedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Boxes `(N, 4)` by one program after the other."""
+    seen = exported.runners["image"](**{name: inputs[name] for name in IMAGE_INPUTS})
+    inputs = {**inputs, "visual_tokens": seen["visual_tokens"], "visual_mask": seen["visual_mask"]}
+    found = exported.runners["expression"](**{name: inputs[name] for name in EXPRESSION_INPUTS})
+    return torch.as_tensor(found["pred_boxes"])
+
+
+def main(command_line: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub name of a trained model")
+    parser.add_argument("output", type=Path, help="folder for the two programs")
+    parser.add_argument("--format", choices=["onnx", "torch"], default="onnx")
+    arguments = parser.parse_args(command_line)
+
+    export(arguments.model, arguments.format).save_pretrained(arguments.output)
+    processor = EpmVGProcessor.from_pretrained(arguments.model)
+    processor.save_pretrained(arguments.output)
+    exported = ExportedModel.from_pretrained(arguments.output)
+    model = EpmVGForVisualGrounding.from_pretrained(arguments.model)
+    for num_images, num_expressions in ((1, 1), (2, 3), (3, 7)):
+        inputs = make_inputs(processor, num_images, num_expressions)
+        with torch.no_grad():
+            difference = (run(exported, inputs) - model(**inputs).pred_boxes).abs().max().item()
+        length = inputs["input_ids"].shape[1]
+        print(f"B {num_images}, N {num_expressions}, L {length}: largest difference of a box {difference:.1e}")
+        if difference > TOLERANCE:
+            raise SystemExit(f"more than {TOLERANCE}: these programs are not the model")
+
+
+if __name__ == "__main__":
+    main()
