@@ -98,7 +98,7 @@ def run(exported: ExportedModel, inputs: dict[str, torch.Tensor]) -> torch.Tenso
     return torch.as_tensor(found["pred_boxes"])
 
 
-def main(command_line: list[str] | None = None):
+def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name of a trained model")
     parser.add_argument("output", type=Path, help="folder for the two programs")

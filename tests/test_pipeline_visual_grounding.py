@@ -1,6 +1,5 @@
 import base64
 import json
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -329,16 +328,7 @@ def test_a_model_or_processor_that_grounds_nothing(processor):
         VisualGroundingPipeline(model="outputs/demo", processor=processor)
 
 
-# What the documentation shows
-
-
-def test_the_docstrings_example(folder, images, tmp_path, monkeypatch):
-    (tmp_path / "outputs").mkdir()
-    folder.rename(tmp_path / "outputs" / "demo")
-    images[0].save(tmp_path / "scene.png")
-    monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", VisualGroundingPipeline.__doc__, re.DOTALL)[1]
-    exec("\n".join(line.removeprefix("    ") for line in code.splitlines()), {})
+# The example that uses it
 
 
 def test_predict(grounder, folder, images, tmp_path, monkeypatch, capsys):
