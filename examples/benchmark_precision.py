@@ -13,9 +13,11 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TorchAoConfig
 
@@ -41,7 +43,7 @@ def load(folder: str, precision: str) -> EpmVGForVisualGrounding:
 
 @torch.no_grad()
 def predict(
-    model: EpmVGForVisualGrounding, processor: EpmVGProcessor, dataset, batch_size: int
+    model: EpmVGForVisualGrounding, processor: EpmVGProcessor, dataset: Dataset, batch_size: int
 ) -> tuple[np.ndarray, float]:
     """Boxes of all rows in their order, xyxy pixels `(N, 4)`, and the model's seconds."""
     boxes, seconds = np.empty((len(dataset), 4), np.float32), 0.0
@@ -62,7 +64,7 @@ def saved_megabytes(model: EpmVGForVisualGrounding) -> float:
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
 
 
-def main(command_line: list[str] | None = None):
+def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name of a trained model")
     parser.add_argument("--dataset_name", default="shapes")
@@ -90,7 +92,7 @@ def main(command_line: list[str] | None = None):
         boxes, seconds = predict(model, processor, dataset, arguments.batch_size)
         exact = boxes if exact is None else exact
         difference = np.abs(boxes - exact)
-        scores = evaluate_boxes(boxes, np.array(dataset["box"]), dataset["image_id"][:])
+        scores: dict[str, Any] = evaluate_boxes(boxes, np.array(dataset["box"]), dataset["image_id"][:])
         low, high = scores["acc@0.5_interval"]
         print(
             f"| {precision} | {scores['acc@0.5']:.4f} ({low:.3f} to {high:.3f}) | {scores['mean_iou']:.4f} "
