@@ -338,6 +338,7 @@ MADE = {
     "rows = (": "result['text'] == 'the third object from the left' and len(result['box']) == 4",
     "model(**inputs)": "len(outputs.pred_boxes) == 2 and result['box'].shape == (4,)",
     "seen = {": "boxes[0]['box'].allclose(result['box'], atol=1e-4)",  # as by the block before
+    "TorchAoConfig(": "'Int8' in type(quantized.model.text_projection.weight).__name__",
     "trainer.train()": "trainer.state.global_step == 3 and 'eval_acc@0.5' in trainer.state.log_history[-1]",
     "from_vision_text_pretrained": "processor.max_text_length == model.config.max_text_length == 40",
     "LoraConfig": "0 < model.num_parameters(only_trainable=True) < model.num_parameters() / 4",
