@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import reprlib
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .annotated_images import AnnotatedImage, is_box
 from .benchmarks import Counts, Wanted, short_split_name
 from .grounding_builder import GroundingSource
 from .image_files import ImageRoot, file_statuses, list_files
+from .parquet_files import image_folder, read_rows, write_images
 
 # What the folder of a downloaded repository is called: lmms-lab's, jxu124's.
 REPOSITORIES = {
@@ -48,14 +47,11 @@ LMMS_COLUMNS = ["question_id", "answer", "bbox", "file_name"]  # and the image, 
 JXU_COLUMNS = ["ref_id", "ann_id", "image_id", "file_name", "split", "sentences", "bbox", "raw_anns", "raw_image_info"]
 
 # Bounds on files of unknown origin.
-MAX_IMAGE_BYTES = 2**26
 MAX_IMAGES_GROWTH = 10  # how much larger than the parquet files all images may be; photos are compressed already
 MAX_EXPRESSIONS = 1_000  # of one object
 MAX_JSON_CHARACTERS = 2**22
-ROWS_AT_ONCE, IMAGES_AT_ONCE = 256, 8
 
 BOX_TOLERANCE = 0.02  # pixels
-IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # JPEG and PNG, which no other program is run for to decode
 FILE_NAME = re.compile(r"(COCO_(?:train|val)2014_[0-9]{12})(?:_[0-9]+)?\.jpg")
 
 
@@ -221,27 +217,6 @@ def is_split(wanted: Wanted, name: str, of_lmms: bool) -> bool:
 # What is in them
 
 
-def read_rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and values of each row, of which only a few are in memory."""
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            check_columns(path, file, columns)
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read from row {number}: {str(error).strip()}.") from error
-
-
-def check_columns(path: Path, file: pq.ParquetFile, columns: list[str]) -> None:
-    """Raises a `ValueError` if a file lacks one of the columns."""
-    missing = [column for column in columns if column not in file.schema_arrow.names]
-    if missing:
-        raise ValueError(f"{path} has no column {missing[0]}, expected the columns that the other files have.")
-
-
 def read_lmms(path: Path) -> Iterator[ReferredObject | str]:
     """The objects in a file of lmms-lab, or a sentence for a row that cannot be used."""
     for number, row in read_rows(path, LMMS_COLUMNS):
@@ -386,93 +361,3 @@ def as_id(value: Any) -> str | None:
 def are_close(box: list[float], other: list[float]) -> bool:
     """Whether two boxes are the same but for rounding."""
     return all(abs(one - two) <= BOX_TOLERANCE for one, two in zip(box, other, strict=True))
-
-
-# The images inside
-
-
-def image_folder(files: list[Path], cache_dir: str | None) -> Path:
-    """One for each state of the files."""
-    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser().resolve()
-    digest = hashlib.sha256(file_statuses(map(str, files)).encode()).hexdigest()[:32]
-    return root / "epmvg_hf-images" / digest
-
-
-def write_images(rows: dict[str, tuple[Path, int]], folder: Path, max_bytes: int) -> dict[str, str]:
-    """
-    Writes the images of some rows.
-
-    Args:
-        rows (`dict[str, tuple[Path, int]]`): for each name of an image, the file and the number of a row with it.
-        folder (`Path`): where to.
-        max_bytes (`int`): of all of them together.
-
-    Returns:
-        `dict[str, str]`: For each name of an image that cannot be used, what is wrong with it.
-    """
-    problems, total = {}, 0
-    for path in dict.fromkeys(path for path, _ in rows.values()):
-        names = {number: name for name, (in_path, number) in rows.items() if in_path == path}
-        for number, content in read_images(path, set(names)):
-            try:
-                image = check_image(content)
-            except ValueError as error:
-                problems[names[number]] = f"{path}, row {number}: {error}."
-                continue
-            total += len(image)
-            if total > max_bytes:
-                raise ValueError(
-                    f"{path}, row {number}: the images up to here have {total:,} bytes, "
-                    f"expected at most {max_bytes:,} for files of that size."
-                )
-            write_file(folder / names[number], image)
-    return problems
-
-
-def read_images(path: Path, numbers: set[int]) -> Iterator[tuple[int, bytes | None]]:
-    """The content of the image in each of the rows. Groups of rows without any are not read."""
-    start = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            check_columns(path, file, ["image"])
-            kind = file.schema_arrow.field("image").type
-            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-                raise ValueError(f"{path} has the type {kind} of images, expected bytes and path.")
-            for group in range(file.num_row_groups):
-                end = start + file.metadata.row_group(group).num_rows
-                if not numbers.isdisjoint(range(start, end)):
-                    yield from _read_group(file, group, start, numbers)
-                start = end
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: the images from row {start} cannot be read: {str(error).strip()}.") from error
-
-
-def _read_group(file: pq.ParquetFile, group: int, start: int, numbers: set[int]) -> Iterator[tuple[int, bytes | None]]:
-    batches = file.iter_batches(IMAGES_AT_ONCE, row_groups=[group], columns=["image.bytes"], use_threads=False)
-    for batch in batches:
-        contents = pc.struct_field(batch.column(0), "bytes")
-        for index in range(len(contents)):
-            if start + index in numbers:
-                yield start + index, contents[index].as_py()
-        start += len(contents)
-
-
-def check_image(content: Any) -> bytes:
-    """The content of an image file. Raises a `ValueError` without place and full stop."""
-    if not isinstance(content, bytes) or not content:
-        raise ValueError("there is no image, expected its bytes")
-    if len(content) > MAX_IMAGE_BYTES:
-        raise ValueError(f"the image has {len(content):,} bytes, expected at most {MAX_IMAGE_BYTES:,}")
-    if not content.startswith(IMAGE_STARTS):
-        raise ValueError(f"the image starts with {content[:8]!r}, expected a JPEG or PNG")
-    return content
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """At once for any other process: it sees the whole file or none."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from epmvg_hf import hub_parquet
+from epmvg_hf import hub_parquet, parquet_files
 from epmvg_hf.benchmarks import BENCHMARKS, Counts, Wanted
 from epmvg_hf.grounding_builder import GroundingBuilder, open_source
 from epmvg_hf.hub_parquet import HubParquet
@@ -188,9 +188,9 @@ def test_lmms_rows(tmp_path):
 
 def test_lmms_images_are_written_once(tmp_path, monkeypatch):
     written = []
-    write_file = hub_parquet.write_file
+    write_file = parquet_files.write_file
     monkeypatch.setattr(
-        hub_parquet, "write_file", lambda path, content: written.append(path) or write_file(path, content)
+        parquet_files, "write_file", lambda path, content: written.append(path) or write_file(path, content)
     )
     found = paths(load(write_lmms(tmp_path)))
     assert len(set(found)) == 2 and found[0] == found[1] == found[2]
@@ -220,22 +220,6 @@ def test_lmms_boxes_are_not_scaled_for_a_larger_image(tmp_path):
     content = encode("red", (80, 40), "PNG")
     dataset = load(write_lmms(tmp_path, image={"bytes": content, "path": None}))
     assert rows(dataset) == ROWS and dataset[0]["image"].size == (80, 40)
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a.jpg"
-    hub_parquet.write_file(path, b"one")
-    hub_parquet.write_file(path, b"two")  # as a second process at the same time
-    assert [each.name for each in tmp_path.iterdir()] == ["a.jpg"] and path.read_bytes() == b"two"
-
-    def fail(self, content):
-        self.touch()
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="disk full"):
-        hub_parquet.write_file(tmp_path / "b.jpg", b"three")
-    assert [each.name for each in tmp_path.iterdir()] == ["a.jpg"]
 
 
 def test_lmms_splits(tmp_path):
@@ -517,7 +501,7 @@ def test_lmms_no_image_struct(tmp_path):
 
 def test_lmms_huge_images(tmp_path, monkeypatch):
     write_lmms(tmp_path)
-    monkeypatch.setattr(hub_parquet, "MAX_IMAGE_BYTES", 100)
+    monkeypatch.setattr(parquet_files, "MAX_IMAGE_BYTES", 100)
     with pytest.raises(ValueError, match=r"row 0: the image has \d+ bytes, expected at most 100"):
         load(tmp_path)
     monkeypatch.undo()
