@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import textwrap
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,26 +11,14 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .extras import needs_extra
+from .patch_embeddings import embeds_of, pooled_and_patches
+from .teacher_sources import build_clip, find_source, load_tokenizer, without_folders
 
 if TYPE_CHECKING:
     from open_clip import CLIP, CoCa, CustomTextCLIP, HFTokenizer, SimpleTokenizer
-    from open_clip.modified_resnet import ModifiedResNet
-    from open_clip.transformer import VisionTransformer
 
 # Part of every fingerprint: to be raised when the same weights and pixels are to give other embeddings.
 _OUTPUTS_VERSION = 1
-
-# The names that open_clip looks for in a folder, best first.
-_WEIGHTS_NAMES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.pth",
-    "model.pth",
-)
 
 
 @dataclass
@@ -185,21 +169,9 @@ class ClipTeacher(nn.Module):
         with needs_extra("ClipTeacher", "teacher"):
             import open_clip  # noqa: F401
 
-        own_weights = name.startswith(("local-dir:", "hf-hub:", "transformers:"))
-        if own_weights and pretrained is not None:
-            raise ValueError(f"{name} has its own weights, so pretrained must be None, not {pretrained!r}.")
-        if name.startswith("local-dir:"):
-            source = _folder_source(Path(name.removeprefix("local-dir:")), cache_dir)
-        elif name.startswith("hf-hub:"):
-            source = _hub_source(name, cache_dir)
-        elif name.startswith("transformers:"):
-            source = _transformers_source(name, cache_dir)
-        elif name.endswith(".json"):
-            source = _config_file_source(Path(name), pretrained, cache_dir)
-        else:
-            source = _architecture_source(name, pretrained, cache_dir)
-        shown = " ".join(_without_folders(part) for part in (name, pretrained) if part is not None)
-        return cls(_build(source, name), _tokenizer(source, name), source.model_config, shown)
+        source = find_source(name, pretrained, cache_dir)
+        shown = " ".join(without_folders(part) for part in (name, pretrained) if part is not None)
+        return cls(build_clip(source, name), load_tokenizer(source, name), source.model_config, shown)
 
     def train(self, mode: bool = True) -> "ClipTeacher":
         """
@@ -315,7 +287,7 @@ class ClipTeacher(nn.Module):
     @property
     def has_patches(self) -> bool:
         """
-        Whether patch embeddings are known for the vision tower, see [`pooled_and_patches`].
+        Whether patch embeddings are known for the vision tower, see [`~patch_embeddings.pooled_and_patches`].
 
         Example:
 
@@ -324,7 +296,7 @@ class ClipTeacher(nn.Module):
         True
         ```
         """
-        return _embeds_of(self.clip.visual) is not None
+        return embeds_of(self.clip.visual) is not None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -378,221 +350,6 @@ class ClipTeacher(nn.Module):
         return ((pixels - mean) / std).to(next(self.clip.visual.parameters()).dtype)
 
 
-@dataclass
-class _Source:
-    """
-    What a teacher is made of. `weights` is a file, or the tensors themselves. `hf_tokenizer` is the name or folder of
-    a Hugging Face tokenizer, or `None` for the one of OpenAI's CLIP, which is part of open_clip.
-    """
-
-    model_config: dict[str, Any]
-    preprocess: dict[str, Any]
-    weights: Path | dict[str, torch.Tensor]
-    hf_tokenizer: str | None
-    cache_dir: str | None
-
-
-def _without_folders(name: str) -> str:
-    """A name or path that `from_pretrained` takes, without where on this machine it is: cards show it to anyone."""
-    prefix, colon, where = name.rpartition(":")
-    if prefix == "hf-hub" or not Path(where).exists():
-        return name
-    return f"{prefix}{colon}{Path(where).resolve().name}"
-
-
-def _folder_source(folder: Path, cache_dir: str | None) -> _Source:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}.")
-    model_config, preprocess = _read_config(folder / "open_clip_config.json")
-    weights = next((folder / name for name in _WEIGHTS_NAMES if (folder / name).is_file()), None)
-    if weights is None:
-        raise FileNotFoundError(f"the folder {folder} has no weights, such as {_WEIGHTS_NAMES[0]}.")
-    # As in open_clip, whatever the name says: a folder brings its tokenizer with it.
-    hf_tokenizer = str(folder) if model_config["text_cfg"].get("hf_tokenizer_name") else None
-    return _Source(model_config, preprocess, weights, hf_tokenizer, cache_dir)
-
-
-def _hub_source(name: str, cache_dir: str | None) -> _Source:
-    repository = name.removeprefix("hf-hub:")
-    config = _download({"hf_hub": f"{repository}/open_clip_config.json"}, f"the configuration of {name}", cache_dir)
-    model_config, preprocess = _read_config(config)
-    # Without a file name open_clip looks for the safetensors file first.
-    weights = _download({"hf_hub": f"{repository}/"}, f"the weights of {name}", cache_dir)
-    hf_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
-    return _Source(model_config, preprocess, weights, hf_tokenizer, cache_dir)
-
-
-def _transformers_source(name: str, cache_dir: str | None) -> _Source:
-    from .teacher_conversion import load_transformers_clip
-
-    where = name.removeprefix("transformers:")
-    model_config, preprocess, weights = load_transformers_clip(where, cache_dir)
-    # The tokenizer's place is not part of the configuration, and so not of the fingerprint.
-    return _Source(model_config, preprocess, weights, where, cache_dir)
-
-
-def _config_file_source(config: Path, pretrained: str | None, cache_dir: str | None) -> _Source:
-    model_config, preprocess = _read_config(config)
-    if pretrained is None:
-        raise ValueError(f"{config} has no weights of its own: pretrained must be the path of a file of weights.")
-    hf_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
-    return _Source(model_config, preprocess, Path(pretrained), hf_tokenizer, cache_dir)
-
-
-def _architecture_source(name: str, pretrained: str | None, cache_dir: str | None) -> _Source:
-    import open_clip
-
-    # OpenAI writes ViT-B/32, open_clip ViT-B-32, and open_clip takes both.
-    architecture = name.replace("/", "-")
-    model_config = open_clip.get_model_config(architecture)
-    if model_config is None:
-        raise ValueError(f"{name} is neither an open_clip architecture nor the path of a .json file.")
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-    if pretrained is None:
-        raise ValueError(f"{name} needs pretrained: a file of weights, or a tag (for this architecture: {tags}).")
-
-    preprocess = {}
-    if open_clip.is_pretrained_cfg(architecture, pretrained):
-        preprocess = open_clip.get_pretrained_cfg(architecture, pretrained)
-        weights = _download(preprocess, f"the weights {pretrained} of {name}", cache_dir)
-        # open_clip only warns when weights that were trained with QuickGELU would be run with GELU.
-        model_config["quick_gelu"] = model_config.get("quick_gelu", False) or preprocess.get("quick_gelu", False)
-    elif Path(pretrained).is_file():
-        weights = Path(pretrained)
-    else:
-        raise ValueError(f"{pretrained!r} is neither a file nor a tag of {name}, whose tags are: {tags}.")
-    hf_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
-    return _Source(model_config, preprocess, weights, hf_tokenizer, cache_dir)
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model configuration and the preprocessing in a file; a bare model configuration has no preprocessing."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not an open_clip model configuration: it is no JSON object.")
-    model_config = content.get("model_cfg", content)
-    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
-    missing = [key for key, kind in kinds.items() if not isinstance(model_config.get(key), kind)]
-    if missing:
-        raise ValueError(f"{path} is not an open_clip model configuration: it lacks {', '.join(missing)}.")
-    return model_config, content.get("preprocess_cfg", {})
-
-
-def _download(where: dict[str, Any], what: str, cache_dir: str | None) -> Path:
-    import open_clip
-
-    try:
-        return Path(open_clip.download_pretrained(where, cache_dir=cache_dir))
-    except Exception as error:  # whatever the network, the Hub or the disk had to say
-        raise OSError(f"{what} could not be downloaded: {in_short(error)}") from error
-
-
-def _build(source: _Source, name: str) -> nn.Module:
-    """The model with its weights; as in `open_clip.create_model`, which takes no configuration but registered ones."""
-    import open_clip
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
-    if isinstance(source.weights, Path):
-        check_weights(source.weights)
-    config = dict(source.model_config)
-    custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    if not custom_text:
-        architecture = open_clip.CLIP
-    elif "multimodal_cfg" in config:
-        architecture = open_clip.CoCa
-    else:
-        architecture = open_clip.CustomTextCLIP
-    # All weights come from the one file, so the towers need not load any first.
-    config["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}
-    config["text_cfg"] = {**config["text_cfg"], "hf_model_pretrained": False}
-    try:
-        # The random numbers that the weights replace are not taken from those of the student: with the same seed a
-        # run with a teacher starts like one without.
-        with torch.random.fork_rng(devices=[]):
-            clip = architecture(**config)
-    except Exception as error:  # a configuration can be wrong in any way
-        raise ValueError(f"open_clip cannot build {name}: {in_short(error)}") from error
-    try:
-        if isinstance(source.weights, Path):
-            open_clip.load_checkpoint(clip, str(source.weights), strict=True, weights_only=True)
-        else:
-            clip.load_state_dict(source.weights, strict=True)
-    except Exception as error:  # so can a file
-        where = source.weights if isinstance(source.weights, Path) else "what was converted"
-        raise ValueError(f"{where} does not hold the weights of {name}: {in_short(error)}") from error
-    preprocess = {**merge_preprocess_dict(PreprocessCfg(), source.preprocess), "size": clip.visual.image_size}
-    open_clip.set_model_preprocess_cfg(clip, preprocess)
-    return clip
-
-
-def check_weights(path: Path) -> None:
-    """
-    Raises for a file that is not there, or that is not known to be loaded without running code from it. open_clip
-    loads with `weights_only=True` too, but on a `TypeError` tries again without saying so.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights {path}.")
-    if path.suffix == ".safetensors":
-        return
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(f"weights must be a file .safetensors, .pt, .pth or .bin, not {path}.")
-    is_archive = zipfile.is_zipfile(path)
-    if is_archive:
-        with zipfile.ZipFile(path) as archive:
-            if any(PurePosixPath(member).name == "constants.pkl" for member in archive.namelist()):
-                raise ValueError(f"{path} is a TorchScript archive, which holds code: save its state dict instead.")
-    try:
-        # Mapped, not read, so that weights are not read twice.
-        torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except Exception as error:  # torch's own message would tell how to run the code
-        raise ValueError(f"{path} is damaged or holds more than tensors, such as code, and is not loaded.") from error
-
-
-def _tokenizer(source: _Source, name: str) -> "SimpleTokenizer | HFTokenizer":
-    """The model's tokenizer; as in `open_clip.get_tokenizer`, which takes no configuration but registered ones."""
-    from open_clip import SimpleTokenizer
-    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
-
-    text_config = source.model_config["text_cfg"]
-    context_length = text_config.get("context_length", DEFAULT_CONTEXT_LENGTH)
-    options = text_config.get("tokenizer_kwargs") or {}
-    if "trust_remote_code" in options:
-        raise ValueError(f"{name} is refused because the options of its tokenizer include trust_remote_code.")
-    try:
-        if source.hf_tokenizer is None:
-            return SimpleTokenizer(context_length=context_length, **options)
-        tokenizer = HFTokenizer(
-            source.hf_tokenizer,
-            context_length=context_length,
-            cache_dir=source.cache_dir,
-            tokenizer_mode=text_config.get("tokenizer_mode"),
-            # Not even after a question, which would halt a run.
-            trust_remote_code=False,
-            **options,
-        )
-    except Exception as error:  # missing files, no network, wrong options
-        raise ValueError(f"the tokenizer of {name} could not be loaded: {in_short(error)}") from error
-    # Where there are no such files, AutoTokenizer may make a tokenizer of the right class without any words.
-    if tokenizer.tokenizer.vocab_size <= len(tokenizer.tokenizer.all_special_ids):
-        raise ValueError(
-            f"the tokenizer of {name} could not be loaded: {source.hf_tokenizer} has no file with its words, such as "
-            "tokenizer.json or vocab.json."
-        )
-    # Two files of transformers must agree here, or all texts would get the embedding of their first token.
-    from_transformers, eos_id = name.startswith("transformers:"), text_config.get("eos_id")
-    if from_transformers and eos_id is not None and eos_id not in tokenizer(["a"]):
-        raise ValueError(
-            f"the tokenizer of {name} does not end a text with the token {eos_id}, whose embedding the text tower is "
-            "to return."
-        )
-    return tokenizer
-
-
 def _tokenizer_content(tokenizer: "SimpleTokenizer | HFTokenizer") -> dict[str, Any]:
     """What decides which tokens a text becomes, apart from the options in the model configuration."""
     from open_clip import SimpleTokenizer
@@ -607,103 +364,6 @@ def _tokenizer_content(tokenizer: "SimpleTokenizer | HFTokenizer") -> dict[str, 
     return {key: value for key, value in content.items() if key not in ("truncation", "padding")}
 
 
-def in_short(error: Exception) -> str:
-    """What an error says, in a line: open_clip's may list every tensor of a model."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
-
-
 def _unit(embeds: torch.Tensor) -> torch.Tensor:
     """Embeddings of length 1, to float32's precision even if they come from a lower one."""
     return nn.functional.normalize(embeds.float(), dim=-1)
-
-
-def pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Image embedding `(B, e)` and patch embeddings `(B, grid_height, grid_width, e)`, neither of length 1 yet.
-
-    Args:
-        visual (`nn.Module`): the vision tower of an open_clip model.
-        pixels (`torch.FloatTensor` of shape `(B, 3, S, S)`): at the tower's resolution, normalised.
-
-    Raises:
-        `ValueError`: Patches of this vision tower are not known to lie in the image-text space.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from epmvg_hf.teacher import pooled_and_patches
-
-    >>> pixels = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
-    >>> pooled, patches = pooled_and_patches(teacher.clip.visual, pixels)
-    >>> pooled.shape, patches.shape
-    (torch.Size([1, 128]), torch.Size([1, 8, 8, 128]))
-    ```
-    """
-    embeds = _embeds_of(visual)
-    if embeds is None:
-        raise ValueError(
-            f"no patch embeddings are known for the vision tower {type(visual).__name__} and its way of pooling: "
-            "use output_patches=False."
-        )
-    return embeds(visual, pixels)
-
-
-def _embeds_of(visual: nn.Module) -> Callable | None:
-    """The function for this vision tower, if there is one."""
-    from open_clip.modified_resnet import ModifiedResNet
-    from open_clip.transformer import VisionTransformer
-
-    if isinstance(visual, ModifiedResNet):
-        return _resnet_embeds
-    if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
-        blocks = visual.transformer.resblocks
-        plain_attention = isinstance(blocks[-1].attn, nn.MultiheadAttention)
-        if visual.pool_type == "tok" and plain_attention and len(blocks) > 1:
-            return _class_token_vit_embeds
-        if visual.pool_type == "avg":
-            return _average_vit_embeds
-    return None
-
-
-def _resnet_embeds(visual: "ModifiedResNet", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    What the attention pool would return if it attended to nothing but one position: value and output projection of
-    the last feature map, as in MaskCLIP (Zhou et al. 2022; chongzhou96/MaskCLIP: maskclip_head.py) and DenseCLIP (Rao
-    et al. 2022). MaskCLIP leaves out the position embedding; here it stays, as the pool's values have it: with one
-    head, the pooled embedding is a weighted mean of these and of that of the mean feature.
-    """
-    features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
-    pool = visual.attnpool
-    positions = features.flatten(2).mT + pool.positional_embedding[1:].to(features.dtype)
-    patches = pool.c_proj(pool.v_proj(positions))
-    return pool(features), patches.unflatten(1, features.shape[2:])
-
-
-def _class_token_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The last block, reduced to the value and output projection of every token, so that each keeps its place: in their
-    last attention, tokens gather what the class token needs, not what they show. The idea is MaskCLIP's (Zhou et al.
-    2022). Its published code for ViT keeps the block's residual and MLP (chongzhou96/MaskCLIP: vit.py); both are left
-    out here, as in FeatUp (mhamilton723/FeatUp), because they blur maps (ClearCLIP, Lan et al. 2024).
-    """
-    block = visual.transformer.resblocks[-1]
-    attention = block.attn
-    before_last = len(visual.transformer.resblocks) - 2
-    output = visual.forward_intermediates(pixels, indices=[before_last], output_fmt="NLC")
-    # Queries, keys and values are packed in this order.
-    value_weight, value_bias = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
-    values = nn.functional.linear(block.ln_1(output["image_intermediates"][0]), value_weight, value_bias)
-    tokens = visual.ln_post(block.ls_1(attention.out_proj(values)))
-    return output["image_features"], (tokens @ visual.proj).unflatten(1, visual.grid_size)
-
-
-def _average_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    What the tower would return if its average were over one token. Where the normalisation comes before the average
-    (`final_ln_after_pool=False`) the pooled embedding is the mean of these.
-    """
-    last = len(visual.transformer.resblocks) - 1
-    output = visual.forward_intermediates(pixels, indices=[last], output_fmt="NLC")
-    tokens = visual.ln_post(output["image_intermediates"][0])
-    return output["image_features"], (tokens @ visual.proj).unflatten(1, visual.grid_size)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .teacher import in_short
+from .teacher_sources import in_short
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, CLIPConfig

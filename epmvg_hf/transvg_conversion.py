@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 
 from .configuration_epmvg import EpmVGConfig
 from .modeling_epmvg import EpmVGForVisualGrounding
-from .teacher import check_weights
+from .teacher_sources import check_weights
 
 _RESNET = "visumodel.backbone.0.body"
 _BERT = "textmodel.bert"

@@ -61,6 +61,15 @@ def processor() -> EpmVGProcessor:
     return tiny_processor()
 
 
+@pytest.fixture(scope="session")
+def clip_folders(tmp_path_factory) -> dict[str, Path]:
+    """A model of open_clip for each kind of vision tower."""
+    from tiny_teachers import VISION, model_config, save_folder  # needs open_clip
+
+    root = tmp_path_factory.mktemp("teachers")
+    return {name: save_folder(root / name, model_config(name)) for name in VISION}
+
+
 def tiny_tokenizer() -> BertTokenizer:
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
