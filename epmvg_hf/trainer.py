@@ -15,7 +15,6 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, get_worker_info
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, unwrap_peft_model
 
 from .adapters import has_own_adapter, load_adapter_weights
@@ -24,12 +23,14 @@ from .card_trainer import CardTrainer, public
 from .collator import CaptionedGroups, EpmVGDataCollator, ImageGroups
 from .distillation import DistillationLoss
 from .ema import WeightAverage
+from .evaluated_rows import EvaluatedRows
 from .grounding_accuracy import GroundingAccuracy
 from .losses import has_box
 from .modeling_epmvg import EpmVGForVisualGrounding
 from .processing_epmvg import EpmVGProcessor
 from .teacher import ClipTeacher, TeacherOutput
 from .teacher_cache import TeacherCache
+from .trainer_callbacks import CaptionTurnsCallback, FreezeBackbonesCallback
 from .training_args import EpmVGTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -416,35 +417,21 @@ class EpmVGTrainer(CardTrainer):
         self._evaluated = []
         with self._averaged_weights():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        batches = gather_object(self._evaluated)
+        rows = EvaluatedRows.merge(gather_object(self._evaluated))
         self._evaluated = []
 
-        predictions, references, num_boxes = {}, {}, 0
-        losses: defaultdict[str, float] = defaultdict(float)
-        for batch in batches:
-            # Accelerate fills up the last batches with images from the start; those rows count only once.
-            new = [position for position, row in enumerate(batch["row_index"]) if row not in predictions]
-            for position in new:
-                predictions[batch["row_index"][position]] = batch["predictions"][position]
-                if "references" in batch:
-                    references[batch["row_index"][position]] = batch["references"][position]
-            if "references" in batch:
-                # Rows without a box are predicted, and measure nothing.
-                boxes = int(np.isfinite(batch["references"][new]).all(-1).sum())
-                num_boxes += boxes
-                for name, value in batch["losses"].items():
-                    losses[name] += value * boxes
-
-        order = sorted(predictions)
-        predicted = np.array([predictions[row] for row in order]).reshape(-1, 4)
-        true = np.array([references[row] for row in order]) if references else None
-        metrics = {name: total / num_boxes for name, total in losses.items()} if num_boxes else {}
-        if true is not None and num_boxes and self.compute_metrics is not None:
-            known = np.isfinite(true).all(-1)
-            metrics.update(self.compute_metrics(EvalPrediction(predictions=predicted[known], label_ids=true[known])))
+        metrics = dict(rows.losses)
+        if rows.references is not None and self.compute_metrics is not None:
+            known = np.isfinite(rows.references).all(-1)
+            if known.any():
+                evaluated = EvalPrediction(predictions=rows.predictions[known], label_ids=rows.references[known])
+                metrics.update(self.compute_metrics(evaluated))
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(
-            predictions=predicted, label_ids=true, metrics={**output.metrics, **prefixed}, num_samples=len(order)
+            predictions=rows.predictions,
+            label_ids=rows.references,
+            metrics={**output.metrics, **prefixed},
+            num_samples=len(rows.predictions),
         )
 
     def _compute_accuracy(self, evaluated: EvalPrediction) -> dict[str, float]:
@@ -474,58 +461,6 @@ class EpmVGTrainer(CardTrainer):
             f"{self.teacher.embed_dim} dimensions at {self.teacher.image_size} pixels (fingerprint "
             f"{self.teacher.fingerprint[:16]}). It taught {taught}."
         )
-
-
-class PassCallback(TrainerCallback):
-    """Counts the passes over the data; `state.epoch` does not on a stream, where it is a share of `max_steps`."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.passes = int(state.epoch or 0)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.begin_pass(self.passes)
-        self.passes += 1
-
-    def begin_pass(self, index: int) -> None:
-        """What to do before pass number `index`, counted from 0."""
-        raise NotImplementedError
-
-
-class CaptionTurnsCallback(PassCallback):
-    """Tells the captioned images which pass over the data begins, so that all of them get their turn."""
-
-    def __init__(self) -> None:
-        self.groups: CaptionedGroups | None = None
-
-    def begin_pass(self, index: int) -> None:
-        assert self.groups is not None  # as of the data loader
-        self.groups.set_epoch(index)
-
-
-class FreezeBackbonesCallback(PassCallback):
-    """Keeps the vision backbone and the text tower as they are for the first `epochs` passes over the data."""
-
-    def __init__(self, model: EpmVGForVisualGrounding, epochs: int):
-        self.epochs = epochs
-        towers = (model.model.vision_model, model.model.text_model)
-        # Only what is trained at all: frozen batch norms stay frozen.
-        self.parameters = [p for tower in towers for p in tower.parameters() if p.requires_grad]
-
-    def begin_pass(self, index: int) -> None:
-        self._train_towers(index >= self.epochs)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._train_towers(True)
-
-    def _train_towers(self, trained: bool) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(trained)
 
 
 def _check_captions(
