@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -415,6 +415,8 @@ class EpmVGTrainer(CardTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._evaluated = []
+        # Batch norms that train have statistics of their own in each process. Those of the first are saved.
+        broadcast(list(self.model.buffers()))
         with self._averaged_weights():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         rows = EvaluatedRows.merge(gather_object(self._evaluated))

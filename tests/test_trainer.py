@@ -379,6 +379,8 @@ def test_two_processes_equal_one(tmp_path):
     np.testing.assert_array_equal(double["references"], single["references"])
     for name in ("eval_acc@0.5", "eval_mean_iou"):
         assert double["metrics"][name] == pytest.approx(single["metrics"][name], rel=1e-5)
+    # What is evaluated is what is saved, also of statistics that each process has of its own.
+    np.testing.assert_allclose(double["evaluated"], double["saved"], atol=1e-3)
 
 
 def test_two_processes_read_shards_of_a_stream_each(tmp_path):
