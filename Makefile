@@ -10,7 +10,7 @@ demo: $(VENV)/.train
 		examples/run_grounding.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # transformers' own tests of models, configs and processors; RUN_SLOW=1 adds exports and torch.compile.
 conformance: $(VENV)/.dev
