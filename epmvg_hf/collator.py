@@ -18,6 +18,9 @@ from .teacher_cache import TeacherCache
 if TYPE_CHECKING:
     import datasets
 
+# What a batch holds besides the inputs of the model and what the teacher gave.
+OTHER_COLUMNS = ("boxes", "row_index", "expressions")
+
 
 class ImageGroups(Dataset):
     """

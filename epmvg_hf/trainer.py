@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from .adapters import has_own_adapter, load_adapter_weights
 from .augmentation import GroundingAugmentation
 from .card_trainer import CardTrainer, public
-from .collator import CaptionedGroups, EpmVGDataCollator, ImageGroups
+from .collator import OTHER_COLUMNS, CaptionedGroups, EpmVGDataCollator, ImageGroups
 from .distillation import DistillationLoss
 from .ema import WeightAverage
 from .evaluated_rows import EvaluatedRows
@@ -35,8 +35,6 @@ from .training_args import EpmVGTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-# What a batch holds besides the inputs of the model.
-_OTHER_COLUMNS = ("boxes", "row_index", "expressions")
 _TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds", "teacher_patch_embeds")
 # As in TransVG, whose projection behind the encoder learns with the fusion transformer.
 _VISION_MODULES = ("vision_model", "input_projection", "encoder")
@@ -299,7 +297,7 @@ class EpmVGTrainer(CardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        others = (*_OTHER_COLUMNS, *_TEACHER_COLUMNS)
+        others = (*OTHER_COLUMNS, *_TEACHER_COLUMNS)
         outputs = model(**{name: value for name, value in inputs.items() if name not in others})
         if "labels" not in inputs:
             return (None, outputs) if return_outputs else None

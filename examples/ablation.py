@@ -38,6 +38,7 @@ from epmvg_hf import (
     ImageGroups,
     load_grounding_dataset,
 )
+from epmvg_hf.collator import OTHER_COLUMNS
 from epmvg_hf.grounding_accuracy import paired_iou
 from epmvg_hf.modality_gap import modality_gap
 from epmvg_hf.shapes import KINDS
@@ -274,7 +275,7 @@ def measure_gap(
     """
     collator = EpmVGDataCollator(processor)
     batch = collator(ImageGroups(test).__getitems__(range(100)))
-    inputs = {name: value for name, value in batch.items() if name not in ("boxes", "row_index", "labels")}
+    inputs = {name: value for name, value in batch.items() if name not in (*OTHER_COLUMNS, "labels")}
     training = model.training
     outputs = model.eval().model(**inputs)
     model.train(training)

@@ -22,11 +22,9 @@ from torch.utils.data import DataLoader
 from transformers import TorchAoConfig
 
 from epmvg_hf import EpmVGDataCollator, EpmVGForVisualGrounding, EpmVGProcessor, ImageGroups, load_grounding_dataset
+from epmvg_hf.collator import OTHER_COLUMNS
 from epmvg_hf.evaluation import evaluate_boxes
 from epmvg_hf.extras import needs_extra
-
-# In the batches besides the inputs of the model.
-NO_INPUTS = ("boxes", "row_index", "expressions", "labels")
 
 
 def load(folder: str, precision: str) -> EpmVGForVisualGrounding:
@@ -47,8 +45,9 @@ def predict(
 ) -> tuple[np.ndarray, float]:
     """Boxes of all rows in their order, xyxy pixels `(N, 4)`, and the model's seconds."""
     boxes, seconds = np.empty((len(dataset), 4), np.float32), 0.0
+    others = (*OTHER_COLUMNS, "labels")
     for batch in DataLoader(ImageGroups(dataset), batch_size, collate_fn=EpmVGDataCollator(processor)):
-        inputs = {name: value.to(model.device) for name, value in batch.items() if name not in NO_INPUTS}
+        inputs = {name: value.to(model.device) for name, value in batch.items() if name not in others}
         start = time.perf_counter()
         outputs = model(**inputs)
         results = processor.post_process_grounding(outputs, inputs)  # a box is a number only now, on an accelerator

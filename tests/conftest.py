@@ -70,6 +70,12 @@ def clip_folders(tmp_path_factory) -> dict[str, Path]:
     return {name: save_folder(root / name, model_config(name)) for name in VISION}
 
 
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    """What tiny teachers see."""
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
 def tiny_tokenizer() -> BertTokenizer:
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})

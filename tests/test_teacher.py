@@ -39,11 +39,6 @@ def teacher(folder) -> ClipTeacher:
     return load(folder)
 
 
-@pytest.fixture
-def pixel_values() -> torch.Tensor:
-    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
 def test_a_missing_package(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r'^ClipTeacher needs open_clip: pip install "epmvg_hf\[teacher\]"$'):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_random_numbers_are_left_alone
 from safetensors.torch import load_file, save_file
+from tiny_teachers import save_to_hub_cache
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -209,11 +210,7 @@ def test_tokens(folder):
 
 
 def test_a_hub_repository(folder, tmp_path):
-    snapshot = tmp_path / "models--someone--clip" / "snapshots" / ("0" * 40)
-    shutil.copytree(folder, snapshot)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(snapshot.name)
+    save_to_hub_cache(folder, tmp_path, "someone/clip")
     teacher = ClipTeacher.from_pretrained("transformers:someone/clip", cache_dir=str(tmp_path))
     assert teacher.name == "transformers:someone/clip"
     assert teacher.fingerprint == load(folder).fingerprint

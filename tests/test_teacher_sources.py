@@ -21,6 +21,7 @@ from tiny_teachers import (
     model_config,
     save_bert_folder,
     save_folder,
+    save_to_hub_cache,
 )
 from torch import nn
 
@@ -44,11 +45,6 @@ def tiny_architecture(monkeypatch) -> str:
     """An architecture that open_clip knows by its name."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", model_config())
     return "tiny"
-
-
-@pytest.fixture
-def pixel_values() -> torch.Tensor:
-    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -103,11 +99,7 @@ def test_a_configuration_file(folder, weights, pixel_values, tmp_path):
 
 
 def test_a_hub_repository(folder, pixel_values, tmp_path):
-    snapshot = tmp_path / "models--someone--clip" / "snapshots" / ("0" * 40)
-    shutil.copytree(folder, snapshot)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(snapshot.name)
+    save_to_hub_cache(folder, tmp_path, "someone/clip")
     teacher = ClipTeacher.from_pretrained("hf-hub:someone/clip", cache_dir=str(tmp_path))
     assert teacher.name == "hf-hub:someone/clip"
     assert_like_open_clip(teacher, folder, pixel_values)

@@ -1,6 +1,7 @@
 """Randomly initialised models of open_clip, saved as it publishes them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def save_bert_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     save_folder(folder, model_config(text_cfg=text))
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_to_hub_cache(folder: Path, cache_dir: Path, repository: str) -> None:
+    """The folder's files as a download of the repository would leave them in the Hub's cache."""
+    cached = cache_dir / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
 
 
 def load(folder: Path) -> ClipTeacher:
