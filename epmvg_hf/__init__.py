@@ -13,42 +13,43 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
-from .configuration_epmvg import EpmVGConfig
-from .extras import needs_extra
-from .image_processing_pil_epmvg import EpmVGImageProcessorPil
-from .modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
-from .pipeline_visual_grounding import VisualGroundingPipeline
-from .processing_epmvg import EpmVGProcessor
+from .model.configuration_epmvg import EpmVGConfig
+from .model.image_processing_pil_epmvg import EpmVGImageProcessorPil
+from .model.modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
+from .model.pipeline_visual_grounding import VisualGroundingPipeline
+from .model.processing_epmvg import EpmVGProcessor
+from .utils import needs_extra
 
 if is_torchvision_available():
-    from .image_processing_epmvg import EpmVGImageProcessor
+    from .model.image_processing_epmvg import EpmVGImageProcessor
 else:
     EpmVGImageProcessor = EpmVGImageProcessorPil  # type: ignore[misc, assignment] # the other, under its name
 
 if TYPE_CHECKING:
-    from .augmentation import GroundingAugmentation
-    from .collator import EpmVGDataCollator, ImageGroups
-    from .dataset_columns import as_grounding_dataset
-    from .grounding_accuracy import GroundingAccuracy
-    from .loading import load_grounding_dataset
-    from .teacher import ClipTeacher, TeacherOutput
-    from .trainer import EpmVGTrainer
-    from .training_args import EpmVGTrainingArguments
+    from .data.hf_dataset import as_grounding_dataset
+    from .data.image_groups import ImageGroups
+    from .data.loading import load_grounding_dataset
+    from .distillation.clip_teacher import ClipTeacher, TeacherOutput
+    from .evaluation.accuracy import GroundingAccuracy
+    from .training.augmentation import GroundingAugmentation
+    from .training.data_collator import EpmVGDataCollator
+    from .training.trainer import EpmVGTrainer
+    from .training.training_args import EpmVGTrainingArguments
 
 __version__ = "0.1.0"
 
 # Training and data need extras (`pip install "epmvg_hf[train]"`) and are imported when first used.
 _LAZY = {
-    "ClipTeacher": "teacher",
-    "EpmVGDataCollator": "collator",
-    "EpmVGTrainer": "trainer",
-    "EpmVGTrainingArguments": "training_args",
-    "GroundingAccuracy": "grounding_accuracy",
-    "GroundingAugmentation": "augmentation",
-    "ImageGroups": "collator",
-    "TeacherOutput": "teacher",
-    "as_grounding_dataset": "dataset_columns",
-    "load_grounding_dataset": "loading",
+    "ClipTeacher": "distillation.clip_teacher",
+    "EpmVGDataCollator": "training.data_collator",
+    "EpmVGTrainer": "training.trainer",
+    "EpmVGTrainingArguments": "training.training_args",
+    "GroundingAccuracy": "evaluation.accuracy",
+    "GroundingAugmentation": "training.augmentation",
+    "ImageGroups": "data.image_groups",
+    "TeacherOutput": "distillation.clip_teacher",
+    "as_grounding_dataset": "data.hf_dataset",
+    "load_grounding_dataset": "data.loading",
 }
 
 __all__ = [

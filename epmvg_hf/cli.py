@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-from .benchmarks import BENCHMARKS, Benchmark, resolve_name
-from .extras import needs_extra
+from .data.benchmarks import BENCHMARKS, Benchmark, resolve_name
+from .utils import needs_extra
 
 with needs_extra("The command epmvg", "train"):
     import typer
 
-    from .check_data import COCO_BENCHMARKS, SplitReport, check_splits, held_out_images, overlaps
+    from .data.check_data import COCO_BENCHMARKS, SplitReport, check_splits, held_out_images, overlaps
 
 MAX_SHOWN = 10
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import BertTokenizer, PreTrainedConfig
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
-from epmvg_hf.transvg_conversion import convert_transvg, read_transvg_checkpoint
+from epmvg_hf.model.convert_transvg import convert_transvg, read_transvg_checkpoint
 
 
 def main(command_line: list[str] | None = None) -> None:

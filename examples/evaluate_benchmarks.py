@@ -25,9 +25,9 @@ from epmvg_hf import (
     EpmVGTrainingArguments,
     load_grounding_dataset,
 )
-from epmvg_hf.benchmarks import resolve_name
-from epmvg_hf.evaluation import evaluate_boxes
-from epmvg_hf.shapes import SPLITS as SHAPES_SPLITS
+from epmvg_hf.data.benchmarks import resolve_name
+from epmvg_hf.data.shapes import SPLITS as SHAPES_SPLITS
+from epmvg_hf.evaluation.accuracy import evaluate_boxes
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from torch.export import Dim
 from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, OnnxConfig, OnnxExporter
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGProcessor
-from epmvg_hf.extras import needs_extra
+from epmvg_hf.utils import needs_extra
 
 TOLERANCE = 1e-4  # of a box, as a share of the canvas
 IMAGE_INPUTS = ("pixel_values", "pixel_mask")

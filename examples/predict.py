@@ -11,7 +11,7 @@ from transformers import pipeline
 from transformers.image_utils import load_image
 
 import epmvg_hf  # noqa: F401 (brings the task)
-from epmvg_hf.visualization import draw_grid
+from epmvg_hf.evaluation.visualization import draw_grid
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="folder or Hub name of a trained model")

@@ -34,9 +34,9 @@ from epmvg_hf import (
     load_grounding_dataset,
     register_for_hub,
 )
-from epmvg_hf.blind import blind_accuracy
-from epmvg_hf.extras import needs_extra
-from epmvg_hf.visualization import draw_grid
+from epmvg_hf.evaluation.blind_baselines import blind_accuracy
+from epmvg_hf.evaluation.visualization import draw_grid
+from epmvg_hf.utils import needs_extra
 
 if TYPE_CHECKING:
     from peft import PeftModel

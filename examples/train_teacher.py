@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from epmvg_hf import ClipTeacher, EpmVGImageProcessor, ImageGroups, load_grounding_dataset
-from epmvg_hf.patch_embeddings import pooled_and_patches
-from epmvg_hf.shapes import GENERIC_NOUNS
+from epmvg_hf.data.shapes import GENERIC_NOUNS
+from epmvg_hf.distillation.patch_embeddings import pooled_and_patches
 
 CONFIGS = Path(__file__).parent / "configs" / "teachers"
 logger = logging.getLogger("train_teacher")

@@ -14,7 +14,7 @@ from transformers import pipeline
 from transformers.image_utils import load_image
 
 from epmvg_hf import VisualGroundingPipeline
-from epmvg_hf.extras import needs_extra
+from epmvg_hf.utils import needs_extra
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -15,23 +15,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import test_flickr30k_entities
-import test_index_files
-import test_refer_api
-import test_transvg_conversion
 import torch
-from conftest import ONE_STEP, FakeHub, tiny_model, tiny_processor
 from PIL import Image
-from tiny_towers import save_clip, save_text_tower, save_vision_tower
 from transformers import pipeline
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import PushToHubMixin
 
 import epmvg_hf
 from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
-from epmvg_hf.model_card import make_card
-
-ROOT = Path(__file__).parents[1]
+from epmvg_hf.model.card_mixin import make_card
+from tests.fixtures import flickr30k_files, index_files, original_transvg, refer_files
+from tests.fixtures.hub import FakeHub
+from tests.fixtures.models import ONE_STEP, tiny_model, tiny_processor
+from tests.fixtures.paths import ROOT
+from tests.fixtures.towers import save_clip, save_text_tower, save_vision_tower
 
 # Public methods that a library calls, at the time and with the arguments that it documents.
 HOOKS = {
@@ -58,35 +55,27 @@ HOOKS = {
 
 # What README, examples and docstrings name beside `__all__`.
 ALSO_PUBLIC = {
-    "augmentation": ["mirror"],
-    "benchmarks": ["resolve_name"],
-    "blind": ["blind_accuracy"],
-    "check_data": ["check_splits", "held_out_images"],
-    "collator": ["CaptionedGroups"],
-    "custom_data": ["CustomData"],
-    "evaluation": ["bootstrap_interval", "evaluate_boxes"],
-    "grounding_accuracy": ["paired_iou"],
-    "letterbox": ["Letterbox"],
-    "losses": [
-        "box_loss",
-        "box_map_target",
-        "feature_loss",
-        "has_box",
-        "map_loss",
-        "relation_loss",
-        "teacher_map_target",
-    ],
-    "modality_gap": ["modality_gap"],
-    "model_card": ["Evaluation", "make_card"],
-    "patch_backbone": ["PatchBackbone", "PatchBackboneConfig"],
-    "patch_embeddings": ["pooled_and_patches"],
-    "pipeline_visual_grounding": ["GroundingResults"],
-    "safe_pickle": ["read_pickle", "read_torch_file"],
-    "shapes": ["load_shapes", "make_scene", "render"],
-    "teacher_cache": ["TeacherCache"],
-    "teacher_conversion": ["load_transformers_clip"],
-    "transvg_conversion": ["convert_transvg", "read_transvg_checkpoint"],
-    "visualization": ["draw_grid"],
+    "training.augmentation": ["mirror"],
+    "data.benchmarks": ["resolve_name"],
+    "evaluation.blind_baselines": ["blind_accuracy"],
+    "data.check_data": ["check_splits", "held_out_images"],
+    "data.image_groups": ["CaptionedGroups"],
+    "data.readers.custom": ["CustomData"],
+    "evaluation.accuracy": ["bootstrap_interval", "evaluate_boxes", "paired_iou"],
+    "model.letterbox": ["Letterbox"],
+    "model.losses": ["box_loss", "box_map_target", "has_box", "map_loss"],
+    "distillation.losses": ["feature_loss", "relation_loss", "teacher_map_target"],
+    "evaluation.modality_gap": ["modality_gap"],
+    "model.card_mixin": ["Evaluation", "make_card"],
+    "model.patch_backbone": ["PatchBackbone", "PatchBackboneConfig"],
+    "distillation.patch_embeddings": ["pooled_and_patches"],
+    "model.pipeline_visual_grounding": ["GroundingResults"],
+    "data.files.safe_pickle": ["read_pickle", "read_torch_file"],
+    "data.shapes": ["load_shapes", "make_scene", "render"],
+    "distillation.teacher_cache": ["TeacherCache"],
+    "distillation.convert_clip": ["load_transformers_clip"],
+    "model.convert_transvg": ["convert_transvg", "read_transvg_checkpoint"],
+    "evaluation.visualization": ["draw_grid"],
 }
 
 
@@ -104,9 +93,9 @@ def folder(tmp_path_factory) -> Path:
     rows = _shapes()
     for row, name in ((0, "scene.png"), (0, "image.jpg"), (8, "a.jpg"), (16, "b.jpg")):
         rows[row]["image"].save(root / name)
-    test_flickr30k_entities.write(root / "flickr30k_entities")
-    test_refer_api.write(root / "refer" / "data")
-    test_index_files.write(root / "index", "unc", split="val")
+    flickr30k_files.write(root / "flickr30k_entities")
+    refer_files.write(root / "refer" / "data")
+    index_files.write(root / "index", "unc", split="val")
     (root / "my_data").mkdir()
     rows[0]["image"].save(root / "my_data" / "0001.png")
     own = {"image": "0001.png", "expression": ["the green triangle", "a triangle"], "box": [24, 59, 57, 88]}
@@ -130,7 +119,7 @@ def folder(tmp_path_factory) -> Path:
     for name, save in towers.items():
         (root / name).parent.mkdir()
         save(root / name)
-    torch.save({"model": test_transvg_conversion.original().state_dict()}, root / "TransVG_R50_unc.pth")
+    torch.save({"model": original_transvg.original().state_dict()}, root / "TransVG_R50_unc.pth")
     return root
 
 
@@ -189,7 +178,7 @@ def published(hub: FakeHub, folder) -> FakeHub:
 
 
 def _modules() -> Iterator[ModuleType]:
-    for module in pkgutil.iter_modules(epmvg_hf.__path__, "epmvg_hf."):
+    for module in pkgutil.walk_packages(epmvg_hf.__path__, "epmvg_hf."):
         yield importlib.import_module(module.name)
     yield epmvg_hf
 

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_processor
 from PIL import Image
-from tiny_towers import SIZES, save_text_tower, save_vision_tower
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,8 +18,10 @@ from transformers import (
 
 import epmvg_hf
 from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGModel, EpmVGProcessor
-from epmvg_hf.image_processing_pil_epmvg import EpmVGImageProcessorPil
-from epmvg_hf.patch_backbone import PatchBackbone
+from epmvg_hf.model.image_processing_pil_epmvg import EpmVGImageProcessorPil
+from epmvg_hf.model.patch_backbone import PatchBackbone
+from tests.fixtures.models import tiny_model, tiny_processor
+from tests.fixtures.towers import SIZES, save_text_tower, save_vision_tower
 
 # What no extra brings: neither training nor data nor metrics nor plots nor the teacher, and not torchvision either.
 OPTIONAL = "accelerate datasets evaluate gradio matplotlib open_clip pandas peft pyarrow scipy timm torchvision"
@@ -231,7 +231,7 @@ print(json.dumps({
     assert found["boxes"][0] == found["boxes"][1]
     found = found["modules"]
     first, second, again, *package = (model for model, _, _ in found)
-    assert first == again != second and package == ["epmvg_hf"] * 2
+    assert first == again != second and package == ["epmvg_hf.model"] * 2
     # transformers takes the code of config and model apart, so the backbone comes with the config.
     configs, backbones = ([three[part] for three in found] for part in (1, 2))
     assert backbones == configs and configs[3:] == package and configs[0] != configs[1]
@@ -269,7 +269,7 @@ print(json.dumps({
     "backend": [type(grounder.processor.image_processor).__name__, epmvg_hf.EpmVGImageProcessor.__name__],
     "results": grounder("image.png", TEXTS),
     "lazy": {name: error(lambda: getattr(epmvg_hf, name)) for name in epmvg_hf.__all__},
-    "plots": error(lambda: __import__("epmvg_hf.visualization")),
+    "plots": error(lambda: __import__("epmvg_hf.evaluation.visualization")),
     "command": error(lambda: __import__("epmvg_hf.cli")),
     "teacher": error(lambda: epmvg_hf.ClipTeacher.from_pretrained("ViT-B-32", "openai")),
     "data": error(lambda: epmvg_hf.load_grounding_dataset("shapes", split="test")),
@@ -283,11 +283,10 @@ print(json.dumps({
     train = 'pip install "epmvg_hf[train]"'
     missing = {name: sentence for name, sentence in found["lazy"].items() if sentence is not None}
     assert missing == {
-        "EpmVGDataCollator": f"EpmVGDataCollator needs torchvision: {train}",
+        "EpmVGDataCollator": f"EpmVGDataCollator needs datasets: {train}",
         "EpmVGTrainer": f"EpmVGTrainer needs accelerate: {train}",
         "GroundingAccuracy": f"GroundingAccuracy needs datasets: {train}",
         "GroundingAugmentation": f"GroundingAugmentation needs torchvision: {train}",
-        "ImageGroups": f"ImageGroups needs torchvision: {train}",
         "as_grounding_dataset": f"as_grounding_dataset needs datasets: {train}",
     }
     assert found["plots"] == f"draw_grid needs matplotlib: {train}"
@@ -300,7 +299,7 @@ print(json.dumps({
 @pytest.mark.parametrize("library", ["evaluate", "typer"])
 def test_a_missing_library_of_training_says_what_to_install(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    for module in ("grounding_accuracy", "cli"):
+    for module in ("evaluation.accuracy", "cli"):
         monkeypatch.delitem(sys.modules, f"epmvg_hf.{module}", raising=False)
     with pytest.raises(ImportError, match=rf'needs {library}: pip install "epmvg_hf\[train\]"'):
         epmvg_hf.GroundingAccuracy if library == "evaluate" else __import__("epmvg_hf.cli")

@@ -66,14 +66,14 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = {
-    "init": Mutation("modeling_epmvg.py", "            init.normal_(module.reg_token)\n", ""),
+    "init": Mutation("model/modeling_epmvg.py", "            init.normal_(module.reg_token)\n", ""),
     "leak": Mutation(
-        "modeling_epmvg.py",
+        "model/modeling_epmvg.py",
         "last_hidden_state=self.visual_projection(encoded.last_hidden_state),",
         "last_hidden_state=self.visual_projection(encoded.last_hidden_state - encoded.last_hidden_state.mean(0)),",
     ),
     "sub_config": Mutation(
-        "configuration_epmvg.py", '        "text_config": SubConfigSpec(AutoConfig, model_type="bert"),\n', ""
+        "model/configuration_epmvg.py", '        "text_config": SubConfigSpec(AutoConfig, model_type="bert"),\n', ""
     ),
 }
 

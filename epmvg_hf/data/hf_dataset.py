@@ -1,0 +1,274 @@
+"""Any dataset of images, expressions and boxes, as the rows that models are trained on."""
+
+import hashlib
+import reprlib
+from typing import Any
+
+import datasets
+
+from .annotations import AnnotatedImage, place_rows
+from .box_formats import BOX_COLUMNS, check_columns, list_expressions, look_normalised, to_xyxy
+
+BATCH_ROWS = 64  # rows with images that are in memory at once
+
+
+def as_grounding_dataset(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    columns: dict[str, str | None] | None = None,
+    box_format: str = "xyxy",
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Any dataset with images, expressions and boxes as rows of image, image_id, expression and box, such as
+    [`EpmVGTrainer`] takes. A stream stays one: rows are made while iterating, and no image is written to the disk.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            One split. Its rows have
+
+            - an image: of the feature `datasets.Image`, encoded bytes, or a path;
+            - an expression (text), or a list of them, each of which becomes a row;
+            - a box, four numbers in pixels, 0-based, of the image as displayed (after its EXIF orientation), or `None`
+              for expressions without box; with a list of expressions also a list of as many boxes.
+        columns (`dict[str, str]`, *optional*):
+            What the dataset calls `image`, `image_id`, `expression` and `box`, where it is not that. A name with dots
+            looks into a column of objects: in a WebDataset, `{"image": "jpg", "expression": "json.expression", "box":
+            "json.box"}`. `{"box": None}` says that there are no boxes, for captions.
+        box_format (`str`, *optional*, defaults to `"xyxy"`):
+            `"xyxy"` (half-open: the whole image is `[0, 0, width, height]`) or `"xywh"` (corner, width and height).
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset` with the columns image (decoded when read), image_id (`str`),
+        expression (`str`) and box (xyxy). Without a column for it, image_id is a digest of the image's bytes, or its
+        path if the dataset holds paths.
+
+    Raises:
+        `ValueError`: An argument is not valid, or a row cannot be used; a stream says so when that row is read. The
+            number of a row is counted from 0, by each worker of a data loader on its own.
+
+    Note:
+        In a WebDataset, write every number of a box with a point (1.0), or name its `features` to `load_dataset`:
+        `datasets` takes the types of JSON from the first samples, refuses whole numbers beside others there, and cuts
+        1.5 to 1 after whole numbers only. Here that is mended for streams, but comes too late for prepared data.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from epmvg_hf import as_grounding_dataset
+
+    >>> own = Dataset.from_dict({"photo": ["scene.png"], "phrase": ["green triangle"], "bbox": [[24, 59, 33, 29]]})
+    >>> rows = as_grounding_dataset(own, {"image": "photo", "expression": "phrase", "box": "bbox"}, box_format="xywh")
+    >>> rows[0]["image"].size, rows[0]["box"]
+    ((113, 128), [24.0, 59.0, 57.0, 88.0])
+    ```
+    """
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        raise ValueError(
+            f"dataset is a {type(dataset).__name__}, expected a Dataset or an IterableDataset: one split."
+        )
+    if box_format not in BOX_COLUMNS:
+        raise ValueError(f'box_format must be "xyxy" or "xywh", not {box_format!r}.')
+    features = dataset.features
+    present = list(next(iter(dataset), {})) if features is None else list(features)
+    names = find_columns(present, features, columns)
+    dataset = dataset.with_format(None)
+    settings = {"names": names, "box_format": box_format}
+    if isinstance(dataset, datasets.Dataset):
+        return convert_prepared(dataset, settings)
+    return convert_stream(dataset, present, settings)
+
+
+def find_columns(
+    present: list[str], features: datasets.Features | None, columns: dict[str, str | None] | None
+) -> dict[str, str | None]:
+    """What the dataset calls each of our columns, and `None` for what it has not and need not have."""
+    names: dict[str, str | None] = {"image": "image", "image_id": None, "expression": "expression", "box": "box"}
+    if "image_id" in present:
+        names["image_id"] = "image_id"
+    columns = columns or {}
+    check_columns(columns, names)
+    names |= columns
+    for ours, theirs in names.items():
+        if theirs is None and ours in ("image_id", "box"):
+            continue
+        if theirs not in present and (ours == "image" or not has_field(present, features, theirs)):
+            raise ValueError(
+                f"the dataset has no column {theirs!r} for {ours}, only {', '.join(present)}; columns says what it "
+                "calls ours."
+            )
+    feature = None if features is None else features[names["image"]]
+    if isinstance(feature, datasets.Value) and not feature.dtype.endswith(("string", "binary")):
+        raise ValueError(f"the column {names['image']!r} is {feature.dtype}, expected images, their bytes or paths.")
+    return names
+
+
+def has_field(present: list[str], features: datasets.Features | None, name: str | None) -> bool:
+    """Whether a name with dots leads into a column, as far as its features are known."""
+    if not isinstance(name, str):
+        return False
+    column, *fields = name.split(".")
+    known = features
+    for field in (column, *fields):
+        if known is None:
+            return column in present
+        if not isinstance(known, dict) or field not in known:
+            return False
+        known = known[field]
+    return True
+
+
+def row_features() -> dict[str, Any]:
+    """The features of our columns but the image."""
+    text = datasets.Value("string")
+    return {"image_id": text, "expression": text, "box": datasets.List(datasets.Value("float32"), length=4)}
+
+
+def convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> datasets.Dataset:
+    """Rows beside the images as they are stored, which are copied only if an image has several rows."""
+    image, image_id = settings["names"]["image"], settings["names"]["image_id"]
+    if len(dataset) == 0:
+        raise ValueError("the dataset has no rows, expected at least one.")
+    images = dataset.select_columns([image])
+    if image != "image":
+        images = images.rename_column(image, "image")
+    images = images.cast_column("image", datasets.Image())
+    if image_id is None:
+        dataset = dataset.cast_column(image, datasets.Image(decode=False))
+    else:
+        dataset = dataset.remove_columns([image])  # not to be read
+    rows = dataset.map(
+        make_rows,
+        batched=True,
+        batch_size=BATCH_ROWS,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=datasets.Features(row_features() | {"row": datasets.Value("int64")}),
+        fn_kwargs=settings | {"keep": "row"},
+    )
+    if len(rows) != len(images):
+        images = images.select(rows["row"])
+    return datasets.concatenate_datasets([images, rows.remove_columns("row")], split=dataset.split, axis=1)
+
+
+def convert_stream(
+    dataset: datasets.IterableDataset, present: list[str], settings: dict[str, Any]
+) -> datasets.IterableDataset:
+    """Rows with their images, made while iterating."""
+    if dataset.features is not None:
+        dataset = dataset.decode(False)
+        dataset = dataset.cast(with_float_boxes(dataset.features, settings["names"]["box"]))
+    rows = dataset.map(
+        make_rows,
+        batched=True,
+        batch_size=BATCH_ROWS,
+        with_indices=True,
+        remove_columns=present,
+        fn_kwargs=settings | {"keep": "image"},
+    )
+    return rows.cast(datasets.Features({"image": datasets.Image(), **row_features()}))
+
+
+def with_float_boxes(features: datasets.Features, name: str | None) -> datasets.Features:
+    """The features, with floats where the boxes have integers, which `datasets` would cut later floats to."""
+    if name is None:
+        return features
+    if name in features:
+        return datasets.Features({**features, name: as_floats(features[name])})
+    column, _, rest = name.partition(".")
+    return datasets.Features({**features, column: dict(with_float_boxes(features[column], rest))})
+
+
+def as_floats(feature: Any) -> Any:
+    """A feature of boxes with floats in place of integers."""
+    if isinstance(feature, datasets.Value) and "int" in feature.dtype:
+        return datasets.Value("float64")
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return datasets.List(as_floats(feature.feature))
+    return feature
+
+
+def make_rows(
+    batch: dict[str, list], indices: list[int], names: dict[str, str | None], box_format: str, keep: str
+) -> dict[str, list]:
+    """Rows of some samples, for `map`; `keep` is "image", or "row" for the index of the sample in its place."""
+    rows: dict[str, list] = {keep: [], "image_id": [], "expression": [], "box": []}
+    for position, index in enumerate(indices):
+        where = f"row {index}"
+        try:
+            image: dict[str, Any] = {}  # and is not asked for
+            if names["image"] in batch:
+                image, path = encode_image(batch[names["image"]][position])
+                where += f" ({path})" if path else ""
+            image_id = identify(image) if names["image_id"] is None else pick_id(batch, names["image_id"], position)
+            sample = read_sample(batch, position, names, box_format)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}.") from error
+        # Without the image's size, which is not known before it is decoded.
+        listed = [{"where": where, "expression": expression, "box": box} for expression, box in sample]
+        placed, problems = place_rows(AnnotatedImage("", image_id, None, listed), None)
+        if problems:
+            raise ValueError(problems[0])
+        for row in placed:
+            rows[keep].append(image if keep == "image" else index)
+            rows["image_id"].append(image_id)
+            rows["expression"].append(row["expression"])
+            rows["box"].append(row["box"])
+    # One such box may be meant; whole numbers are not normalised.
+    if look_normalised(rows["box"]) and any(value % 1 for box in rows["box"] if box for value in box):
+        raise ValueError(f"row {indices[0]} and those after it: every box lies within [0, 1], expected pixels.")
+    return rows
+
+
+def read_sample(
+    batch: dict[str, list], position: int, names: dict[str, str | None], box_format: str
+) -> list[tuple[str, list[float] | None]]:
+    """Expressions and boxes of a sample."""
+    assert names["expression"] is not None  # only image_id and box may be
+    value = pick_nested(batch, names["expression"], position)
+    expressions = list_expressions(value)
+    box = None if names["box"] is None else pick_nested(batch, names["box"], position)
+    boxes = [box] * len(expressions)
+    if isinstance(value, list) and isinstance(box, list) and box and isinstance(box[0], list | None):
+        if len(box) != len(expressions):
+            raise ValueError(f"{len(box)} boxes, expected one, or one for each of the {len(expressions)} expressions")
+        boxes = box
+    return [(expression, to_xyxy(box, box_format)) for expression, box in zip(expressions, boxes, strict=True)]
+
+
+def pick_nested(batch: dict[str, list], name: str, position: int) -> Any:
+    """The value of a sample, in a column or by a name with dots below it; a `ValueError` if it is not there."""
+    if name in batch:
+        return batch[name][position]
+    column, *fields = name.split(".")
+    value = batch[column][position]
+    for field in fields:
+        if not isinstance(value, dict) or field not in value:
+            raise ValueError(f"no {name!r}")
+        value = value[field]
+    return value
+
+
+def pick_id(batch: dict[str, list], name: str, position: int) -> str:
+    """The id of a sample's image, as text; a `ValueError` if it is neither a number nor text."""
+    value = pick_nested(batch, name, position)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"the image_id is {reprlib.repr(value)}, expected a number or text")
+    return str(value)
+
+
+def encode_image(value: Any) -> tuple[dict[str, Any], str | None]:
+    """An image as `datasets` stores it, whatever form it comes in, and its path for error messages."""
+    try:
+        image = value if isinstance(value, dict | None) else datasets.Image().encode_example(value)
+    except (AttributeError, TypeError):  # what it says of a number
+        raise ValueError(f"the image is {reprlib.repr(value)}, expected an image, its bytes or its path") from None
+    content, path = (image or {}).get("bytes"), (image or {}).get("path")
+    if not (content or path):
+        raise ValueError("there is no image")
+    # A path beside bytes is that of another machine; where it exists here too, `datasets` would read that file.
+    return {"bytes": content, "path": None if content else path}, path
+
+
+def identify(image: dict[str, Any]) -> str:
+    """An id for an image that has none: its path, or else a digest of its bytes."""
+    return image["path"] or hashlib.sha256(image["bytes"]).hexdigest()[:32]

@@ -1,0 +1,219 @@
+"""One call that gives any of the benchmarks, or data of one's own, as rows of image, expression and box."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..utils import needs_extra
+from .benchmarks import Benchmark, Wanted, full_split_name, resolve_name
+
+if TYPE_CHECKING:
+    import datasets
+
+    from .readers.source import GroundingSource
+
+
+def load_grounding_dataset(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    split: str = "train",
+    split_by: str | None = None,
+    missing_images: str = "error",
+    streaming: bool = False,
+    seed: int = 0,
+    num_images: int | None = None,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+    errors: str = "raise",
+    exclude: Iterable[str | int] | os.PathLike = (),
+    image_dir: str | os.PathLike | None = None,
+    source: str | None = None,
+    boxes: str = "union",
+    box_format: str | None = None,
+    columns: dict[str, str] | None = None,
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """
+    Loads one split of a visual grounding benchmark, one row per expression. Nothing is downloaded, and nothing in a
+    file is executed. The rows of one image are consecutive.
+
+    Args:
+        name (`str`):
+            `"refcoco"`, `"refcoco+"`, `"refcocog"`, `"referitgame"`, `"flickr30k_entities"`, `"custom"` (data of your
+            own, see [`~custom.CustomData`]) or `"shapes"` (drawn scenes, made on the spot). Other usual names are
+            understood, also with the way to split: `"refcocoplus"`, `"refcocog_google"`, `"unc"`, `"gref_umd"`, ...
+        data_dir (`str` or `os.PathLike`, *optional*):
+            Folder with the benchmark's files, in the layout of any of the `source`s. Not for `"shapes"`.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"`, `"validation"` (or `"val"`), `"test"`, and where the benchmark has them `"testA"`, `"testB"`,
+            `"testC"`, `"trainval"`; for `"shapes"` also `"test_composition"`; for `"custom"` any name.
+        split_by (`str`, *optional*):
+            Which of several published ways to split a benchmark: `"unc"` or `"google"` for RefCOCO, `"umd"` or
+            `"google"` for RefCOCOg, `"standard"`, `"unc"` or `"berkeley"` for ReferItGame. The first is the default.
+        missing_images (`str`, *optional*, defaults to `"error"`):
+            What to do about images that are not there: `"error"`, `"skip"` (leave out their rows) or `"keep"` (rows
+            whose image is `None`). Not for `"shapes"`.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to make rows while iterating, with nothing written to the cache (but for images that lie in
+            parquet files, each of which is written there once).
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the scenes. Only for `"shapes"`.
+        num_images (`int`, *optional*):
+            Number of scenes. Only for `"shapes"`.
+        num_proc (`int`, *optional*):
+            Number of processes that prepare the rows. Without effect when streaming.
+        cache_dir (`str`, *optional*):
+            Where prepared rows are kept. Defaults to the cache of `datasets`.
+        errors (`str`, *optional*, defaults to `"raise"`):
+            What to do about annotations and images that cannot be used: `"raise"`, or `"skip"`, which leaves them out
+            and logs what it left out. Not for `"shapes"`.
+        exclude (`Iterable[str or int]` or `os.PathLike`, *optional*):
+            Ids of images to leave out, or a file of them, as `epmvg exclude-images` writes it. Not for `"shapes"`.
+        image_dir (`str` or `os.PathLike`, *optional*):
+            Folder with the images, if they are not in one of the usual places below `data_dir`. Not for `"shapes"`.
+        source (`str`, *optional*):
+            Which files to read, if `data_dir` has several kinds: `"refer"` (the refer API's pickles and
+            `instances.json`), `"index"` (the `.pth` files of TransVG and its successors), `"parquet"` (files of
+            `lmms-lab/RefCOCO` or `jxu124/refcoco`) or `"official"` (JSON files of ReferItGame, XML and text of
+            Flickr30K Entities). By default the first kind that is there.
+        boxes (`str`, *optional*, defaults to `"union"`):
+            For Flickr30K Entities, `"any"` adds the column `boxes` with each box of the phrase.
+        box_format (`str`, *optional*):
+            `"xyxy"` or `"xywh"`, in pixels. Only for `"custom"`, which needs it for JSONL and CSV.
+        columns (`dict[str, str]`, *optional*):
+            What your columns `image`, `expression` and `box` are called. Only for `"custom"`.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset` with the columns
+        - **image** -- the image, decoded to `PIL.Image.Image` when the row is read.
+        - **image_id** (`str`) -- the same for all expressions of one image.
+        - **expression** (`str`) -- what the box is to be found by.
+        - **box** (`list[float]`) -- `[xmin, ymin, xmax, ymax]` in pixels of the original image (the one in this row),
+          0-based and half-open: the whole image is `[0, 0, width, height]`.
+
+        and those of the benchmark. For the RefCOCO family and ReferItGame, as far as the source has them
+        - **ref_id** (`str`), **ann_id** (`str`), **sent_id** (`str`) -- reference, object and sentence.
+
+        For `"flickr30k_entities"`
+        - **sentence** (`str`), **sentence_id** (`int`) -- the sentence the expression is a phrase of, one of 0 to 4.
+        - **chain_id** (`str`) -- the thing meant; phrases of several sentences may mean the same.
+        - **phrase_types** (`list[str]`) -- such as `["people"]`.
+        - **num_boxes** (`int`) -- the number of annotated boxes; `box` is the smallest box around them.
+
+        For `"shapes"`
+        - **kind** (`str`) -- what singles the object out, such as `"attribute"` or `"relation"`.
+        - **objects** (`list[dict]`) -- every object of the scene.
+
+    Raises:
+        `ValueError`: A name, split or other argument is not valid for the benchmark, or a file has invalid content.
+        `FileNotFoundError`: Files of the benchmark are missing.
+        `ImportError`: `datasets` is not installed.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf import load_grounding_dataset
+
+    >>> dataset = load_grounding_dataset("shapes", split="validation", num_images=10)
+    >>> row = dataset[0]
+    >>> row["expression"], row["box"]
+    ('third diamond from the left', [59.0, 97.0, 87.0, 125.0])
+    >>> row["image"].crop(row["box"]).size
+    (28, 28)
+    >>> load_grounding_dataset("refcoco", data_dir="refer/data", split="testA").column_names
+    ['image', 'image_id', 'expression', 'box', 'ref_id', 'ann_id', 'sent_id']
+    ```
+    """
+    with needs_extra("Loading a dataset", "train"):
+        import datasets  # noqa: F401
+
+    if isinstance(exclude, os.PathLike):
+        exclude = Path(exclude).read_text(encoding="utf-8").split()
+    exclude = frozenset(str(image_id) for image_id in exclude)
+    scenes = {"seed": seed or None, "num_images": num_images}
+    own = {"box_format": box_format, "columns": columns}
+    kinds = {"split_by": split_by, "source": source, "boxes": None if boxes == "union" else boxes}
+    if name == "shapes":
+        files = {
+            "data_dir": data_dir,
+            "missing_images": None if missing_images == "error" else missing_images,
+            "errors": None if errors == "raise" else errors,
+            "exclude": exclude or None,
+            "image_dir": image_dir,
+        }
+        _refuse(name, "seed and num_images", **files, **own, **kinds)
+        from .shapes import load_shapes
+
+        return load_shapes(full_split_name(split), seed, num_images, streaming, num_proc, cache_dir)
+
+    from .builder import open_source
+    from .readers.source import GroundingSource
+
+    found: GroundingSource
+    images = None if image_dir is None else _folder(image_dir, name, "image_dir")
+    if name == "custom":
+        _refuse(name, "data_dir, image_dir, box_format and columns", **scenes, **kinds)
+        from .readers.custom import CustomData
+
+        found = CustomData(_folder(data_dir, name), split, images, box_format, columns)
+    else:
+        benchmark, implied = resolve_name(name)
+        _refuse(name, "data_dir, split_by, image_dir and source", **scenes, **own)
+        if split_by not in (None, implied) and implied is not None:
+            raise ValueError(f"name {name!r} means the split by {implied}, but split_by is {split_by!r}.")
+        folder = _folder(data_dir, name)
+        wanted = Wanted.check(benchmark, folder, split, split_by or implied, images, boxes, cache_dir)
+        found = find_source(wanted, source)
+    return open_source(found, missing_images, errors, exclude, streaming, num_proc, cache_dir)
+
+
+def find_source(wanted: Wanted, source: str | None = None) -> "GroundingSource":
+    """
+    The files of one split: of the first kind that is in the data folder, or of the kind that `source` names.
+
+    Raises:
+        `FileNotFoundError`: None of the files is there; the message lists what was looked for.
+        `ValueError`: The benchmark has no such kind of files.
+    """
+    kinds = source_kinds(wanted.benchmark)
+    if source is not None and source not in kinds:
+        raise ValueError(f"source of {wanted.benchmark.title} must be one of {', '.join(kinds)}, not {source!r}.")
+    chosen = list(kinds.values()) if source is None else [kinds[source]]
+    for kind in chosen:
+        if (found := kind.find(wanted)) is not None:
+            return found
+    places = "; or ".join(kind.looks_for(wanted) for kind in chosen)
+    raise FileNotFoundError(
+        f"no files of the {wanted.split} split of {wanted.benchmark.title} in {wanted.data_dir}, expected {places}."
+    )
+
+
+def source_kinds(benchmark: Benchmark) -> dict[str, type["GroundingSource"]]:
+    """The kinds of files that a benchmark comes in, in the order in which they are looked for."""
+    from .readers.flickr30k_entities import Flickr30kEntities
+    from .readers.hub_parquet import HubParquet
+    from .readers.refer_api import ReferFiles
+    from .readers.referitgame import ReferItJson
+    from .readers.transvg_index import IndexFile
+
+    if benchmark.name == "referitgame":
+        return {"official": ReferItJson, "refer": ReferFiles, "index": IndexFile}
+    if benchmark.name == "flickr30k_entities":
+        return {"official": Flickr30kEntities, "index": IndexFile}
+    return {"refer": ReferFiles, "index": IndexFile, "parquet": HubParquet}
+
+
+def _folder(path: str | os.PathLike | None, name: str, argument: str = "data_dir") -> Path:
+    if path is None:
+        raise ValueError(f'{argument} is needed for "{name}": the folder with its annotations and images.')
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument} {folder} is no folder.")
+    return folder
+
+
+def _refuse(name: str, valid: str, **arguments: object) -> None:
+    """Raises for the first argument that was given but means nothing for this benchmark."""
+    for argument, value in arguments.items():
+        if value is not None:
+            raise ValueError(f'{argument} does not apply to "{name}"; of its own it takes {valid}.')

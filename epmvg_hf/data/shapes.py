@@ -1,0 +1,435 @@
+"""The embedded benchmark `shapes`: drawn scenes of coloured shapes and expressions that each name exactly one object.
+
+Every scene is a function of (seed, split, index) alone: nothing is downloaded, any scene can be redrawn by itself.
+Boxes are `(left, top, right, bottom)` in pixels, 0-based and half-open: `right` and `bottom` are one past the object.
+"""
+
+import io
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import datasets
+import numpy as np
+from PIL import Image, ImageDraw
+
+# Raise it with any change to what is drawn or said: it is part of the path of the cached data.
+GENERATOR_VERSION = "1.0.0"
+
+# Split -> (id that enters the random seed, default number of images).
+SPLITS = {"train": (0, 12_000), "validation": (1, 500), "test": (2, 1_000), "test_composition": (3, 500)}
+
+COLORS = {
+    "red": (215, 30, 35),
+    "green": (25, 150, 60),
+    "blue": (45, 85, 230),
+    "yellow": (250, 220, 30),
+    "purple": (150, 55, 185),
+    "orange": (255, 135, 0),
+    "cyan": (40, 200, 220),
+    "gray": (130, 130, 130),
+}
+# Never drawn outside `test_composition`. One pair per shape and at most one per colour: the other splits still show
+# every shape in seven colours or more and every colour in five shapes or more.
+_HELD_OUT = "red triangle, green star, blue circle, yellow cross, purple square, cyan diamond"
+HELD_OUT_PAIRS = tuple((color, shape) for color, shape in map(str.split, _HELD_OUT.split(", ")))
+
+# Size word -> smallest and largest width in pixels. The gap between the classes keeps the words unambiguous.
+SIZES = {"small": (15, 18), "large": (28, 36)}
+
+LONG_SIDE, MIN_SHORT_SIDE = 128, 96
+MIN_OBJECTS, MAX_OBJECTS = 3, 7
+OBJECT_GAP = 4  # pixels left free between two boxes
+PLACEMENT_ATTEMPTS = 30
+MIN_ALPHA = 32  # fainter edge pixels are not drawn, so that a tight box ends at pixels one can see
+
+# By how many pixels both edges of one box must lead those of another for "further left" and the like to be said.
+DIRECTION_MARGIN = 6
+# By how many pixels, between box centres, the closest object must lead: enough for unequal outlines to agree.
+DISTANCE_MARGIN = 20
+
+KINDS = ("attribute", "size", "extreme", "ordinal", "relation")
+MAX_EXPRESSIONS = 8
+BARE_SHARE = 0.25  # of the expressions go without the leading "the"
+GENERIC_NOUNS = ("object", "shape", "one")
+# Direction -> (the opposite one, words for the last object that way, words for lying that way of another object).
+DIRECTIONS = {
+    "left": ("right", ("leftmost",), ("left of", "to the left of")),
+    "right": ("left", ("rightmost",), ("right of", "to the right of")),
+    "top": ("bottom", ("topmost", "highest"), ("above",)),
+    "bottom": ("top", ("bottommost", "lowest"), ("below",)),
+}
+ORDINALS = {1: "second", 2: "third"}
+IMAGES_PER_SHARD = 50
+
+_TURNS = [2 * math.pi * i / 40 for i in range(40)]
+_RADII = [0.526, 0.22] * 5  # a five-pointed star of outer radius 0.526 is 1 wide
+# Outlines, 1 wide and up to 1 high.
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "circle": [(0.5 + 0.5 * math.cos(turn), 0.5 + 0.5 * math.sin(turn)) for turn in _TURNS],
+    "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+    "triangle": [(0.5, 0), (1, 0.866), (0, 0.866)],
+    "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
+    "star": [(0.5 + r * math.sin(t), 0.526 - r * math.cos(t)) for r, t in zip(_RADII, _TURNS[::4], strict=True)],
+    "cross": [
+        (x / 3, y / 3)
+        for x, y in [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
+    ],
+}
+SHAPES = tuple(OUTLINES)
+
+RGB = tuple[int, int, int]
+Box = tuple[int, int, int, int]
+Pair = tuple[str | None, str | None]  # colour and shape; `None` stands for any
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class ShapeObject:
+    """One object; `extent` is its width in pixels before rasterising, `box` the tight box of its drawn pixels."""
+
+    shape: str
+    color: str
+    size: str
+    extent: int
+    box: Box
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A text of one of the `KINDS` that denotes exactly one object, number `target` of its scene."""
+
+    kind: str
+    text: str
+    target: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn on a canvas, in pixels, and said about it; `background` is the RGB of its top and bottom row."""
+
+    width: int
+    height: int
+    background: tuple[RGB, RGB]
+    objects: tuple[ShapeObject, ...]
+    expressions: tuple[Expression, ...]
+
+
+def make_scene(seed: int, split: str, index: int) -> Scene:
+    """
+    Makes scene number `index` of a split (a key of `SPLITS`): the same one for the same three arguments.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.data.shapes import make_scene
+
+    >>> scene = make_scene(seed=0, split="validation", index=0)
+    >>> scene.width, scene.height, len(scene.objects), scene.expressions[4].text
+    (113, 128, 7, 'the small triangle')
+    ```
+    """
+    split_id, _ = SPLITS[split]
+    rng = np.random.default_rng([seed, split_id, index])
+    held_out = split == "test_composition"
+    while True:
+        short, landscape = int(rng.integers(MIN_SHORT_SIDE, LONG_SIDE, endpoint=True)), rng.random() < 0.5
+        width, height = (LONG_SIDE, short) if landscape else (short, LONG_SIDE)
+        objects = _place_objects(width, height, _draw_pairs(held_out, rng), rng)
+        if len(objects) < MIN_OBJECTS:
+            continue
+        expressions = _choose_expressions(_find_expressions(objects, held_out, rng), rng)
+        if expressions:
+            return Scene(width, height, _draw_background(rng), objects, expressions)
+
+
+def render(scene: Scene) -> Image.Image:
+    """
+    Draws a scene as an RGB picture of `scene.width` x `scene.height` pixels.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.data.shapes import make_scene, render
+
+    >>> render(make_scene(seed=0, split="validation", index=0)).size
+    (113, 128)
+    ```
+    """
+    top, bottom = scene.background
+    rows = np.linspace(top, bottom, scene.height).round().astype(np.uint8)
+    image = Image.fromarray(np.repeat(rows[:, None], scene.width, axis=1))
+    for item in scene.objects:
+        image.paste(COLORS[item.color], item.box, _shape_mask(item.shape, item.extent))
+    return image
+
+
+@cache
+def _shape_mask(shape: str, extent: int) -> Image.Image:
+    """The anti-aliased mask of a shape, cropped to the pixels it changes."""
+    scale, length = 8, 8 * extent  # drawn larger and reduced: that smooths the edges
+    canvas = Image.new("L", (length, length))
+    outline = [(x * (length - 1), y * (length - 1)) for x, y in OUTLINES[shape]]
+    ImageDraw.Draw(canvas).polygon(outline, fill=255)
+    mask = canvas.reduce(scale).point(lambda alpha: alpha if alpha >= MIN_ALPHA else 0)
+    return mask.crop(mask.getbbox())
+
+
+def _draw_background(rng: Rng) -> tuple[RGB, RGB]:
+    """A light or a dark background, far from every object colour in brightness."""
+    low, high = (222, 250) if rng.random() < 0.5 else (8, 36)
+    top, bottom = rng.integers(low, high, size=(2, 3)).tolist()
+    return tuple(top), tuple(bottom)
+
+
+def _draw_pairs(held_out: bool, rng: Rng) -> list[tuple[str, str]]:
+    """
+    Draws the (colour, shape) pair of each object, from few colours and shapes so that objects share them.
+    With `held_out` they are the colours and shapes of two or three held-out pairs; the first object and about half of
+    the others are such a pair, the rest recombine them.
+    """
+    count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS, endpoint=True))
+    if held_out:
+        targets = _shuffled(HELD_OUT_PAIRS, rng)[: rng.integers(2, 4)]
+        palette = [(color, shape) for color, _ in targets for _, shape in targets]
+        pools = [targets] + [targets if rng.random() < 0.5 else palette for _ in range(count - 1)]
+    else:
+        colors = _shuffled(tuple(COLORS), rng)[: rng.integers(2, 5)]
+        shapes = _shuffled(SHAPES, rng)[: rng.integers(2, 5)]
+        palette = [(color, shape) for color in colors for shape in shapes if (color, shape) not in HELD_OUT_PAIRS]
+        pools = [palette] * count
+    return [pool[rng.integers(len(pool))] for pool in pools]
+
+
+def _place_objects(width: int, height: int, pairs: list[tuple[str, str]], rng: Rng) -> tuple[ShapeObject, ...]:
+    """Gives each pair a size and a free place on the canvas; a pair that finds none is left out."""
+    objects: list[ShapeObject] = []
+    for color, shape in pairs:
+        size = "small" if rng.random() < 0.5 else "large"
+        extent = int(rng.integers(*SIZES[size], endpoint=True))
+        mask = _shape_mask(shape, extent)
+        lefts = rng.integers(1, width - mask.width, size=PLACEMENT_ATTEMPTS).tolist()
+        tops = rng.integers(1, height - mask.height, size=PLACEMENT_ATTEMPTS).tolist()
+        for left, top in zip(lefts, tops, strict=True):
+            box = (left, top, left + mask.width, top + mask.height)
+            if all(max(_gaps(box, other.box).values()) >= OBJECT_GAP for other in objects):
+                objects.append(ShapeObject(shape, color, size, extent, box))
+                break
+    return tuple(objects)
+
+
+def _gaps(a: Box, b: Box) -> dict[str, int]:
+    """Free pixels between two boxes for each direction in which `a` may lie from `b`, negative where it does not."""
+    return {"left": b[0] - a[2], "right": a[0] - b[2], "top": b[1] - a[3], "bottom": a[1] - b[3]}
+
+
+def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) -> dict[str, list[Expression]]:
+    """
+    Finds every expression, yet without its article, that denotes one object by a safe margin. With `held_out`, only
+    those that name both the colour and the shape of a held-out pair.
+    """
+    groups: dict[Pair, set[int]] = defaultdict(set)
+    for i, item in enumerate(objects):
+        for color, shape in itertools.product((item.color, None), (item.shape, None)):
+            groups[color, shape].add(i)
+    subjects = {pair: members for pair, members in groups.items() if not held_out or pair in HELD_OUT_PAIRS}
+
+    # One wording per scene: two expressions never differ in a synonym alone.
+    generic = _shuffled(GENERIC_NOUNS, rng)[0]
+    extreme_words = {direction: _shuffled(words, rng)[0] for direction, (_, words, _) in DIRECTIONS.items()}
+    relation_words = {direction: _shuffled(words, rng)[0] for direction, (_, _, words) in DIRECTIONS.items()}
+    nouns = {(color, shape): f"{color or ''} {shape or generic}".strip() for color, shape in groups}
+    references = _references(groups, nouns, rng)
+    beyond = _beyond(objects)
+    centers = [((item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2) for item in objects]
+    found: dict[str, list[Expression]] = {kind: [] for kind in KINDS}
+
+    def add(kind: str, text: str, target: int) -> None:
+        found[kind].append(Expression(kind, text, target))
+
+    for pair, members in subjects.items():
+        noun = nouns[pair]
+        if len(members) == 1:
+            add("attribute", noun, *members)
+            continue
+        # The noun alone leaves a choice: a size or a place has to be said.
+        for size in SIZES:
+            matching = [i for i in members if objects[i].size == size]
+            if len(matching) == 1:
+                add("size", f"{size} {noun}", *matching)
+        for direction, (opposite, _, _) in DIRECTIONS.items():
+            for i in members:
+                ahead, behind = members & beyond[direction][i], members & beyond[opposite][i]
+                if len(ahead) + len(behind) != len(members) - 1:
+                    continue  # too level with another one for a clear rank
+                if not ahead:
+                    add("extreme", f"{extreme_words[direction]} {noun}", i)
+                elif len(ahead) in ORDINALS:
+                    add("ordinal", f"{ORDINALS[len(ahead)]} {noun} from the {direction}", i)
+
+        for reference, name in references.items():
+            others = members - {reference}
+            if len(others) == 1:
+                continue
+            for direction, (opposite, _, _) in DIRECTIONS.items():
+                inside, outside = others & beyond[direction][reference], others & beyond[opposite][reference]
+                if len(inside) == 1 and len(inside) + len(outside) == len(others):
+                    (target,) = inside
+                    if _gaps(objects[target].box, objects[reference].box)[direction] >= 0:
+                        add("relation", f"{noun} {relation_words[direction]} the {name}", target)
+            (least, target), (second, _), *_ = sorted((math.dist(centers[i], centers[reference]), i) for i in others)
+            if second - least >= DISTANCE_MARGIN:
+                add("relation", f"{noun} closest to the {name}", target)
+    return found
+
+
+def _beyond(objects: Sequence[ShapeObject]) -> dict[str, list[set[int]]]:
+    """For each direction and object, the objects clearly further in that direction, whichever edge one looks at."""
+    boxes = [item.box for item in objects]
+
+    def leading(box: Box, edge: int, sign: int) -> set[int]:
+        least, least_far = sign * box[edge] + DIRECTION_MARGIN, sign * box[edge + 2] + DIRECTION_MARGIN
+        return {i for i, b in enumerate(boxes) if sign * b[edge] >= least and sign * b[edge + 2] >= least_far}
+
+    axes = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
+    return {direction: [leading(box, *axis) for box in boxes] for direction, axis in axes.items()}
+
+
+def _references(groups: dict[Pair, set[int]], nouns: dict[Pair, str], rng: Rng) -> dict[int, str]:
+    """One noun for each object that a colour, a shape or both single out."""
+    choices: dict[int, list[str]] = defaultdict(list)
+    for pair, members in groups.items():
+        if len(members) == 1:
+            choices[min(members)].append(nouns[pair])
+    return {i: _shuffled(texts, rng)[0] for i, texts in choices.items()}
+
+
+def _choose_expressions(found: dict[str, list[Expression]], rng: Rng) -> tuple[Expression, ...]:
+    """Chooses up to `MAX_EXPRESSIONS`, kinds in turn and the least named object first."""
+    pools = [_shuffled(found[kind], rng) for kind in _shuffled(KINDS, rng)]
+    times_named: Counter[int] = Counter()
+    chosen: list[Expression] = []
+    while any(pools) and len(chosen) < MAX_EXPRESSIONS:
+        for pool in filter(None, pools):
+            best = min(pool, key=lambda expression: times_named[expression.target])
+            pool.remove(best)
+            times_named[best.target] += 1
+            text = best.text if rng.random() < BARE_SHARE else f"the {best.text}"
+            chosen.append(Expression(best.kind, text, best.target))
+    return tuple(chosen[:MAX_EXPRESSIONS])
+
+
+def _shuffled(items: Sequence, rng: Rng) -> list:
+    return [items[i] for i in rng.permutation(len(items)).tolist()]
+
+
+@dataclass
+class ShapesConfig(datasets.BuilderConfig):
+    """Configuration of `Shapes`: the one split to prepare, the seed and the number of images (`None`: as `SPLITS`)."""
+
+    split: str = "train"
+    seed: int = 0
+    num_images: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split not in SPLITS:
+            raise ValueError(f"Unknown split {self.split!r} of shapes: choose one of {', '.join(SPLITS)}.")
+        if self.num_images is None:
+            self.num_images = SPLITS[self.split][1]
+        if not isinstance(self.num_images, int) or self.num_images < 1:
+            raise ValueError(f"`num_images` must be a positive integer, got {self.num_images!r}.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"`seed` must be a non-negative integer, got {self.seed!r}.")
+
+    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
+        # Names the cache by what is drawn, with the defaults filled in: a changed default is a different folder.
+        drawn = {"split": self.split, "seed": self.seed, "num_images": self.num_images}
+        return super().create_config_id({**config_kwargs, **drawn}, custom_features)
+
+
+class Shapes(datasets.GeneratorBasedBuilder):
+    """Builds one split of the benchmark: one row per expression, the rows of an image one after the other."""
+
+    BUILDER_CONFIG_CLASS = ShapesConfig
+    VERSION = datasets.Version(GENERATOR_VERSION)
+
+    def _info(self) -> datasets.DatasetInfo:
+        box = datasets.List(datasets.Value("float32"), length=4)
+        string = datasets.Value("string")
+        columns = {
+            "image": datasets.Image(),
+            "image_id": string,
+            "expression": string,
+            "box": box,
+            "kind": string,
+            "objects": datasets.List({"shape": string, "color": string, "size": string, "box": box}),
+        }
+        return datasets.DatasetInfo(description=__doc__, features=datasets.Features(columns))
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        # A list is what `datasets` can share out over processes and data loader workers.
+        indices = range(self.config.num_images)
+        shards = [indices[i : i + IMAGES_PER_SHARD] for i in indices[::IMAGES_PER_SHARD]]
+        return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"index_ranges": shards})]
+
+    def _generate_examples(self, index_ranges: list[range]) -> Iterator[tuple[str, dict]]:
+        for index in (index for index_range in index_ranges for index in index_range):
+            scene = make_scene(self.config.seed, self.config.split, index)
+            png = io.BytesIO()
+            render(scene).save(png, format="PNG", compress_level=1)
+            image_id = f"{self.config.seed}-{self.config.split}-{index:06d}"
+            shared = {
+                "image": {"bytes": png.getvalue(), "path": None},
+                "image_id": image_id,
+                "objects": [{"shape": o.shape, "color": o.color, "size": o.size, "box": o.box} for o in scene.objects],
+            }
+            for number, expression in enumerate(scene.expressions):
+                box = scene.objects[expression.target].box
+                row = {**shared, "expression": expression.text, "box": box, "kind": expression.kind}
+                yield f"{image_id}-{number}", row
+
+
+def load_shapes(
+    split: str,
+    seed: int = 0,
+    num_images: int | None = None,
+    streaming: bool = False,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Builds one split of the benchmark and returns it.
+
+    Args:
+        split (`str`): A key of `SPLITS`; `"test_composition"` is about (colour, shape) pairs the others never show.
+        seed (`int`, *optional*, defaults to 0): Seed of the benchmark. Scenes of two seeds or splits are unrelated.
+        num_images (`int`, *optional*): Number of images, by default as in `SPLITS`; fewer are a prefix of more.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to draw while iterating, with no file written.
+        num_proc (`int`, *optional*): Number of processes that draw. Without effect when streaming.
+        cache_dir (`str`, *optional*): Where the prepared data is kept. Defaults to the cache of `datasets`.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: One row per expression with the columns `image`, `image_id`,
+        `expression`, `box` (float pixels), `kind` (one of `KINDS`) and `objects` (every object of the scene).
+
+    Raises:
+        `ValueError`: There is no such split, or a number is not one.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.data.shapes import load_shapes
+
+    >>> load_shapes("validation", num_images=4)[4]["box"]
+    [64.0, 20.0, 82.0, 36.0]
+    ```
+    """
+    builder = Shapes(dataset_name="shapes", cache_dir=cache_dir, split=split, seed=seed, num_images=num_images)
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare(num_proc=num_proc)
+    return builder.as_dataset(split=split)

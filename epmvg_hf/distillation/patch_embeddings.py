@@ -1,0 +1,103 @@
+"""Patch embeddings of open_clip's vision towers that lie in the image-text space, beside the pooled ones."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
+
+
+def pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Image embedding `(B, e)` and patch embeddings `(B, grid_height, grid_width, e)`, neither of length 1 yet.
+
+    Args:
+        visual (`nn.Module`): the vision tower of an open_clip model.
+        pixels (`torch.FloatTensor` of shape `(B, 3, S, S)`): at the tower's resolution, normalised.
+
+    Raises:
+        `ValueError`: Patches of this vision tower are not known to lie in the image-text space.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.distillation.patch_embeddings import pooled_and_patches
+
+    >>> pixels = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
+    >>> pooled, patches = pooled_and_patches(teacher.clip.visual, pixels)
+    >>> pooled.shape, patches.shape
+    (torch.Size([1, 128]), torch.Size([1, 8, 8, 128]))
+    ```
+    """
+    embeds = embeds_of(visual)
+    if embeds is None:
+        raise ValueError(
+            f"no patch embeddings are known for the vision tower {type(visual).__name__} and its way of pooling: "
+            "use output_patches=False."
+        )
+    return embeds(visual, pixels)
+
+
+def embeds_of(visual: nn.Module) -> Callable | None:
+    """The function of tower and pixels that gives what [`pooled_and_patches`] does, if there is one for this tower."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
+
+    if isinstance(visual, ModifiedResNet):
+        return _resnet_embeds
+    if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
+        blocks = visual.transformer.resblocks
+        plain_attention = isinstance(blocks[-1].attn, nn.MultiheadAttention)
+        if visual.pool_type == "tok" and plain_attention and len(blocks) > 1:
+            return _class_token_vit_embeds
+        if visual.pool_type == "avg":
+            return _average_vit_embeds
+    return None
+
+
+def _resnet_embeds(visual: "ModifiedResNet", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What the attention pool would return if it attended to nothing but one position: value and output projection of
+    the last feature map, as in MaskCLIP (Zhou et al. 2022; chongzhou96/MaskCLIP: maskclip_head.py) and DenseCLIP (Rao
+    et al. 2022). MaskCLIP leaves out the position embedding; here it stays, as the pool's values have it: with one
+    head, the pooled embedding is a weighted mean of these and of that of the mean feature.
+    """
+    features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
+    pool = visual.attnpool
+    positions = features.flatten(2).mT + pool.positional_embedding[1:].to(features.dtype)
+    patches = pool.c_proj(pool.v_proj(positions))
+    return pool(features), patches.unflatten(1, features.shape[2:])
+
+
+def _class_token_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The last block, reduced to the value and output projection of every token, so that each keeps its place: in their
+    last attention, tokens gather what the class token needs, not what they show. The idea is MaskCLIP's (Zhou et al.
+    2022). Its published code for ViT keeps the block's residual and MLP (chongzhou96/MaskCLIP: vit.py); both are left
+    out here, as in FeatUp (mhamilton723/FeatUp), because they blur maps (ClearCLIP, Lan et al. 2024).
+    """
+    block = visual.transformer.resblocks[-1]
+    attention = block.attn
+    before_last = len(visual.transformer.resblocks) - 2
+    output = visual.forward_intermediates(pixels, indices=[before_last], output_fmt="NLC")
+    # Queries, keys and values are packed in this order.
+    value_weight, value_bias = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
+    values = nn.functional.linear(block.ln_1(output["image_intermediates"][0]), value_weight, value_bias)
+    tokens = visual.ln_post(block.ls_1(attention.out_proj(values)))
+    return output["image_features"], (tokens @ visual.proj).unflatten(1, visual.grid_size)
+
+
+def _average_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What the tower would return if its average were over one token. Where the normalisation comes before the average
+    (`final_ln_after_pool=False`) the pooled embedding is the mean of these.
+    """
+    last = len(visual.transformer.resblocks) - 1
+    output = visual.forward_intermediates(pixels, indices=[last], output_fmt="NLC")
+    tokens = visual.ln_post(output["image_intermediates"][0])
+    return output["image_features"], (tokens @ visual.proj).unflatten(1, visual.grid_size)

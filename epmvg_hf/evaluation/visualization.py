@@ -1,0 +1,67 @@
+"""Pictures of boxes."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ..utils import needs_extra
+
+with needs_extra("draw_grid", "train"):
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+
+def draw_grid(
+    path: str | os.PathLike,
+    images: Sequence[Image.Image],
+    expressions: Sequence[str],
+    boxes: np.ndarray,
+    true_boxes: np.ndarray | None = None,
+    columns: int = 4,
+) -> None:
+    """
+    Write a grid with one cell per expression: the image, the predicted box (red) and the true box (green, dashed).
+
+    Args:
+        path (`str` or `os.PathLike`): the picture file to write.
+        images (`Sequence[PIL.Image.Image]`): one image per expression.
+        expressions (`Sequence[str]`): the title of each cell.
+        boxes (`np.ndarray` of shape `(N, 4)`): predicted boxes, xyxy pixels of the images.
+        true_boxes (`np.ndarray` of shape `(N, 4)`, *optional*): true boxes, likewise.
+        columns (`int`, *optional*, defaults to 4): cells per row.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> from epmvg_hf.evaluation.visualization import draw_grid
+
+    >>> draw_grid("boxes.png", [image], ["the green triangle"], np.array([[24, 59, 57, 88]]))
+    >>> Image.open("boxes.png").size
+    (300, 320)
+    ```
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (axis, image, expression) in enumerate(zip(axes.flat, images, expressions, strict=False)):
+        axis.imshow(image.convert("RGB"))
+        axis.set_title(expression, fontsize=9, wrap=True)
+        if true_boxes is not None:
+            _outline(axis, true_boxes[number], color="lime", linestyle="--")
+        _outline(axis, boxes[number], color="red", linestyle="-")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _outline(axis: plt.Axes, box: np.ndarray, color: str, linestyle: str) -> None:
+    x1, y1, x2, y2 = box
+    # imshow puts the centre of pixel 0 at 0, so its left edge is at -0.5.
+    axis.add_patch(
+        Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, linewidth=2, color=color, linestyle=linestyle)
+    )

@@ -1,0 +1,404 @@
+#!/usr/bin/env python
+"""What is each term of the distillation worth? One tiny student, many settings, the same seeds and steps.
+
+python examples/study/ablation.py                            # all runs; goes on where it stopped
+python examples/study/ablation.py --settings none box_map --labelled 500 --seeds 0 # some of them
+python examples/study/ablation.py --report_only              # table and plot of what is there
+
+Each run is a file in `--output_dir`; a run that is there is not run again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from datasets import Dataset
+from teacher_towers import STRIDE, load_towers, tower_configs
+from transformers import set_seed
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the modules that all examples share
+
+from trained_tokenizer import train_tokenizer
+
+from epmvg_hf import (
+    ClipTeacher,
+    EpmVGConfig,
+    EpmVGDataCollator,
+    EpmVGForVisualGrounding,
+    EpmVGImageProcessor,
+    EpmVGProcessor,
+    EpmVGTrainer,
+    EpmVGTrainingArguments,
+    ImageGroups,
+    load_grounding_dataset,
+)
+from epmvg_hf.data.shapes import KINDS
+from epmvg_hf.evaluation.accuracy import paired_iou
+from epmvg_hf.evaluation.modality_gap import modality_gap
+from epmvg_hf.training.data_collator import OTHER_COLUMNS
+
+EXAMPLES = Path(__file__).parents[1]
+NO_TERM = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_loss_coefficient": 0.0}
+RELATION, FEATURE = {"relation_loss_coefficient": 1.0}, {"feature_loss_coefficient": 1.0}
+TEACHER_MAP = {"teacher_map_loss_coefficient": 1.0, "teacher_map_rows": "all"}
+
+# With captions, the teacher's map is for the rows that have no box.
+CAPTIONS = RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box"}
+
+# Name -> weight of the map loss towards the box, and what else changes in the training arguments.
+SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
+    "none": (0.0, {}),
+    "box_map": (1.0, {}),
+    "both_maps": (1.0, TEACHER_MAP),
+    "all_captions": (1.0, CAPTIONS),
+    "all_captions_3": (1.0, CAPTIONS | {"caption_ratio": 3.0}),
+    "teacher_map_captions_3": (0.0, TEACHER_MAP | {"caption_ratio": 3.0}),
+    "all": (1.0, RELATION | FEATURE | TEACHER_MAP),
+    "relation_feature": (0.0, RELATION | FEATURE),
+    "light_relation_feature": (0.0, dict.fromkeys(RELATION | FEATURE, 0.1)),
+    "teacher_map": (0.0, TEACHER_MAP),
+    "relation": (0.0, RELATION),
+    "feature": (0.0, FEATURE),
+    "teacher_towers": (1.0, {}),
+}
+DESCRIPTIONS = {
+    "none": "no distillation, no map loss",
+    "box_map": "map from the box (no teacher: the control)",
+    "both_maps": "map from the box and from the teacher (the default)",
+    "all_captions": "all + captions, 1 captioned image per labelled one",
+    "all_captions_3": "all + captions, 3 captioned images per labelled one",
+    "teacher_map_captions_3": "map from the teacher + captions, 3 captioned images per labelled one",
+    "all": "all: map from the box and from the teacher, relation, feature",
+    "relation_feature": "relation + feature",
+    "light_relation_feature": "relation + feature, each with weight 0.1",
+    "teacher_map": "map from the teacher",
+    "relation": "relation",
+    "feature": "feature",
+    "teacher_towers": "map from the box, backbones are the teacher's towers (control)",
+}
+BATCH_SIZE, EXPRESSIONS_PER_IMAGE = 8, 8
+MAX_CAPTIONED_IMAGES = 5_000
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=f"local-dir:{EXAMPLES.parent / 'model_cards' / 'clip-tiny-shapes'}")
+    parser.add_argument("--dataset_name", choices=["shapes", "flickr30k_entities"], default="shapes")
+    parser.add_argument("--data_dir", default=None, help="folder with the files of flickr30k_entities")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--labelled", nargs="+", type=int, default=[500, 2_000, 16_000], help="labelled expressions")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1_000, help="optimizer steps of every run")
+    parser.add_argument("--eval_rows", type=int, default=2_000, help="first rows of the test split")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
+    parser.add_argument("--results", type=Path, default=None, help="folder for table and plot, default: output_dir")
+    parser.add_argument("--report_only", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    check_study(arguments)
+    # Few labels first, seed by seed: whatever is there when one looks is comparable.
+    runs = [
+        (name, labelled, seed)
+        for labelled in arguments.labelled
+        for seed in arguments.seeds
+        for name in arguments.settings
+        if not result_file(arguments, name, labelled, seed).exists()
+    ]
+    if runs and not arguments.report_only:
+        with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+            pool.starmap(train_one, [(arguments, *run) for run in runs], chunksize=1)
+    write_report(arguments)
+
+
+def check_study(arguments: argparse.Namespace) -> None:
+    """Results under other arguments must not end in one table: the folder remembers its own."""
+    study = {name: str(getattr(arguments, name)) for name in ("teacher", "dataset_name", "steps", "eval_rows")}
+    file = arguments.output_dir / "study.json"
+    if file.exists() and (other := json.loads(file.read_text())) != study:
+        raise ValueError(f"{arguments.output_dir} holds results of {other}, not of {study}: give another --output_dir")
+    file.write_text(json.dumps(study, indent=1) + "\n")
+
+
+def result_file(arguments: argparse.Namespace, name: str, labelled: int, seed: int) -> Path:
+    return arguments.output_dir / f"{name}-{labelled}-{seed}.json"
+
+
+def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    start = time.time()
+    train, captioned, test = load_data(arguments, labelled, seed)
+    if "captions" not in name:
+        captioned = None
+    map_weight, changes = SETTINGS[name]
+    teacher = ClipTeacher.from_pretrained(arguments.teacher) if changes else None
+    set_seed(seed)
+    if "towers" in name:
+        model, processor = make_teacher_towers(ClipTeacher.from_pretrained(arguments.teacher), map_weight)
+    else:
+        expressions = load_split(arguments, "train")["expression"]
+        model, processor = make_student(map_weight, expressions)
+    gap_before = measure_gap(model, processor, test)
+    trainer = EpmVGTrainer(
+        model=model,
+        args=EpmVGTrainingArguments(
+            output_dir=str(arguments.output_dir / "scratch" / f"{name}-{labelled}-{seed}"),
+            seed=seed,
+            max_steps=arguments.steps,
+            # Twice the images with captions, so that a step sees as many boxes as in the other settings.
+            per_device_train_batch_size=BATCH_SIZE * (1 if captioned is None else 2),
+            per_device_eval_batch_size=32,
+            max_expressions_per_image=EXPRESSIONS_PER_IMAGE,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            weight_decay=1e-2,
+            augment=False,
+            use_cpu=True,
+            bf16=True,
+            eval_strategy="steps",
+            eval_steps=arguments.steps // 2,
+            save_strategy="no",
+            logging_steps=100,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **{**NO_TERM, **changes},
+        ),
+        train_dataset=train,
+        eval_dataset=test.select(range(min(800, len(test)))),
+        processing_class=processor,
+        teacher=teacher,
+        caption_dataset=captioned,
+    )
+    trainer.train()
+    output = trainer.predict(test)
+    right = paired_iou(output.predictions, output.label_ids) >= 0.5
+    result = {
+        "setting": name,
+        "labelled": len(train),
+        "captioned_images": 0 if captioned is None else len(set(captioned["image_id"])),
+        "seed": seed,
+        "steps": arguments.steps,
+        "eval_rows": len(test),
+        "acc@0.5": output.metrics["test_acc@0.5"],
+        "mean_iou": output.metrics["test_mean_iou"],
+        "acc@0.5_by_kind": by_kind(test, right),
+        "gap_before": gap_before,
+        "gap_after": measure_gap(model, processor, test),
+        "seconds": round(time.time() - start),
+        "log": trainer.state.log_history,
+    }
+    file = result_file(arguments, name, labelled, seed)
+    file.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".tmp").replace(file)  # a run that was killed leaves no half result
+    print(f"{name:28} {labelled:6} seed {seed}: Acc@0.5 {result['acc@0.5']:.3f}, {result['seconds']} s", flush=True)
+
+
+def by_kind(test: Dataset, right: np.ndarray) -> dict[str, float]:
+    """Accuracy for each kind of expression; only `shapes` knows kinds."""
+    kinds = np.array(test["kind"] if "kind" in test.column_names else [])
+    return {str(kind): float(right[kinds == kind].mean()) for kind in np.unique(kinds)}
+
+
+def load_split(arguments: argparse.Namespace, split: str) -> Dataset:
+    if arguments.dataset_name == "shapes":
+        return load_grounding_dataset("shapes", split=split)
+    # Its test images are not at hand.
+    split = "validation" if split == "test" else split
+    return load_grounding_dataset(arguments.dataset_name, arguments.data_dir, split, missing_images="skip")
+
+
+def load_data(arguments: argparse.Namespace, labelled: int, seed: int) -> tuple[Dataset, Dataset, Dataset]:
+    """`labelled` rows of whole images, ten times as many images for their captions alone, and the test rows."""
+    train = load_split(arguments, "train")
+    groups = ImageGroups(train).groups
+    order = np.random.default_rng(seed).permutation(len(groups))
+    ends = np.cumsum([len(groups[image]) for image in order])
+    first_captioned = int(np.searchsorted(ends, labelled) + 1)
+    last_captioned = min(first_captioned * 11, first_captioned + MAX_CAPTIONED_IMAGES, len(groups))
+
+    def rows_of(images: np.ndarray) -> list[int]:
+        return [row for image in images for row in groups[image]]
+
+    captioned = train.select(rows_of(order[first_captioned:last_captioned])).remove_columns("box")
+    test = load_split(arguments, "test")
+    test = test.select(range(min(arguments.eval_rows, len(test))))
+    return train.select(rows_of(order[:first_captioned])[:labelled]), captioned, test
+
+
+def make_student(map_weight: float, expressions: list[str]) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
+    config = EpmVGConfig.from_json_file(EXAMPLES / "configs" / "ablation.json")
+    config.map_loss_coefficient = map_weight
+    tokenizer = train_tokenizer(expressions, config.text_config.vocab_size)
+    config.text_config.vocab_size = len(tokenizer)
+    image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
+    return build(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
+
+
+def make_teacher_towers(teacher: ClipTeacher, map_weight: float) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
+    """The same fusion and head on the teacher's own towers, which are trained on."""
+    side = teacher.image_size
+    student = EpmVGConfig.from_json_file(EXAMPLES / "configs" / "ablation.json").to_diff_dict()
+    changes = {"backbone_stride": STRIDE, "image_size": side, "map_loss_coefficient": map_weight}
+    config = EpmVGConfig(**{**student, **tower_configs(teacher), **changes, "teacher_projection_dim": None})
+    model = build(config)
+    load_towers(model.model, teacher)
+    image_processor = EpmVGImageProcessor(
+        size={"height": side, "width": side}, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD
+    )
+    return model, EpmVGProcessor(image_processor, teacher.tokenizer.tokenizer, config.max_text_length)
+
+
+def build(config: EpmVGConfig) -> EpmVGForVisualGrounding:
+    # Faster than sdpa on the CPU this was run on.
+    config._attn_implementation = "eager"
+    return EpmVGForVisualGrounding(config)
+
+
+@torch.no_grad()
+def measure_gap(
+    model: EpmVGForVisualGrounding, processor: EpmVGProcessor, test: Dataset
+) -> dict[str, dict[str, float]]:
+    """
+    The modality gap before fusion, on the first 100 test images: in the space of the visual and text tokens, which
+    every student has, and in the teacher's, where the student has a projection to it.
+    """
+    collator = EpmVGDataCollator(processor)
+    batch = collator(ImageGroups(test).__getitems__(range(100)))
+    inputs = {name: value for name, value in batch.items() if name not in (*OTHER_COLUMNS, "labels")}
+    training = model.training
+    outputs = model.eval().model(**inputs)
+    model.train(training)
+    image_means, text_means = (
+        torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
+        for states, mask in (
+            (outputs.visual_tokens, outputs.visual_mask.flatten(1)),
+            (outputs.text_tokens, batch["attention_mask"]),
+        )
+    )
+    gaps = {"tokens": modality_gap(image_means, text_means, batch["image_index"])}
+    if outputs.image_embeds is not None:
+        gaps["teacher_space"] = modality_gap(outputs.image_embeds, outputs.text_embeds, batch["image_index"])
+    return {space: {name: value.item() for name, value in gap.items()} for space, gap in gaps.items()}
+
+
+def write_report(arguments: argparse.Namespace) -> None:
+    """`ablation.md` and `ablation.png` from all result files that the arguments name."""
+    folder = arguments.results or arguments.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {
+        (name, labelled): [
+            json.loads(file.read_text())
+            for seed in arguments.seeds
+            if (file := result_file(arguments, name, labelled, seed)).exists()
+        ]
+        for name in arguments.settings
+        for labelled in arguments.labelled
+    }
+    few = {name: runs for name in arguments.settings if (runs := results[name, arguments.labelled[0]])}
+    sections = [
+        "Acc@0.5, mean ± standard deviation over seeds (number of seeds):",
+        accuracy_table(arguments, results),
+        "Each run, by seed:",
+        table_of_runs(arguments, results),
+        "Modality gap, few labels, mean over seeds (before -> after training):",
+        gap_table(few),
+    ]
+    if arguments.dataset_name == "shapes":
+        sections += ["Acc@0.5 by kind of expression, few labels, mean over seeds:", kind_table(few)]
+    report = "\n\n".join(sections) + "\n"
+    (folder / "ablation.md").write_text(report)
+    plot(folder / "ablation.png", arguments, results)
+    print(report)
+
+
+def accuracy_table(arguments: argparse.Namespace, results: dict) -> str:
+    rows = [
+        [DESCRIPTIONS[name], *(cell([run["acc@0.5"] for run in results[name, n]]) for n in arguments.labelled)]
+        for name in arguments.settings
+    ]
+    return markdown(["setting", *(f"{count:,} labelled" for count in arguments.labelled)], rows)
+
+
+def table_of_runs(arguments: argparse.Namespace, results: dict) -> str:
+    def by_seed(runs: list[dict]) -> str:
+        return ", ".join(f"{run['seed']}: {run['acc@0.5']:.3f} ({run['seconds']} s)" for run in runs)
+
+    rows = [
+        [DESCRIPTIONS[name], *(by_seed(results[name, count]) for count in arguments.labelled)]
+        for name in arguments.settings
+    ]
+    return markdown(["setting", *(f"{count:,} labelled" for count in arguments.labelled)], rows)
+
+
+def kind_table(few: dict[str, list[dict]]) -> str:
+    def mean(runs: list[dict], kind: str) -> str:
+        return f"{statistics.mean(run['acc@0.5_by_kind'][kind] for run in runs):.3f}"
+
+    rows = [[DESCRIPTIONS[name], *(mean(runs, kind) for kind in KINDS)] for name, runs in few.items()]
+    return markdown(["setting", *KINDS], rows)
+
+
+def gap_table(few: dict[str, list[dict]]) -> str:
+    rows = []
+    for name, runs in few.items():
+        for space in runs[0]["gap_after"]:
+            cells = []
+            for measure in ("gap", "alignment", "mismatch"):
+                before, after = (
+                    statistics.mean(run[when][space][measure] for run in runs) for when in ("gap_before", "gap_after")
+                )
+                cells.append(f"{before:.2f} -> {after:.2f}")
+            rows.append([DESCRIPTIONS[name], space.replace("_", " "), *cells])
+    return markdown(["setting", "space", "distance of centroids", "matching pairs", "mismatched pairs"], rows)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation over seeds (n - 1), and the number of seeds."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation} ({len(values)})"
+
+
+def plot(file: Path, arguments: argparse.Namespace, results: dict) -> None:
+    figure, axis = plt.subplots(figsize=(9, 5))
+    axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
+    for position, name in enumerate(arguments.settings):
+        runs = [(labelled, [run["acc@0.5"] for run in results[name, labelled]]) for labelled in arguments.labelled]
+        runs = [(labelled, values) for labelled, values in runs if values]
+        if runs:
+            counts, means = zip(*((labelled, statistics.mean(values)) for labelled, values in runs), strict=True)
+            spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in runs]
+            beside = np.array(counts) * 1.02**position  # bars of one column would hide each other
+            axis.errorbar(beside, means, spread, label=DESCRIPTIONS[name], marker="o", markersize=4, capsize=2)
+    axis.set(
+        xscale="log", xlabel="labelled expressions", ylabel=f"Acc@0.5 on {arguments.dataset_name}", ylim=(0, None)
+    )
+    axis.set_xticks(arguments.labelled, [f"{count:,}" for count in arguments.labelled])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from epmvg_hf.evaluation.blind_baselines import blind_accuracy
+
+
+def _dataset(rows: list[tuple[str, list[float]]], size=(100, 50)) -> Dataset:
+    columns = {
+        "image": [PILImage.new("RGB", size)] * len(rows),
+        "image_id": [str(row) for row in range(len(rows))],
+        "expression": [expression for expression, _ in rows],
+        "box": [box for _, box in rows],
+    }
+    features = {"image": Image(), "image_id": Value("string"), "expression": Value("string")}
+    return Dataset.from_dict(columns, Features({**features, "box": List(Value("float32"), length=4)}))
+
+
+def test_each_predictor_knows_what_it_may_know():
+    sky, dog = [0.0, 0.0, 100.0, 10.0], [40.0, 20.0, 60.0, 50.0]
+    train = _dataset([("the sky", sky)] * 8 + [("a brown dog", dog)] * 12)
+    # Twice as large images: boxes are fitted relative to the image.
+    test = _dataset(
+        [
+            ("the sky", [0.0, 0.0, 200.0, 20.0]),  # the same expression
+            ("his dog", [80.0, 40.0, 120.0, 100.0]),  # the same last word
+            ("zebra", [80.0, 40.0, 120.0, 100.0]),  # unknown: the constant box, which is the dogs'
+            ("everything", [0.0, 0.0, 200.0, 100.0]),
+        ],
+        size=(200, 100),
+    )
+    assert blind_accuracy(train, test) == {
+        "whole_image": 0.25,
+        "best_constant_box": 0.5,
+        "best_box_per_expression": 0.75,
+    }
+
+
+def test_constant_box_is_the_best_of_all_training_boxes():
+    rng = np.random.default_rng(0)
+    corners = rng.random((60, 2)) * [50, 25]
+    boxes = np.concatenate([corners, corners + 5 + rng.random((60, 2)) * [45, 20]], axis=1)
+    data = _dataset([("thing", box.tolist()) for box in boxes])
+
+    def accuracy(box) -> float:
+        low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+        intersection = (high - low).clip(0).prod(1)
+        union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - intersection
+        return float((intersection / union >= 0.5).mean())
+
+    best = max(accuracy(box) for box in [*boxes, np.array([0, 0, 100, 50])])
+    assert abs(blind_accuracy(data, data)["best_constant_box"] - best) < 1e-9

@@ -1,0 +1,37 @@
+"""Tests of bringing together what several processes evaluated."""
+
+import numpy as np
+
+from epmvg_hf.evaluation.evaluated_rows import EvaluatedRows
+
+
+def _batch(rows: list[int], loss: float | None = None, without_box: tuple[int, ...] = ()) -> dict:
+    """Row i is predicted as [i, 0, i + 1, 1]; its true box is one larger."""
+    predictions = np.array([[row, 0, row + 1, 1] for row in rows], np.float32)
+    batch = {"row_index": rows, "predictions": predictions}
+    if loss is not None:
+        batch["references"] = predictions + 1
+        batch["references"][[row in without_box for row in rows]] = np.nan
+        batch["losses"] = {"loss": loss, "loss_map": 2 * loss}
+    return batch
+
+
+def test_every_row_counts_once_in_the_order_of_the_dataset():
+    """The last batch was filled up with rows that another process had already: only its new row weighs its loss."""
+    rows = EvaluatedRows.merge([_batch([2, 0], 1.0), _batch([4, 3], 2.0), _batch([1, 2, 0], 8.0)])
+    assert rows.predictions[:, 0].tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(rows.references, rows.predictions + 1)
+    assert rows.losses == {"loss": (2 * 1 + 2 * 2 + 1 * 8) / 5, "loss_map": 2 * (2 * 1 + 2 * 2 + 1 * 8) / 5}
+
+
+def test_rows_without_a_box_weigh_nothing():
+    rows = EvaluatedRows.merge([_batch([0, 1], 1.0, without_box=(1,)), _batch([2, 3], 4.0)])
+    assert np.isnan(rows.references).any(-1).tolist() == [False, True, False, False]
+    assert rows.predictions.shape == (4, 4) and rows.losses["loss"] == (1 * 1 + 2 * 4) / 3
+    assert EvaluatedRows.merge([_batch([0], 0.0, without_box=(0,))]).losses == {}
+
+
+def test_data_without_boxes_and_without_rows():
+    rows = EvaluatedRows.merge([_batch([1]), _batch([0])])
+    assert rows.predictions[:, 0].tolist() == [0, 1] and rows.references is None and rows.losses == {}
+    assert EvaluatedRows.merge([]).predictions.shape == (0, 4)

@@ -1,0 +1,160 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_grounding as example
+from command_line import parse_arguments
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
+from tests.fixtures.models import tiny_model
+from tests.fixtures.paths import EXAMPLES
+from tests.fixtures.towers import save_text_tower, save_vision_tower
+
+
+def _environment(tmp_path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+
+
+@pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses(config, tmp_path):
+    parse_arguments(example.ARGUMENTS, "", config, ["--output_dir", str(tmp_path)])
+
+
+def test_main_job_and_prediction(tmp_path):
+    """What the README starts: train, evaluate and draw; then boxes for one picture from the saved folder."""
+    output = tmp_path / "out"
+    command = [
+        str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", str(EXAMPLES / "run_grounding.py"),
+        "--output_dir", str(output), "--num_train_images", "24", "--max_eval_rows", "40", "--num_train_epochs", "1",
+        "--attn_implementation", "sdpa",
+        "--eval_steps", "2", "--save_steps", "2", "--picture_rows", "3", "--bf16", "false", "--use_cpu", "true",
+        "--num_labelled_images", "16", "--logging_steps", "1", "--relation_loss_coefficient", "1",
+        "--feature_loss_coefficient", "1",
+    ]  # fmt: skip
+    result = subprocess.run(
+        command, env=_environment(tmp_path), cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in (
+        "this model",
+        "no eyes: whole image",
+        "no eyes: best constant box",
+        "no eyes: best box per expression",
+    ):
+        assert name in result.stdout
+
+    # It distils from the teacher of the repository, also with images without boxes, and saves the student alone.
+    logs = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert {"loss_relation", "loss_feature", "loss_teacher_map", "loss_bbox"} <= set(logs[0])
+    saved = {name.split(".")[0] for name in load_file(output / "model.safetensors")}
+    assert saved == {"model", "box_head", "log_map_sharpness"}
+
+    results = json.loads((output / "all_results.json").read_text())
+    assert {"train_loss", "eval_acc@0.5", "test_acc@0.5", "test_blind_best_box_per_expression"} <= set(results)
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    rows = load_grounding_dataset("shapes", split="test", num_images=10)
+    assert [(line["expression"], line["true_box"]) for line in lines] == [
+        (row["expression"], row["box"]) for row in rows.select(range(40))
+    ]
+    assert Image.open(output / "predictions.png").size[0] > 500
+    assert EpmVGForVisualGrounding.from_pretrained(output).config.box_head == "map"
+
+    card = ModelCard.load(output / "README.md")
+    assert card.data.datasets == ["shapes"] and card.data.language == "en" and len(card.data.eval_results) == 6
+    assert "python examples/run_grounding.py --output_dir out " in card.text
+    assert "from local-dir:clip-tiny-shapes of 128 dimensions" in card.text
+
+    rows[0]["image"].save(tmp_path / "scene.png")
+    command = [
+        sys.executable, str(EXAMPLES / "predict.py"), str(output), str(tmp_path / "scene.png"),
+        "the circle", "the star", "--output", str(tmp_path / "prediction.png"),
+    ]  # fmt: skip
+    result = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    printed = [line for line in result.stdout.splitlines() if line.startswith("the ")]
+    assert [line.split(":")[0] for line in printed] == ["the circle", "the star"]
+    for line in printed:
+        x1, y1, x2, y2 = json.loads(line.split(":")[1])
+        assert 0 <= x1 <= x2 <= rows[0]["image"].width and 0 <= y1 <= y2 <= rows[0]["image"].height
+    assert Image.open(tmp_path / "prediction.png").size[0] > 100
+
+
+def test_a_saved_model_without_projections_can_be_distilled_into(tmp_path, processor):
+    tiny_model(box_head="map").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = example.ModelArguments(model_name_or_path=str(tmp_path))
+    assert example.make_model(arguments, [], None)[0].config.teacher_projection_dim is None
+    model, _ = example.make_model(arguments, [], 24)
+    assert model.model.teacher_image_projection.out_features == 24
+
+
+def test_labelled_images_are_the_first_and_the_others_lose_their_boxes():
+    dataset = load_grounding_dataset("shapes", split="train", num_images=5)
+    labelled, captioned = example.split_labelled(dataset, 2)
+    assert list(dict.fromkeys(labelled["image_id"])) == list(dict.fromkeys(dataset["image_id"]))[:2]
+    assert len(labelled) + len(captioned) == len(dataset) and "box" not in captioned.column_names
+    assert example.split_labelled(dataset, None) == (dataset, None)
+    with pytest.raises(ValueError, match="expected from 1 to 4"):
+        example.split_labelled(dataset, 5)
+
+
+def test_towers_and_sizes_are_of_new_models(tmp_path):
+    arguments = example.ModelArguments(model_name_or_path=str(tmp_path), image_size=64)
+    with pytest.raises(ValueError, match="a saved model has its own image_size"):
+        example.make_model(arguments, [], None)
+    with pytest.raises(ValueError, match="must be given together"):
+        example.make_model(example.ModelArguments(vision_name_or_path=str(tmp_path)), [], None)
+
+
+def test_a_new_model_takes_towers_and_keeps_the_other_settings(tmp_path):
+    vision, text = save_vision_tower("swin", tmp_path / "swin"), save_text_tower("roberta", tmp_path / "roberta")
+    arguments = example.ModelArguments(
+        config_name="tiny.json", vision_name_or_path=vision, text_name_or_path=text, image_size=48,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model, processor = example.make_model(arguments, [], 24)
+    config = model.config
+    assert (config.backbone_config.model_type, config.text_config.model_type) == ("swin", "roberta")
+    assert (config.d_model, config.box_head, config.image_size, config.backbone_stride) == (128, "map", 48, 8)
+    assert config._attn_implementation == config.text_config._attn_implementation == "eager"
+    assert model.model.teacher_image_projection.out_features == 24
+    assert type(processor.tokenizer).__name__ == "RobertaTokenizer" and processor.max_text_length == 20
+
+
+def test_an_adapter_of_a_saved_model(tmp_path, processor):
+    tiny_model(box_head="map").save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    output = tmp_path / "out"
+    example.main([
+        "--model_name_or_path", str(tmp_path / "base"), "--lora_rank", "2", "--teacher_name", "none",
+        "--lora_target_modules", r".*(encoder\.layers|text_model).*\.(q_proj|query)", "--output_dir", str(output),
+        "--num_train_images", "4", "--max_eval_rows", "8", "--max_steps", "1", "--eval_strategy", "no",
+        "--save_strategy", "no", "--load_best_model_at_end", "false", "--bf16", "false", "--use_cpu", "true",
+    ])  # fmt: skip
+    saved = load_file(output / "adapter_model.safetensors")
+    assert len(saved) == 2 * 2 and not (output / "model.safetensors").exists()
+    assert {value.shape[0] for name, value in saved.items() if "lora_A" in name} == {2}
+    boxes = [json.loads(line)["box"] for line in (output / "predictions.jsonl").read_text().splitlines()]
+    row = load_grounding_dataset("shapes", split="test", num_images=1)[0]
+    found = pipeline("visual-grounding", model=str(output))(row["image"], row["expression"])["box"]
+    assert list(found.values()) == pytest.approx(boxes[0], abs=1e-3)
+    assert "of which the adapter's 128 were trained" in (output / "README.md").read_text()
+
+
+def test_an_adapter_needs_a_base_that_is_saved(tmp_path, processor):
+    with pytest.raises(ValueError, match="lora_rank needs model_name_or_path"):
+        example.make_model(example.ModelArguments(lora_rank=2), [], None)
+    tiny_model(box_head="map").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = example.ModelArguments(model_name_or_path=str(tmp_path), lora_rank=2)
+    assert example.make_model(arguments, [], None)[0].config.teacher_projection_dim is None
+    with pytest.raises(ValueError, match=f"need projections that {tmp_path} has not"):
+        example.make_model(arguments, [], 24)

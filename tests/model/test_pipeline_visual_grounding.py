@@ -1,0 +1,346 @@
+import base64
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import pipeline
+
+from epmvg_hf import (
+    EpmVGForVisualGrounding,
+    EpmVGImageProcessorPil,
+    EpmVGModel,
+    EpmVGProcessor,
+    VisualGroundingPipeline,
+)
+from tests.fixtures.models import tiny_config, tiny_model
+from tests.fixtures.paths import EXAMPLES
+
+RED, GREEN = "the red circle", "the small green star on the left"  # of different lengths
+SIZES = [(100, 50), (64, 64), (31, 90)]
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (*size[::-1], 3), np.uint8)) for size in SIZES]
+
+
+@pytest.fixture
+def grounder(processor) -> VisualGroundingPipeline:
+    return pipeline("visual-grounding", model=tiny_model(box_head="map"), processor=processor, device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, processor) -> Path:
+    tiny_model(box_head="map").save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def directly(grounder, image, expressions) -> list[list[float]]:
+    """Boxes from the processor and the model, without the pipeline."""
+    inputs = grounder.processor(images=image, text=expressions, return_tensors="pt")
+    with torch.no_grad():
+        outputs = grounder.model(**inputs)
+    return [result["box"].tolist() for result in grounder.processor.post_process_grounding(outputs, inputs)]
+
+
+def check(results, expected, expressions, tolerance=1e-5):
+    """`tolerance` is in parts of the picture; boxes are in pixels of at most 100."""
+    assert [result["text"] for result in results] == expressions
+    for result, box in zip(results, expected, strict=True):
+        assert list(result) == ["box", "text"] and list(result["box"]) == ["xmin", "ymin", "xmax", "ymax"]
+        assert all(type(value) is float for value in result["box"].values())
+        assert list(result["box"].values()) == pytest.approx(box, abs=100 * tolerance)
+
+
+# One image
+
+
+def test_results_are_nested_like_the_text(grounder, images):
+    expected = directly(grounder, images[0], [RED, GREEN])
+    assert not np.allclose(*expected, atol=1e-3)  # else nothing below could tell them apart
+    check([grounder(images[0], RED)], expected[:1], [RED])
+    check(grounder(images[0], [RED]), expected[:1], [RED])
+    check(grounder(images[0], [RED, GREEN]), expected, [RED, GREEN])
+    check(grounder(images[0], (RED, GREEN)), expected, [RED, GREEN])
+    check(grounder({"image": images[0], "text": [RED, GREEN], "image_id": 7}), expected, [RED, GREEN])
+    check([grounder(image=images[0], text=RED)], expected[:1], [RED])
+
+
+def test_an_image_from_anywhere(grounder, images, tmp_path, monkeypatch):
+    images[0].save(tmp_path / "scene.png")
+    data = (tmp_path / "scene.png").read_bytes()
+    asked = []
+
+    def get(url, timeout, follow_redirects):
+        asked.append((url, timeout))
+        return SimpleNamespace(content=data)
+
+    monkeypatch.setattr("transformers.image_utils.httpx.get", get)
+    expected = directly(grounder, images[0], [RED])
+    sources = [
+        str(tmp_path / "scene.png"),
+        tmp_path / "scene.png",
+        "data:image/png;base64," + base64.b64encode(data).decode(),
+        "https://example.org/scene.png",
+    ]
+    check([grounder(source, RED, timeout=5.0) for source in sources], expected * 4, [RED] * 4)
+    assert asked == [("https://example.org/scene.png", 5.0)]
+
+    grounder = pipeline("visual-grounding", model=grounder.model, processor=grounder.processor, timeout=3.0)
+    grounder("https://example.org/scene.png", RED)
+    assert asked[1:] == [("https://example.org/scene.png", 3.0)]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_any_mode_of_image(grounder, images, mode):
+    image = images[0].convert(mode)
+    check([grounder(image, RED)], directly(grounder, image.convert("RGB"), [RED]), [RED])
+
+
+def test_boxes_are_of_the_upright_picture(grounder, images, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    images[0].save(tmp_path / "turned.png", exif=exif)
+    upright = images[0].transpose(Image.Transpose.ROTATE_270)
+    assert upright.size == (50, 100)
+    check([grounder(tmp_path / "turned.png", RED)], directly(grounder, upright, [RED]), [RED])
+
+
+# Many images
+
+
+def test_a_list_of_images(grounder, images):
+    both = [directly(grounder, image, [RED, GREEN]) for image in images]
+    texts = [[RED], GREEN, [GREEN, RED]]
+
+    first, second, third = grounder(images, texts)
+    check(first, both[0][:1], [RED])
+    check([second], both[1][1:], [GREEN])
+    check(third, both[2][::-1], [GREEN, RED])
+
+    check(grounder(images, RED), [boxes[0] for boxes in both], [RED] * 3)  # one for all
+    rows = [{"image": image, "text": text} for image, text in zip(images, texts, strict=True)]
+    assert grounder(rows) == grounder(tuple(rows)) == [first, second, third]
+    assert grounder([images[0]], [[RED]]) == [first]
+    assert grounder([], []) == grounder([]) == []
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_a_batch_equals_one_by_one(grounder, images, batch_size):
+    texts = [[RED], GREEN, [GREEN, RED]]
+    single = [grounder(image, text) for image, text in zip(images, texts, strict=True)]
+    first, second, third = grounder(images, texts, batch_size=batch_size)
+    for results, expected in ((first, single[0]), ([second], [single[1]]), (third, single[2])):
+        boxes = [list(result["box"].values()) for result in expected]
+        check(results, boxes, [result["text"] for result in expected])
+
+
+def test_each_image_is_encoded_once(grounder, images):
+    encoded = []
+    grounder.model.model.vision_model.register_forward_pre_hook(lambda _, arguments: encoded.append(len(arguments[0])))
+    grounder(images[0], [RED, GREEN] * 5)
+    assert encoded == [1]
+    encoded.clear()
+    grounder(images, [[RED, GREEN], [GREEN], [RED] * 4])
+    assert encoded == [1, 1, 1]
+    encoded.clear()
+    grounder(images, [[RED, GREEN], [GREEN], [RED] * 4], batch_size=2)
+    assert encoded == [2, 1]
+    encoded.clear()
+    by_default = pipeline("visual-grounding", model=grounder.model, processor=grounder.processor, batch_size=3)
+    by_default(images, RED)
+    assert encoded == [3]
+
+
+class Rows(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_generators_and_datasets_are_read_as_needed(grounder, images, batch_size):
+    from datasets import Dataset as HubDataset
+
+    rows = [{"image": image, "text": [RED, GREEN]} for image in images]
+    expected = grounder(rows)
+    read = []
+
+    def generate():
+        for row in rows:
+            read.append(row)
+            yield row
+
+    results = iter(grounder(generate(), batch_size=batch_size))
+    first = next(results)
+    assert len(read) <= batch_size + 1  # Pipeline looks at the first
+    found = {"generator": [first, *results]}
+    found["torch"] = grounder(Rows(rows), batch_size=batch_size)
+    found["datasets"] = list(grounder(HubDataset.from_list(rows), batch_size=batch_size))
+    found["worker"] = list(grounder(Rows(rows), batch_size=batch_size, num_workers=1))
+    assert len(found["torch"]) == 3 and len(list(found["torch"])) == len(list(found["torch"])) == 3
+
+    boxes = [[list(result["box"].values()) for result in results] for results in expected]
+    for results in found.values():
+        for image_results, image_boxes in zip(results, boxes, strict=True):
+            check(image_results, image_boxes, [RED, GREEN])
+
+
+# Models
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_a_saved_folder_by_its_name(grounder, folder, images, as_path):
+    loaded = pipeline("visual-grounding", model=folder if as_path else str(folder), device="cpu")
+    assert type(loaded) is VisualGroundingPipeline and type(loaded.model) is EpmVGForVisualGrounding
+    assert type(loaded.processor) is EpmVGProcessor and loaded.device.type == "cpu"
+    assert loaded(images[0], [RED, GREEN]) == grounder(images[0], [RED, GREEN])
+
+
+def test_a_saved_pipeline_is_a_folder_of_model_and_processor(grounder, images, tmp_path):
+    grounder.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py")) and "custom_pipelines" not in (tmp_path / "config.json").read_text()
+    loaded = pipeline("visual-grounding", model=str(tmp_path))
+    assert loaded.processor.max_text_length == 12
+    assert loaded(images[0], RED) == grounder(images[0], RED)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_dtype(grounder, folder, images, dtype):
+    loaded = pipeline("visual-grounding", model=str(folder), dtype=dtype, device="cpu")
+    assert loaded.dtype in (torch.bfloat16, torch.float16) and loaded.model.dtype == loaded.dtype
+    check(loaded(images[0], [RED, GREEN]), directly(loaded, images[0], [RED, GREEN]), [RED, GREEN])
+    boxes = [list(result["box"].values()) for result in grounder(images[0], [RED, GREEN])]
+    check(loaded(images[0], [RED, GREEN]), boxes, [RED, GREEN], tolerance=0.02)
+
+
+def test_the_pil_backend(grounder, folder, images):
+    processor = EpmVGProcessor.from_pretrained(folder, backend="pil")
+    assert isinstance(processor.image_processor, EpmVGImageProcessorPil)
+    pil = pipeline("visual-grounding", model=str(folder), processor=processor)
+    check(pil(images[0], [RED, GREEN]), directly(pil, images[0], [RED, GREEN]), [RED, GREEN])
+    assert len(pil(images, RED, batch_size=2)) == 3
+
+
+def test_a_model_just_trained_does_not_drop_out(images, processor):
+    model = tiny_model(dropout=0.5).train()
+    grounder = pipeline("visual-grounding", model=model, processor=processor)
+    assert grounder(images[0], RED) == grounder(images[0], RED)
+
+
+def test_a_compiled_model(grounder, images):
+    compiled = torch.compile(grounder.model, backend="eager")
+    around = pipeline("visual-grounding", model=compiled, processor=grounder.processor, device="cpu")
+    assert around.model is compiled
+    check(around(images[0], [RED, GREEN]), directly(grounder, images[0], [RED, GREEN]), [RED, GREEN])
+
+
+def test_a_model_with_adapters(grounder, images):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model(box_head="map"), peft.LoraConfig(target_modules=["query", "value"]))
+    around = pipeline("visual-grounding", model=adapted, processor=grounder.processor, device="cpu")
+    assert around.model is adapted
+    # Adapters start as zero.
+    check(around(images[0], [RED, GREEN]), directly(grounder, images[0], [RED, GREEN]), [RED, GREEN])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(grounder, folder, images):
+    on_gpu = pipeline("visual-grounding", model=str(folder), device="cuda:0")
+    assert on_gpu.model.device.type == "cuda"
+    texts = [[RED], GREEN, [GREEN, RED]]
+    expected = grounder(images, texts)
+    results = on_gpu(images, texts, batch_size=2)
+    for found, wanted in zip(results, expected, strict=True):
+        found, wanted = (item if isinstance(item, list) else [item] for item in (found, wanted))
+        boxes = [list(result["box"].values()) for result in wanted]
+        check(found, boxes, [result["text"] for result in wanted], tolerance=2e-3)  # TF32 convolutions
+
+
+# What it cannot do
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda image: (image,), "`text` is missing: expected what to look for in `image`, which is a value of type"),
+        (lambda image: ("scene.png",), "`text` is missing"),
+        (
+            lambda image: ([image, image],),
+            "Expected `text` beside `image`, or rows .*, but there is a value",
+        ),
+        (lambda image: ({"image": image, "expression": RED},), r"there is the keys \['expression', 'image'\]"),
+        (lambda image: (image, ""), "`text` of an image is '', expected an expression with words"),
+        (lambda image: (image, []), r"`text` of an image is \[\], expected"),
+        (lambda image: (image, [RED, " "]), "expected an expression with words or a list of at least one"),
+        (lambda image: (image, [[RED]]), "expected an expression with words or a list of at least one"),
+        (lambda image: (image, 3), "`text` of an image is 3, expected"),
+        (
+            lambda image: ([image, image], [[RED]]),
+            "For 2 images `text` must be .*, but there are 1; to look",
+        ),
+        (lambda image: ([image], {RED}), "but there are a value of type set"),
+        (lambda image: ("no/such.png", RED), r"`image` is 'no/such.png', which cannot be read \(ValueError\)"),
+        (lambda image: (np.zeros((4, 4, 3)), RED), "`image` is a value of type ndarray, which cannot be read"),
+        (lambda image: ({"image": image, "text": RED}, RED), "`image` is a value of type dict, which cannot be read"),
+    ],
+)
+def test_wrong_input_is_one_sentence(grounder, images, arguments, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        grounder(*arguments(images[0]))
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_a_page_that_is_no_image(grounder, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.image_utils.httpx.get", lambda *_, **__: SimpleNamespace(content=b"<html>404</html>")
+    )
+    with pytest.raises(ValueError, match=r"`image` is 'http://a.org/b.png', which cannot be read \(Unidentified"):
+        grounder("http://a.org/b.png", RED)
+
+
+def test_an_unknown_argument(grounder, images):
+    with pytest.raises(TypeError, match="threshold"):
+        grounder(images[0], RED, threshold=0.5)
+
+
+def test_a_model_or_processor_that_grounds_nothing(processor):
+    with pytest.raises(ValueError, match=r"but the model is a EpmVGModel and the processor a EpmVGProcessor\."):
+        pipeline("visual-grounding", model=EpmVGModel(tiny_config()), processor=processor)
+    with pytest.raises(ValueError, match="the processor a NoneType"):
+        VisualGroundingPipeline(model=tiny_model())
+    with pytest.raises(ValueError, match="the processor a BertTokenizer"):
+        VisualGroundingPipeline(model=tiny_model(), processor=processor.tokenizer)
+    with pytest.raises(ValueError, match="but the model is a str and"):
+        VisualGroundingPipeline(model="outputs/demo", processor=processor)
+
+
+# The example that uses it
+
+
+def test_predict(grounder, folder, images, tmp_path, monkeypatch, capsys):
+    images[0].save(tmp_path / "scene.png")
+    script = EXAMPLES / "predict.py"
+    output = tmp_path / "prediction.png"
+    arguments = [str(script), str(folder), str(tmp_path / "scene.png"), RED, GREEN, "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(script))
+    printed = [line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("the ")]
+    assert [expression for expression, _ in printed] == [RED, GREEN]
+    expected = directly(grounder, images[0], [RED, GREEN])
+    assert [json.loads(box) for _, box in printed] == [pytest.approx(box, abs=0.06) for box in expected]
+    assert Image.open(output).size[0] > 100

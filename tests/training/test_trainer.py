@@ -1,0 +1,392 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from epmvg_hf import (
+    EpmVGDataCollator,
+    EpmVGForVisualGrounding,
+    EpmVGProcessor,
+    EpmVGTrainer,
+    EpmVGTrainingArguments,
+    ImageGroups,
+    load_grounding_dataset,
+)
+from tests.fixtures.models import ONE_STEP, tiny_model
+from tests.fixtures.paths import DISTRIBUTED, ROOT
+
+
+@pytest.fixture
+def dataset():
+    return load_grounding_dataset("shapes", split="train", num_images=16)
+
+
+def _trainer(folder, processor, dataset, model=None, callbacks=None, **arguments) -> EpmVGTrainer:
+    defaults = {
+        **ONE_STEP,
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+    }
+    return EpmVGTrainer(
+        model=model or tiny_model(box_head="map"),
+        args=EpmVGTrainingArguments(**{**defaults, **arguments}),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+
+
+def _uneven(dataset):
+    """Drop rows so that images have between 1 and 8 expressions."""
+    keep, seen = [], {}
+    for row, image_id in enumerate(dataset["image_id"]):
+        seen[image_id] = seen.get(image_id, 0) + 1
+        if seen[image_id] <= 1 + hash(int(image_id[-6:])) * 5 % 8:
+            keep.append(row)
+    return dataset.select(keep)
+
+
+def test_accumulated_batches_equal_one_batch(tmp_path, processor, dataset):
+    """1 x 8 and 4 x 2: same loss, terms and gradient norm, though the small batches differ in expressions."""
+    dataset = _uneven(dataset).shard(2, 0, contiguous=True)
+    assert len(ImageGroups(dataset)) == 8
+
+    def first_log(**arguments):
+        # Batch norm would see other batches; everything else must not notice.
+        model = tiny_model(box_head="map", frozen_batch_norm=True)
+        trainer = _trainer(tmp_path, processor, dataset, model=model, **arguments)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    whole = first_log()
+    parts = first_log(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    for key in ("loss", "grad_norm", "loss_bbox", "loss_giou", "loss_map"):
+        assert whole[key] == pytest.approx(parts[key], rel=1e-5), key
+    assert whole["loss"] == pytest.approx(whole["loss_bbox"] + whole["loss_giou"] + whole["loss_map"], rel=1e-5)
+
+
+def test_evaluation_counts_every_row_once_in_dataset_order(tmp_path, processor, dataset):
+    dataset = _uneven(dataset).shuffle(seed=0)
+    trainer = _trainer(tmp_path, processor, dataset, per_device_eval_batch_size=3)
+    output = trainer.predict(dataset)
+    np.testing.assert_array_equal(output.label_ids, np.array(dataset["box"], np.float32))
+
+    # An independent loop, one row at a time.
+    model = trainer.model.eval()
+    collator = EpmVGDataCollator(processor)
+    expected = []
+    for row in dataset:
+        batch = collator([row])
+        batch.pop("boxes")
+        with torch.no_grad():
+            outputs = model(**batch)
+        expected.append(processor.post_process_grounding(outputs, batch)[0]["box"].numpy())
+    np.testing.assert_allclose(output.predictions, np.stack(expected), atol=1e-3)
+
+    metrics = trainer.evaluate()
+    assert {"eval_acc@0.5", "eval_acc@0.7", "eval_mean_iou", "eval_loss", "eval_loss_bbox", "eval_loss_map"} <= set(
+        metrics
+    )
+    assert metrics["eval_mean_iou"] == pytest.approx(output.metrics["test_mean_iou"])
+
+
+def test_streamed_rows_train_and_evaluate_alike(tmp_path, processor, dataset):
+    streamed = load_grounding_dataset("shapes", split="train", num_images=16, streaming=True)
+    model = tiny_model(box_head="map")
+    metrics = _trainer(tmp_path, processor, dataset, model=model).evaluate()
+    trainer = _trainer(tmp_path, processor, streamed, model=model)
+    streamed_metrics = trainer.evaluate()
+    for name in ("eval_acc@0.5", "eval_mean_iou", "eval_loss"):
+        assert streamed_metrics[name] == pytest.approx(metrics[name], rel=1e-5)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_stream_workers_lose_no_row(tmp_path, processor):
+    """Several shards, read by two workers that each count from 0."""
+    dataset = load_grounding_dataset("shapes", split="train", num_images=110)
+    streamed = load_grounding_dataset("shapes", split="train", num_images=110, streaming=True)
+    assert streamed.num_shards > 2
+    model = tiny_model(box_head="map")
+    whole = _trainer(tmp_path, processor, dataset, model=model).predict(dataset)
+    by_workers = _trainer(tmp_path, processor, dataset, model=model, dataloader_num_workers=2).predict(streamed)
+    assert len(by_workers.predictions) == len(dataset)
+    assert by_workers.metrics["test_mean_iou"] == pytest.approx(whole.metrics["test_mean_iou"], rel=1e-5)
+
+
+def test_several_evaluation_sets_with_persistent_workers(tmp_path, processor, dataset):
+    sets = {"a": dataset.select(range(40)), "b": dataset.select(range(64, 128))}
+    trainer = _trainer(tmp_path, processor, dataset, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    trainer.eval_dataset = sets
+    together = trainer.evaluate()
+    alone = _trainer(tmp_path, processor, dataset, model=trainer.model)
+    for name, part in sets.items():
+        expected = alone.evaluate(part)["eval_mean_iou"]
+        assert together[f"eval_{name}_mean_iou"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_without_boxes_are_predicted(tmp_path, processor, dataset):
+    trainer = _trainer(tmp_path, processor, dataset)
+    output = trainer.predict(dataset.remove_columns("box"))
+    np.testing.assert_allclose(output.predictions, trainer.predict(dataset).predictions, atol=1e-4)
+    assert output.label_ids is None and "test_acc@0.5" not in output.metrics
+
+
+def test_own_loss_function_is_refused(processor, dataset):
+    with pytest.raises(ValueError, match="takes no compute_loss_func"):
+        _arguments = EpmVGTrainingArguments(use_cpu=True)
+        EpmVGTrainer(tiny_model(), _arguments, processing_class=processor, compute_loss_func=lambda *_: 0)
+
+
+def test_learning_rates_per_part(tmp_path, processor, dataset):
+    trainer = _trainer(
+        tmp_path, processor, dataset, vision_learning_rate=1e-5, text_learning_rate=2e-5, weight_decay=0.1
+    )
+    trainer.create_optimizer()
+    rate_and_decay = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    named = dict(trainer.model.named_parameters())
+    assert set(rate_and_decay) == {id(parameter) for parameter in named.values()}
+    expected = {
+        "model.vision_model.embedder.embedder.convolution.weight": (1e-5, 0.1),
+        "model.encoder.layers.0.fc1.bias": (1e-5, 0.0),
+        "model.input_projection.weight": (1e-5, 0.1),
+        "model.text_model.encoder.layer.0.output.dense.weight": (2e-5, 0.1),
+        "model.text_projection.weight": (1e-3, 0.1),
+        "model.visual_projection.weight": (1e-3, 0.1),
+        "model.fusion.layers.0.self_attn_layer_norm.weight": (1e-3, 0.0),
+        "box_head.0.weight": (1e-3, 0.1),
+    }
+    assert {name: rate_and_decay[id(named[name])] for name in expected} == expected
+
+
+def test_backbones_freeze_for_the_first_epochs(tmp_path, processor, dataset):
+    class Snapshots(TrainerCallback):
+        states = ()
+
+        def on_epoch_end(self, args, state, control, model, **kwargs):
+            self.states += ({name: value.clone() for name, value in model.state_dict().items()},)
+
+    snapshots, model = Snapshots(), tiny_model(box_head="map")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    _trainer(
+        tmp_path, processor, dataset, model=model, callbacks=[snapshots],
+        max_steps=-1, num_train_epochs=2, freeze_backbone_epochs=1,
+    ).train()  # fmt: skip
+
+    def changed(before, after) -> set[str]:
+        return {
+            name.removeprefix("model.").split(".")[0] for name in before if not torch.equal(before[name], after[name])
+        }
+
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    first, second = snapshots.states
+    assert not {"vision_model", "text_model"} & changed(start, first)
+    assert {"fusion", "encoder", "reg_token", "box_head"} <= changed(start, first)
+    assert {"vision_model", "text_model"} <= changed(first, second)
+
+
+def test_frozen_parameters_are_never_trained(tmp_path, processor, dataset):
+    model = tiny_model(box_head="map")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    patterns = [r"vision_model\.(embedder|encoder\.stages\.0)\.", "text_model.*word_embeddings"]
+    trainer = _trainer(
+        tmp_path, processor, dataset, model=model, max_steps=-1, num_train_epochs=2, freeze_backbone_epochs=1,
+        weight_decay=0.1, frozen_parameters=patterns,
+    )  # fmt: skip
+    trainer.train()
+    unchanged = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert unchanged == {
+        name
+        for name in before
+        if name.startswith(("model.vision_model.embedder.", "model.vision_model.encoder.stages.0."))
+        and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    } | {"model.text_model.embeddings.word_embeddings.weight"}
+    with pytest.raises(ValueError, match="frozen_parameters has 'vison', which is found in no parameter's name"):
+        _trainer(tmp_path, processor, dataset, frozen_parameters=["vison"])
+
+
+class Rates(TrainerCallback):
+    """The learning rates of the text tower and of the rest, at each step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.rates.append(sorted({group["lr"] for group in optimizer.param_groups}))
+
+
+def _rates(tmp_path, processor, dataset, **arguments) -> list[list[float]]:
+    rates = Rates()
+    _trainer(
+        tmp_path, processor, dataset, callbacks=[rates], max_steps=-1, num_train_epochs=3, learning_rate=1e-2,
+        text_learning_rate=1e-3, **arguments,
+    ).train()  # fmt: skip
+    return rates.rates
+
+
+def test_learning_rates_drop_by_epochs(tmp_path, processor, dataset):
+    """Two steps an epoch; every part's rate alike."""
+    rates = _rates(tmp_path, processor, dataset, lr_drop_epochs=[1, 2], warmup_steps=1)
+    factors = [0, 1, 0.1, 0.1, 0.01, 0.01]
+    np.testing.assert_allclose(rates[1:], [[1e-3 * factor, 1e-2 * factor] for factor in factors[1:]])
+    assert rates[0] == [0]
+
+
+def test_learning_rates_follow_a_cosine(tmp_path, processor, dataset):
+    rates = _rates(tmp_path, processor, dataset, lr_scheduler_type="cosine")
+    factors = [(1 + np.cos(np.pi * step / 6)) / 2 for step in range(6)]
+    np.testing.assert_allclose(rates, [[1e-3 * factor, 1e-2 * factor] for factor in factors])
+
+
+def test_gradients_are_clipped_over_all_parts(tmp_path, processor, dataset):
+    model = tiny_model(box_head="map", frozen_batch_norm=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = _trainer(
+        tmp_path, processor, dataset, model=model, optim="sgd", learning_rate=1.0, max_grad_norm=0.01,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0.1
+    step = torch.cat([(value - before[name]).flatten() for name, value in model.state_dict().items()])
+    assert step.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_mixed_precision_trains_weights_in_float32(tmp_path, processor, dataset):
+    def first_log(**arguments):
+        model = tiny_model(box_head="map", frozen_batch_norm=True)
+        trainer = _trainer(tmp_path, processor, dataset, model=model, **arguments)
+        trainer.train()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        return trainer.state.log_history[0]
+
+    whole, mixed = first_log(), first_log(bf16=True)
+    assert mixed["loss"] != whole["loss"]
+    assert mixed["loss"] == pytest.approx(whole["loss"], rel=0.02)
+
+
+def test_training_stops_early(tmp_path, processor, dataset):
+    """On the validation metric, which a learning rate of 0 does not improve."""
+    trainer = _trainer(
+        tmp_path, processor, dataset, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)], max_steps=8,
+        learning_rate=0.0, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="acc@0.5", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.state.best_metric == trainer.evaluate()["eval_acc@0.5"]
+
+
+def test_a_batch_size_that_fits_is_found(tmp_path, processor, dataset):
+    """Images of a batch; the memory here is full with more than three."""
+    trainer = _trainer(tmp_path, processor, dataset, auto_find_batch_size=True, max_steps=-1, num_train_epochs=1)
+    sizes, compute_loss = [], trainer.compute_loss
+
+    def with_little_memory(model, inputs, **kwargs):
+        sizes.append(len(inputs["pixel_values"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = with_little_memory
+    trainer.train()
+    fitting = [size for size in sizes if size <= 3]
+    assert max(sizes) == 8 and max(fitting) >= 2 and sum(fitting) == 16
+    assert trainer.state.global_step == len(fitting)
+
+
+def test_best_checkpoint_is_kept_and_loads(tmp_path, processor, dataset):
+    trainer = _trainer(
+        tmp_path, processor, dataset, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="mean_iou",
+        greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    scores = [log["eval_mean_iou"] for log in trainer.state.log_history if "eval_mean_iou" in log]
+    assert len(scores) == 4 and trainer.state.best_metric == max(scores)
+    assert trainer.evaluate()["eval_mean_iou"] == pytest.approx(max(scores))
+
+    best = trainer.state.best_model_checkpoint
+    model = EpmVGForVisualGrounding.from_pretrained(best)
+    assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in model.state_dict().items())
+    assert EpmVGProcessor.from_pretrained(best).max_text_length == processor.max_text_length
+
+
+def test_resumed_training_is_bit_equal(tmp_path, processor, dataset):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "augment": True, "num_train_epochs": 2}
+    straight = _trainer(tmp_path / "a", processor, dataset, **arguments)
+    straight.train()
+    resumed = _trainer(tmp_path / "b", processor, dataset, model=tiny_model(seed=1, box_head="map"), **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_few_steps_learn(tmp_path, processor, dataset):
+    few = dataset.select(range(16))
+    trainer = _trainer(tmp_path, processor, few, max_steps=60, logging_steps=20, learning_rate=5e-3)
+    before = trainer.evaluate()["eval_mean_iou"]
+    trainer.train()
+    assert trainer.evaluate()["eval_mean_iou"] > before + 0.1
+
+
+def test_processor_is_needed(tmp_path):
+    with pytest.raises(ValueError, match="needs processing_class"):
+        EpmVGTrainer(tiny_model(), EpmVGTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_data_loader_workers_decode_images(processor, dataset):
+    loader = DataLoader(ImageGroups(dataset), batch_size=5, num_workers=1, collate_fn=EpmVGDataCollator(processor))
+    rows = torch.cat([batch["row_index"] for batch in loader])
+    assert rows.tolist() == list(range(len(dataset)))
+
+
+def _run(script: Path, folder: Path, processes: int, batch_size: int) -> dict:
+    command = [sys.executable, str(script), str(folder), str(batch_size)]
+    if processes > 1:
+        command[:1] = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        command[3:3] = ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Half the images on each of two processes, with other numbers of expressions: same loss, gradients, boxes."""
+    script = DISTRIBUTED / "training.py"
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    single, double = _run(script, one, processes=1, batch_size=4), _run(script, two, processes=2, batch_size=2)
+    assert double["processes"] == 2
+    for name in single["log"]:
+        assert double["log"][name] == pytest.approx(single["log"][name], rel=1e-4), name
+    # 5 images over 2 processes: one image is filled up, and no row is lost or doubled.
+    np.testing.assert_allclose(double["predictions"], single["predictions"], atol=1e-3)
+    np.testing.assert_array_equal(double["references"], single["references"])
+    for name in ("eval_acc@0.5", "eval_mean_iou"):
+        assert double["metrics"][name] == pytest.approx(single["metrics"][name], rel=1e-5)
+    # What is evaluated is what is saved, also of statistics that each process has of its own.
+    np.testing.assert_allclose(double["evaluated"], double["saved"], atol=1e-3)
+
+
+def test_two_processes_read_shards_of_a_stream_each(tmp_path):
+    """One process has more rows than the other: no row is lost, and neither waits for the other in training."""
+    result = _run(DISTRIBUTED / "stream.py", tmp_path, processes=2, batch_size=2)
+    assert result["step"] == 8
+    assert result["rows"] == [17, 17]
+    assert result["mean_iou"][0] == pytest.approx(result["mean_iou"][1], rel=1e-5)
