@@ -23,15 +23,18 @@ from epmvg_hf.model.patch_backbone import PatchBackbone
 from tests.fixtures.models import tiny_model, tiny_processor
 from tests.fixtures.towers import SIZES, save_text_tower, save_vision_tower
 
-# What no extra brings: neither training nor data nor metrics nor plots nor the teacher, and not torchvision either.
+# The libraries of the extras (training, data, metrics, plots, teachers) and torchvision, none of which inference
+# needs.
 OPTIONAL = "accelerate datasets evaluate gradio matplotlib open_clip pandas peft pyarrow scipy timm torchvision"
-HIDE = "import sys; sys.modules.update(dict.fromkeys({names!r}.split()))\n"  # None: an import fails, as if not there
+# A module that is None in `sys.modules` fails to import as if it were not installed.
+HIDE = "import sys; sys.modules.update(dict.fromkeys({names!r}.split()))\n"
 TEXTS = ["the red circle", "the dog on the left"]
 
 
 def run(code: str, tmp_path: Path, hidden: str = "") -> dict:
-    """What a fresh process prints last, as JSON; it finds none of the `hidden` libraries."""
-    # This process's own sys.path would bring the caches of shared code that libraries added to it.
+    """Runs code in another process, which cannot import the `hidden` libraries, and reads its last line as JSON."""
+    # Shared code is cached in HF_HOME, so every test has its own. The other process does not inherit `sys.path`
+    # either, to which transformers adds such caches.
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home")}
     command = [sys.executable, "-c", HIDE.format(names=hidden) + code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
@@ -48,10 +51,10 @@ def image(tmp_path) -> Image.Image:
 
 @pytest.fixture
 def with_code(monkeypatch):
-    """What is saved takes its code along."""
+    """Whatever the test saves is saved with its code."""
     classes = (EpmVGConfig, EpmVGModel, EpmVGForVisualGrounding, EpmVGProcessor)
     for cls in (*classes, EpmVGImageProcessor, EpmVGImageProcessorPil):
-        monkeypatch.setattr(cls, "_auto_class", None)  # put back after the test
+        monkeypatch.setattr(cls, "_auto_class", None)  # monkeypatch restores it after the test
     epmvg_hf.register_for_hub()
 
 
@@ -70,7 +73,7 @@ def save(model, processor, folder: Path) -> None:
 
 
 def from_towers(kind: str, folder: Path) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
-    """A model and a processor whose vision tower is our own backbone, and the towers in folders."""
+    """A model whose vision tower is a `PatchBackbone`, and its processor, made of towers that are saved in folders."""
     towers = save_vision_tower(kind, folder / "vision"), save_text_tower("bert", folder / "text")
     model = EpmVGForVisualGrounding.from_vision_text_pretrained(*towers, box_head="map", image_size=48, **SIZES)
     assert type(model.model.vision_model) is PatchBackbone
@@ -112,14 +115,14 @@ def test_the_auto_classes_need_no_trust(tmp_path):
     assert type(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")) is EpmVGImageProcessorPil
 
 
-def test_the_package_goes_before_shared_code(tmp_path, shared):
+def test_the_package_takes_precedence_over_shared_code(tmp_path, shared):
     assert type(AutoModel.from_pretrained(tmp_path / "model")) is EpmVGModel
     assert type(AutoProcessor.from_pretrained(tmp_path / "model")) is EpmVGProcessor
     assert type(AutoImageProcessor.from_pretrained(tmp_path / "model")) is EpmVGImageProcessor
 
 
-def test_without_registration_no_code_and_no_word_of_it_is_saved(tmp_path, shared, monkeypatch):
-    """Also of what was loaded from a folder with code: its file names would point at nothing."""
+def test_without_registration_neither_code_nor_auto_map_is_saved(tmp_path, shared, monkeypatch):
+    """Not even if it was loaded from a folder with code, whose file names would then point at nothing."""
     for cls in (EpmVGConfig, EpmVGForVisualGrounding, EpmVGProcessor, EpmVGImageProcessor):
         monkeypatch.setattr(cls, "_auto_class", None)
     EpmVGForVisualGrounding.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
@@ -188,8 +191,8 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize(("kind", "missing"), [("clip", ""), ("vit", OPTIONAL)], ids=["clip", "vit"])
-def test_code_with_our_own_backbone_loads_where_the_package_is_not(tmp_path, with_code, image, kind, missing):
-    """Where torchvision is not either, the pixels are PIL's."""
+def test_code_with_a_patch_backbone_loads_where_the_package_is_not(tmp_path, with_code, image, kind, missing):
+    """Without torchvision the image processor is the one that works with PIL."""
     model, processor = from_towers(kind, tmp_path)
     save(model, processor, tmp_path)
     found = run(SHARED_CODE + TOWERS, tmp_path, hidden=f"epmvg_hf {missing}")
@@ -232,7 +235,8 @@ print(json.dumps({
     found = found["modules"]
     first, second, again, *package = (model for model, _, _ in found)
     assert first == again != second and package == ["epmvg_hf.model"] * 2
-    # transformers takes the code of config and model apart, so the backbone comes with the config.
+    # transformers loads the code of the config and of the model into different modules. The class of the backbone is
+    # looked up by its config, so it comes from the module of the config.
     configs, backbones = ([three[part] for three in found] for part in (1, 2))
     assert backbones == configs and configs[3:] == package and configs[0] != configs[1]
 
@@ -283,7 +287,7 @@ print(json.dumps({
     train = 'pip install "epmvg_hf[train]"'
     missing = {name: sentence for name, sentence in found["lazy"].items() if sentence is not None}
     assert missing == {
-        "EpmVGDataCollator": f"EpmVGDataCollator needs datasets: {train}",
+        "EpmVGDataCollator": f"EpmVGDataCollator needs torchvision: {train}",
         "EpmVGTrainer": f"EpmVGTrainer needs accelerate: {train}",
         "GroundingAccuracy": f"GroundingAccuracy needs datasets: {train}",
         "GroundingAugmentation": f"GroundingAugmentation needs torchvision: {train}",

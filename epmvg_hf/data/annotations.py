@@ -1,14 +1,13 @@
-"""What every annotation format is turned into: an image with expressions and boxes in one convention."""
+"""What every reader makes of its annotation format: images with expressions and boxes in one convention."""
 
 import math
 import reprlib
 from dataclasses import dataclass
 from typing import Any
 
-# How far a box may stick out of its image, in pixels: COCO's polygons are rounded. Such a box is cut to the image.
-MAX_OVERHANG = 1.0
+from ..model.letterbox import MAX_OVERHANG
 
-MAX_COORDINATE = 1e9  # beyond any image; JSON and pickles have integers beyond the range of floats
+MAX_COORDINATE = 1e9  # larger than any image; JSON and pickles can hold integers that no float can
 
 
 @dataclass
@@ -17,14 +16,15 @@ class AnnotatedImage:
     One image and its expressions, as an annotation file has them.
 
     Args:
-        name (`str`): of the image file, where the benchmark keeps its images.
-        image_id (`str`): the same in every format of the benchmark, and for all expressions of one image.
+        name (`str`): The name of the image file in the benchmark's folder of images.
+        image_id (`str`): An id that is the same in every format of the benchmark.
         size (`tuple[int, int]` or `None`):
-            Width and height of the image that the boxes are for, if it may have been stored at another size.
+            Width and height in pixels of the image that the boxes were drawn on. Needed only where the image file may
+            have another size; boxes are then scaled to it.
         rows (`list[dict[str, Any]]`):
-            `expression` (`str`), `box` (xyxy float pixels, 0-based and half-open, or `None` where nobody drew one),
-            `where` (file and row, for error messages) and the columns of the format, of which `boxes` are in the same
-            pixels.
+            One dict per expression with `expression` (`str`), `box` (xyxy float pixels, 0-based and half-open, or
+            `None` where there is none), `where` (file and row, for error messages), and the other columns of the
+            format, among which `boxes` is a list of boxes like `box`.
     """
 
     name: str
@@ -37,21 +37,22 @@ def place_rows(
     annotated: AnnotatedImage, stored_size: tuple[int, int] | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """
-    Boxes in pixels of the image as stored, and a sentence for each expression that cannot be used.
+    Checks the rows of an image, and scales and cuts their boxes to the image file.
 
     Args:
-        annotated ([`AnnotatedImage`]): the image.
-        stored_size (`tuple[int, int]` or `None`): width and height of the file; `None` if there is none.
+        annotated ([`AnnotatedImage`]): The image.
+        stored_size (`tuple[int, int]` or `None`): Width and height of the image file in pixels, if there is one.
 
     Returns:
-        `tuple`: The usable rows without `where`, and what is wrong with the others. A box beyond the image means that
-        the image is another than the one the boxes are for, so then no row of it is usable.
+        `tuple`: The usable rows, without `where` and with boxes in pixels of the image file, and a sentence for each
+        other row. If one box reaches beyond the image by more than `MAX_OVERHANG` pixels, the file is probably not
+        the image that the boxes were drawn on, so none of its rows is usable.
     """
     if not annotated.rows:
         return [], []
     if (problem := _problem_with_size(annotated, stored_size)) is not None:
         return [], [f"{annotated.rows[0]['where']}: {problem}."]
-    size = annotated.size or stored_size or (math.inf, math.inf)  # what the boxes are for
+    size = annotated.size or stored_size or (math.inf, math.inf)  # of the image that the boxes were drawn on
     limits = stored_size or size
     scale = (limits[0] / size[0], limits[1] / size[1]) if annotated.size else (1.0, 1.0)
     rows, problems, beyond = [], [], False
@@ -76,17 +77,17 @@ def place_rows(
 
 
 def is_box(value: Any) -> bool:
-    """Whether a value from a file is a list or tuple of four coordinates, in whatever convention."""
+    """Whether a value from a file is a list or tuple of four finite numbers, in whatever convention for boxes."""
     return isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_coordinate, value))
 
 
 def _problem_with_size(annotated: AnnotatedImage, stored_size: tuple[int, int] | None) -> str | None:
-    """What is wrong with the size that the boxes are for, if anything."""
+    """What is wrong with the size of the image that the boxes were drawn on, if anything."""
     if annotated.size is None:
         return None
     if not all(_is_coordinate(value) and value > 0 for value in annotated.size):
         return f"the size of {annotated.name} is {reprlib.repr(annotated.size)}, expected its width and height"
-    if stored_size and _is_turned(stored_size, annotated.size):
+    if stored_size and _is_quarter_turned(stored_size, annotated.size):
         return (
             f"the image {annotated.name} has {stored_size[0]} x {stored_size[1]} pixels, "
             f"expected {annotated.size[0]} x {annotated.size[1]}, not turned"
@@ -95,7 +96,7 @@ def _problem_with_size(annotated: AnnotatedImage, stored_size: tuple[int, int] |
 
 
 def _problem_with(expression: Any, box: Any) -> str | None:
-    """What is wrong with an expression or box whatever the image, if anything."""
+    """What is wrong with an expression or a box, whatever the image is, if anything."""
     if not _has_words(expression):
         return f"the expression is {reprlib.repr(expression)}, expected words"
     if box is None:
@@ -114,7 +115,7 @@ def _has_words(expression: Any) -> bool:
         return False
     try:
         expression.encode()
-    except UnicodeEncodeError:  # JSON can say half a character, a lone surrogate; Arrow cannot keep it
+    except UnicodeEncodeError:  # JSON can hold half a character (a lone surrogate), but Arrow cannot store it
         return False
     return True
 
@@ -123,8 +124,8 @@ def _is_coordinate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
 
 
-def _is_turned(size: tuple[int, int], expected: tuple[int, int]) -> bool:
-    """Whether a size is nearer to the expected one after a quarter turn; for squares nobody can tell."""
+def _is_quarter_turned(size: tuple[int, int], expected: tuple[int, int]) -> bool:
+    """Whether an image's aspect ratio fits clearly better after a quarter turn, which squares never do."""
     shape, expected_shape = (math.log(width / height) for width, height in (size, expected))
     return abs(shape + expected_shape) + 0.1 < abs(shape - expected_shape)
 
@@ -136,7 +137,7 @@ def _sticks_out(box: list[float], size: tuple[float, float]) -> bool:
 
 
 def _place(box: list[float], scale: tuple[float, float], limits: tuple[float, float]) -> list[float]:
-    """The box in other pixels, cut to the image."""
+    """Scales a box to the pixels of the image file and cuts it to that image."""
     return [float(min(max(value * scale[axis % 2], 0.0), limits[axis % 2])) for axis, value in enumerate(box)]
 
 

@@ -1,6 +1,7 @@
 """
-What a shared model needs: configuration, model, processors, geometry, losses, pretrained towers, pipeline, conversion.
+All that inference needs, and all that travels with a model that is shared with its code: configuration, model, losses,
+processors and their geometry, pretrained towers, the pipeline and the conversion of TransVG's checkpoints.
 
-Modules of this folder import each other only, never another folder of the package: transformers copies them, without
-folders, into the repository of a model that is shared with its code.
+The modules of this folder import only each other, by `from .module import name`. transformers follows such imports
+when it copies the code of a shared model, and it copies all files into one folder.
 """

@@ -30,57 +30,58 @@ class EpmVGConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a ResNet-50 with its last stage):
-            Vision backbone, any configuration that `AutoBackbone` accepts. Several feature maps (`out_features`) are
-            averaged to the cells of the last one and concatenated.
+            Vision backbone: any configuration that `AutoBackbone` accepts. If it has several feature maps
+            (`out_features`), they are averaged to the cells of the last one and concatenated.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BERT-base):
-            Text tower, any configuration that `AutoModel` turns into a text encoder (`input_ids` to
-            `last_hidden_state`; no encoder-decoder).
+            Text tower: any configuration for which `AutoModel` gives a text encoder, which turns `input_ids` into a
+            `last_hidden_state` and is not an encoder-decoder.
         backbone_stride (`int`, *optional*, defaults to 32):
-            Pixels per cell of the backbone's last feature map. With `image_size` it sets the number of visual rows
-            of the position table.
+            Pixels per cell of the backbone's last feature map. Together with `image_size` it gives the number of
+            visual tokens, each of which has a row in the position table.
         d_model (`int`, *optional*, defaults to 256):
             Width of the visual encoder and of the fusion transformer.
         encoder_layers (`int`, *optional*, defaults to 6):
-            Layers of the DETR encoder behind the vision backbone; 0 leaves it out.
+            Layers of the DETR encoder that follows the vision backbone; with 0 there is none.
         encoder_attention_heads (`int`, *optional*, defaults to 8):
             Attention heads of the visual encoder.
         encoder_ffn_dim (`int`, *optional*, defaults to 2048):
             Feed-forward width of the visual encoder.
         fusion_layers (`int`, *optional*, defaults to 6):
-            Layers of the fusion transformer over `[REG] . text . visual`.
+            Layers of the fusion transformer over `[REG]`, text tokens and visual tokens.
         fusion_attention_heads (`int`, *optional*, defaults to 8):
             Attention heads of the fusion transformer.
         fusion_ffn_dim (`int`, *optional*, defaults to 2048):
             Feed-forward width of the fusion transformer.
         activation_function (`str`, *optional*, defaults to `"relu"`):
-            Activation in the feed-forward layers.
+            Activation of the feed-forward layers.
         dropout (`float`, *optional*, defaults to 0.1):
-            Dropout of both transformers: attention weights, feed-forward activations and residual branches.
+            Dropout in both transformers, applied to attention weights, feed-forward activations and residual branches.
         image_size (`int`, *optional*, defaults to 640):
-            Side in pixels of the square canvas. Other canvas sizes work too: the visual rows of the position table
-            are then interpolated.
+            Side of the square canvas in pixels. The model also accepts other canvases, for which it interpolates the
+            visual rows of the position table.
         max_text_length (`int`, *optional*, defaults to 20):
-            Largest number of text tokens, special tokens included.
+            Largest number of text tokens per expression, special tokens included.
         box_head (`str`, *optional*, defaults to `"reg"`):
-            `"reg"` regresses the box from the `[REG]` token (TransVG). `"map"` takes the box's centre from a
-            sharpened soft-argmax over the consistency map plus a bounded offset, which converges much faster.
+            `"reg"` regresses the box from the state of the `[REG]` token, as TransVG does. `"map"` takes the centre of
+            the box from a sharpened soft-argmax over the consistency map plus a bounded offset, which converges much
+            faster.
         frozen_batch_norm (`bool`, *optional*, defaults to `True`):
-            Whether the batch norms of the vision backbone keep their statistics and weights, as in DETR and TransVG.
-            Set it to `False` for a backbone that is trained from scratch.
+            Whether the batch norms of the vision backbone keep their statistics and weights in training, as in DETR
+            and TransVG. Set it to `False` for a backbone that is trained from scratch.
         bbox_loss_coefficient (`float`, *optional*, defaults to 1.0):
             Weight of the L1 loss.
         giou_loss_coefficient (`float`, *optional*, defaults to 1.0):
             Weight of the generalized IoU loss.
         map_loss_coefficient (`float`, *optional*, defaults to 1.0):
-            Weight of the loss that draws the consistency map into the box; only used with `box_head="map"`.
+            Weight of the loss that draws the consistency map into the box; only with `box_head="map"`.
         teacher_projection_dim (`int`, *optional*):
-            Width of the teacher's image-text space. When given, the model has the two projections whose outputs
-            `image_embeds` and `text_embeds` are compared with the teacher in training.
+            Width of the teacher's image-text space. If it is given, the model has two projections into that space,
+            whose outputs `image_embeds` and `text_embeds` are compared with the teacher's in training.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation for the weights that are not Xavier initialised.
+            Standard deviation of new weights, except those that are Xavier initialised.
 
     Raises:
-        `huggingface_hub.errors.StrictDataclassError`: a setting is of the wrong type, or no model can have it.
+        `huggingface_hub.errors.StrictDataclassError`: a setting has the wrong type, or a value that no model can have.
 
     Example:
 
@@ -130,7 +131,8 @@ class EpmVGConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         backbone = self.backbone_config
         if isinstance(backbone, dict) and backbone.get("model_type") == PatchBackboneConfig.model_type:
-            # Not by name from AutoConfig: two folders with shared code would take each other's class.
+            # AutoConfig looks classes up by name. If two folders with shared code were loaded, one would get the class
+            # of the other.
             self.backbone_config = PatchBackboneConfig(**backbone)
         super().__post_init__(**kwargs)
 
@@ -142,7 +144,7 @@ class EpmVGConfig(PreTrainedConfig):
             if self.d_model % getattr(self, heads):
                 raise ValueError(f"d_model ({self.d_model}) is not a multiple of {heads} ({getattr(self, heads)})")
         if self.d_model % 4:
-            # Sine positions give each axis d_model / 2 channels, half of them sines and half cosines.
+            # Sine positions have d_model / 2 channels for each axis, one half of them sines and the other cosines.
             raise ValueError(f"d_model ({self.d_model}) is not a multiple of 4")
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of the original TransVG (djiajunustc/TransVG), as the model that returns the same boxes."""
+"""Converts a checkpoint of the original TransVG (djiajunustc/TransVG) to a model that returns the same boxes."""
 
 import argparse
 import re
@@ -12,17 +12,18 @@ from transformers.initialization import no_init_weights
 
 from .configuration_epmvg import EpmVGConfig
 from .modeling_epmvg import EpmVGForVisualGrounding
+from .pretrained_towers import list_first
 
 _RESNET = "visumodel.backbone.0.body"
 _BERT = "textmodel.bert"
 _ENCODER = "visumodel.transformer.encoder"
 _FUSION = "vl_transformer.encoder"
 
-# Our names, from their beginning, and what TransVG calls them; all that fit are applied, in this order.
+# How names of this model's tensors become TransVG's. All patterns are applied to each name, in this order.
 _ORIGINAL_NAMES = (
     (r"^model\.vision_model\.embedder\.embedder\.convolution\.", f"{_RESNET}.conv1."),
     (r"^model\.vision_model\.embedder\.embedder\.normalization\.", f"{_RESNET}.bn1."),
-    # Stages and the convolutions of a block count from 0 here and from 1 there.
+    # Stages, and the convolutions of a block, are numbered from 0 in transformers and from 1 in TransVG.
     (r"^model\.vision_model\.encoder\.stages\.(\d+)\.layers\.", lambda match: f"{_RESNET}.layer{int(match[1]) + 1}."),
     (r"\.shortcut\.convolution\.", ".downsample.0."),
     (r"\.shortcut\.normalization\.", ".downsample.1."),
@@ -31,7 +32,7 @@ _ORIGINAL_NAMES = (
     (r"^model\.input_projection\.", "visumodel.input_proj."),
     (r"^model\.encoder\.", f"{_ENCODER}."),
     (r"^model\.fusion\.", f"{_FUSION}."),
-    # One matrix and one bias for all three.
+    # TransVG has one matrix and one bias for queries, keys and values.
     (r"\.self_attn\.[qkv]_proj\.", ".self_attn.in_proj_"),
     (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
     (r"\.self_attn_layer_norm\.", ".norm1."),
@@ -45,42 +46,43 @@ _ORIGINAL_NAMES = (
     (r"^box_head\.(\d+)\.", lambda match: f"bbox_embed.layers.{int(match[1]) // 2}."),
 )
 
-# Tensors that a checkpoint may hold, no box depends on, and this model does not have.
+# Tensors that a checkpoint may hold, that no box depends on, and that this model does not have; with the reasons.
 _UNUSED = {
-    rf"{_RESNET}\.(.+\.)?(bn\d|downsample\.1)\.num_batches_tracked": "a counter that frozen batch norms do not read",
-    rf"{_BERT}\.embeddings\.position_ids": "the constant 0, 1, 2, ... of the version of BERT",
-    rf"{_BERT}\.pooler\.dense\.(weight|bias)": "TransVG reads the states of BERT's tokens, not the pooled one",
+    rf"{_RESNET}\.(.+\.)?(bn\d|downsample\.1)\.num_batches_tracked": "frozen batch norms do not read this counter",
+    rf"{_BERT}\.embeddings\.position_ids": "it is the constant 0, 1, 2, ..., which some versions of BERT save",
+    rf"{_BERT}\.pooler\.dense\.(weight|bias)": "TransVG reads the states of BERT's tokens, not the pooled state",
 }
 
-# What TransVG's train.py saves next to the weights.
+# What TransVG's train.py saves along with the weights.
 _TRAINING_STATE = ("args", "epoch", "lr_scheduler", "optimizer", "val_accu")
 
-# TransVG's defaults, for what is neither in the tensors nor in the saved arguments.
+# TransVG's defaults, for settings that are neither in the tensors nor in the saved arguments.
 _ATTENTION_HEADS = 8
 _IMAGE_SIZE = 640
-# 40 for RefCOCOg, 20 for all else; no other was published, and beyond the largest no one has gone.
+# TransVG uses 40 tokens for RefCOCOg and 20 for the other benchmarks.
 _PUBLISHED_TEXT_LENGTHS = (20, 40)
+# More tokens than this are taken as a sign that the canvas is not of the default size.
 _LARGEST_TEXT_LENGTH = 128
 _STRIDE = 32
-# Of all published BERTs.
+# BERT checkpoints all use 64 channels per attention head, which a state dict does not tell.
 _BERT_HEAD_DIM = 64
 
 
 def read_transvg_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
     """
-    Reads a checkpoint. No file can make it run code: beside tensors and plain Python values, the one class that is
-    let in is `argparse.Namespace`, in which TransVG saves its arguments and which only holds attributes.
+    Reads a checkpoint. No file can make it run code: a checkpoint may hold tensors, plain Python values, and the one
+    class `argparse.Namespace`, which only holds attributes. TransVG saves its arguments as one.
 
     Args:
-        path (`str` or `Path`): a file that TransVG's `train.py` saved, or that holds its state dict alone.
+        path (`str` or `Path`): a file that TransVG's `train.py` saved, or a file of its state dict alone.
 
     Returns:
-        `tuple`: the tensors, without `module.` before their names; TransVG's arguments, empty if they were not saved;
-        and the reason for each other entry of the file why it is not used.
+        `tuple`: the tensors, whose names do not begin with `module.`; TransVG's arguments, empty if they were not
+        saved; and for each other entry of the file the reason why it is not used.
 
     Raises:
-        `OSError`: There is no such file.
-        `ValueError`: It could run code, or it holds something unknown.
+        OSError: there is no such file.
+        ValueError: it is damaged, could run code, or holds something unknown.
 
     Example:
 
@@ -94,13 +96,13 @@ def read_transvg_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], 
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        raise ValueError(f"{path} is no checkpoint of TransVG, which are files .pth.")
+        raise ValueError(f"{path} is not a checkpoint of TransVG: those are .pth files.")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights {path}.")
+        raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own message would tell how to run the code
+    except Exception as error:  # torch's own message explains how to run the code nevertheless
         raise ValueError(f"{path} is damaged or holds more than tensors, such as code, and is not loaded.") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of tensors.")
@@ -111,21 +113,21 @@ def read_transvg_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], 
         others = {name: value for name, value in checkpoint.items() if name != "model"}
     unknown = [str(name) for name in others if name not in _TRAINING_STATE]
     if unknown:
-        raise ValueError(f"{path} holds entries that TransVG does not save: {_some(unknown)}.")
+        raise ValueError(f"{path} holds entries that TransVG does not save: {list_first(unknown)}.")
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise ValueError(f'"model" in {path} is not a dictionary of tensors.')
     no_tensors = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if no_tensors:
-        raise ValueError(f"{path} holds entries that are not tensors: {_some(no_tensors)}.")
+        raise ValueError(f"{path} holds entries that are not tensors: {list_first(no_tensors)}.")
 
-    # As saved from a model that DistributedDataParallel wraps.
+    # The names begin with "module." if DistributedDataParallel wrapped the model when it was saved.
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     saved_args = others.get("args")
     args = vars(saved_args) if isinstance(saved_args, argparse.Namespace) else {}
-    reasons = dict.fromkeys(others, "the state of training, not weights")
+    reasons = dict.fromkeys(others, "it is the state of training, not weights")
     if args:
-        reasons["args"] = "read for what the tensors do not tell, such as the numbers of attention heads"
+        reasons["args"] = "it is only read for what the tensors do not tell, such as the numbers of attention heads"
     return tensors, args, reasons
 
 
@@ -133,20 +135,21 @@ def convert_transvg(
     tensors: dict[str, torch.Tensor], args: dict[str, Any] | None = None, image_size: int | None = None
 ) -> tuple[EpmVGForVisualGrounding, dict[str, str]]:
     """
-    The model that returns the boxes of a TransVG with these tensors, in float32 and evaluation mode.
+    Makes the model that returns the boxes of a TransVG with these tensors.
 
     Args:
         tensors (`dict[str, torch.Tensor]`): TransVG's state dict. All sizes are read from it.
-        args (`dict`, *optional*): TransVG's arguments, for what the tensors do not tell: the numbers of heads (without
-            it TransVG's defaults), the image size, and which of BERT's layers is the last one (without it the last).
-        image_size (`int`, *optional*): side of the canvas in pixels, where `args` do not have it and it is not 640.
+        args (`dict`, *optional*): TransVG's arguments, for what the tensors do not tell: the numbers of attention
+            heads, the image size, and how many of BERT's layers are used. By default these are TransVG's defaults and
+            all layers.
+        image_size (`int`, *optional*): side of the canvas in pixels, if it is not 640 and not among `args`.
 
     Returns:
-        `tuple`: the model, and for each tensor that is not in it the reason.
+        `tuple`: the model, in float32 and evaluation mode, and for each unused tensor the reason why it is not used.
 
     Raises:
-        `ValueError`: A tensor is missing, unknown, of the wrong shape or not of floating point, TransVG's arguments
-            ask for what this model does not do, or the image size is not known.
+        ValueError: a tensor is missing, unknown, of the wrong shape or not of floating point; TransVG's arguments ask
+            for something that this model does not do; or the image size cannot be told.
 
     Example:
 
@@ -161,11 +164,11 @@ def convert_transvg(
     ```
     """
     try:
-        config = transvg_config(tensors, args or {}, image_size)
+        config = _read_config(tensors, args or {}, image_size)
     except StrictDataclassError as error:
         raise ValueError(f"no TransVG has the sizes of these tensors: {error.__cause__}.") from error
-    unused = _unused(tensors, config)
-    # Every value comes from the file, so none need be drawn.
+    unused = _find_unused(tensors, config)
+    # All weights are replaced by those of the file, so drawing new ones would be a waste of time.
     with no_init_weights():
         model = EpmVGForVisualGrounding(config).eval()
     weights = model.state_dict()
@@ -179,36 +182,34 @@ def convert_transvg(
         if name == "model.reg_token":
             whole = (1, *expected)
         if tuple(value.shape) != tuple(whole):
-            raise ValueError(f"{original} has the shape {tuple(value.shape)}, not {tuple(whole)} as the others imply.")
+            raise ValueError(
+                f"{original} has the shape {tuple(value.shape)}, not {tuple(whole)}, as other tensors imply."
+            )
         if not value.is_floating_point():
-            raise ValueError(f"{original} holds {value.dtype}, not numbers of floating point.")
+            raise ValueError(f"{original} holds {value.dtype}, expected floating point numbers.")
         weights[name] = value.chunk(3)["qkv".index(part[1])] if part else value.reshape(expected)
     model.load_state_dict(weights, strict=True)
     return model, unused
 
 
-def transvg_config(
-    tensors: dict[str, torch.Tensor], args: dict[str, Any], image_size: int | None = None
-) -> EpmVGConfig:
-    """
-    The configuration of the model that has the sizes of these tensors; of tensors that are missing, TransVG's own.
-
-    Raises:
-        `ValueError`: As in [`convert_transvg`].
-    """
+def _read_config(tensors: dict[str, torch.Tensor], args: dict[str, Any], image_size: int | None) -> EpmVGConfig:
+    """The configuration of the model that has the sizes of these tensors, see [`convert_transvg`]."""
 
     def size(name: str, axis: int, default: int) -> int:
-        # What is missing is told later, with the names that are unknown: it may have been renamed.
+        # A missing tensor is no error yet: `_check_names` will name it along with unknown ones, since it may have been
+        # renamed. Until then TransVG's own size stands in.
         return tensors[name].shape[axis] if name in tensors and tensors[name].ndim > axis else default
 
     if args.get("dilation"):
-        raise ValueError("this TransVG has a dilated ResNet (--dilation), which the backbones of transformers lack.")
+        raise ValueError("this TransVG has a dilated ResNet (--dilation), which transformers does not have.")
     bert_layers = _setting(args, "bert_enc_num", max(1, _count(tensors, rf"{_BERT}\.encoder\.layer")))
     if bert_layers < 1:
         raise ValueError("this TransVG reads BERT's word embeddings alone (--bert_enc_num 0), which is not supported.")
     hidden_size = size(f"{_BERT}.embeddings.word_embeddings.weight", 1, 768)
     if hidden_size % _BERT_HEAD_DIM:
-        raise ValueError(f"BERT is {hidden_size} wide, which is no multiple of {_BERT_HEAD_DIM}, the width of a head.")
+        raise ValueError(
+            f"BERT is {hidden_size} wide, which is not a multiple of {_BERT_HEAD_DIM}, the width of a head."
+        )
     image_size, max_text_length = _image_and_text(size("vl_pos_embed.weight", 0, 421), args, image_size)
 
     stages = range(1, 5)
@@ -246,7 +247,8 @@ def transvg_config(
 
 def _image_and_text(rows: int, args: dict[str, Any], image_size: int | None) -> tuple[int, int]:
     """
-    Image size and text length, which the rows of `vl_pos_embed` tell together: `[REG]`, the tokens, the square grid.
+    The image size and the text length. Together they give the number of rows of `vl_pos_embed`, which are one for
+    `[REG]`, one for each token, and one for each cell of the square grid.
     """
 
     def tokens(size: int) -> int:
@@ -264,7 +266,7 @@ def _image_and_text(rows: int, args: dict[str, Any], image_size: int | None) -> 
     if image_size < 1 or image_size % _STRIDE:
         raise ValueError(f"image_size is {image_size}, not a multiple of {_STRIDE}, the pixels of a cell.")
     length = tokens(image_size)
-    # [CLS], a word and [SEP].
+    # The shortest text is [CLS], one word and [SEP].
     if length < 3 or length != _setting(args, "max_query_len", length):
         raise ValueError(
             f"vl_pos_embed has {rows} rows, which leaves {length} tokens for text beside [REG] and the grid of "
@@ -281,11 +283,15 @@ def _setting(args: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def _count(tensors: dict[str, torch.Tensor], stem: str) -> int:
-    """How many layers there are; if their numbers have a gap, tensors of the missing ones will be asked for."""
+    """
+    The number of layers whose names begin with `stem`. If their numbers have a gap, the tensors of the last layers
+    will be reported as missing or unexpected.
+    """
     return len({match[1] for name in tensors if (match := re.match(rf"{stem}\.(\d+)\.", name))})
 
 
-def _unused(tensors: dict[str, torch.Tensor], config: EpmVGConfig) -> dict[str, str]:
+def _find_unused(tensors: dict[str, torch.Tensor], config: EpmVGConfig) -> dict[str, str]:
+    """The tensors that no box depends on, each with the reason."""
     unused = {}
     bert: PreTrainedConfig = config.text_config
     layers = bert.num_hidden_layers
@@ -306,11 +312,7 @@ def _original_name(name: str) -> str:
 
 
 def _check_names(tensors: dict[str, torch.Tensor], expected: set[str], unused: dict[str, str]) -> None:
-    wrong = {"missing": expected - tensors.keys(), "unexpected": tensors.keys() - expected - unused.keys()}
-    if any(wrong.values()):
-        told = "; ".join(f"{kind}: {_some(sorted(names))}" for kind, names in wrong.items() if names)
-        raise ValueError(f"these are not the tensors of a TransVG ({told}).")
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    problems = {"missing": expected - tensors.keys(), "unexpected": tensors.keys() - expected - unused.keys()}
+    if any(problems.values()):
+        found = "; ".join(f"{kind}: {list_first(sorted(names))}" for kind, names in problems.items() if names)
+        raise ValueError(f"these are not the tensors of a TransVG ({found}).")

@@ -35,11 +35,11 @@ from .letterbox import Letterbox
 class EpmVGImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
     r"""
     pad_offset (`float`, *optional*, defaults to 0.5):
-        Share of the free canvas that lies before the picture, in both directions: 0.0 puts it into the top-left
-        corner, 0.5 into the centre.
+        Share of the free canvas that lies above and left of the picture: 0.0 puts it into the top-left corner, 0.5
+        into the centre.
     placements (`list[tuple[int, float, float]]`, *optional*):
-        For a call only, one for each image: longer side of the picture in canvas pixels, share of the free height
-        above it, share of the free width left of it. Training uses it for random scale and translation.
+        A place for each image of this call: the longer side of the picture in canvas pixels, the share of the free
+        height above it, and the share of the free width left of it. Training draws them at random.
     """
 
     pad_offset: float | int | None
@@ -47,9 +47,9 @@ class EpmVGImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
 
 
 class EpmVGImageProcessorMixin(BaseImageProcessor):
-    """Settings and geometry that both backends share."""
+    """The settings and the geometry of both backends."""
 
-    model_input_names = ["pixel_values", "pixel_mask", "original_sizes"]  # noqa: RUF012
+    model_input_names = ["pixel_values", "pixel_mask", "original_sizes", "letterbox"]  # noqa: RUF012
 
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
@@ -63,7 +63,7 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
     pad_offset = 0.5
 
     def _standardize_kwargs(self, size: Any = None, pad_offset: float | None = None, **kwargs: Any) -> dict:
-        """Also checks what must hold both for saved settings and for those of a call."""
+        """Checks the settings here because this method sees both the saved settings and those of a call."""
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         size = kwargs["size"]
         if size is None or size.height is None or size.height != size.width or size.height < 1:
@@ -77,7 +77,8 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
         settings = super().to_dict()
         settings.pop("auto_map", None)
         if self._auto_class is not None:
-            # With its code (see `register_for_hub`), whoever loads it has the choice of both backends.
+            # Code is shared along (see `register_for_hub`). transformers would name the saved backend's class alone,
+            # and then nobody could load the other one.
             settings["auto_map"] = {
                 "AutoImageProcessor": {
                     "torchvision": "image_processing_epmvg.EpmVGImageProcessor",
@@ -88,8 +89,13 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
 
     def unnormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Undoes the normalisation of `pixel_values` `(B, 3, S, S)`: colours in [0, 1], for whoever wants another mean
-        and deviation, such as a CLIP teacher. Padding gets the mean colour.
+        Undoes the normalisation. A CLIP teacher, for one, normalises with another mean and standard deviation.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, S, S)`): what this image processor returned.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, 3, S, S)`: colours in [0, 1]; padding has the mean colour.
 
         Example:
 
@@ -110,18 +116,19 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
 
     def letterbox(self, image_sizes: torch.Tensor | np.ndarray | list[tuple[int, int]], **kwargs: Any) -> Letterbox:
         """
-        The geometry that a call with the same keyword arguments gives to images of these sizes.
+        Where images of these sizes lie on the canvas. What a call returned has its own geometry, in `letterbox`.
 
         Args:
             image_sizes (`torch.LongTensor` of shape `(B, 2)` or list of `(height, width)`): image sizes in pixels.
             kwargs: any of `size`, `do_resize`, `do_pad`, `pad_offset` and `placements` that differ from the settings
-                of this image processor; other keyword arguments of the image processor do not move the picture.
+                of this image processor. Its other keyword arguments do not move the picture and are ignored.
 
         Returns:
             [`Letterbox`]: the places of the B pictures.
 
         Raises:
-            ValueError: an image cannot be placed, see [`Letterbox.place`]; or `do_pad=False` and it leaves padding.
+            ValueError: an image cannot be placed, see [`Letterbox.place`]; or it leaves padding and `do_pad` is
+                `False`.
 
         Example:
 
@@ -150,10 +157,10 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
 
 def count_channels(images: list) -> int:
     """
-    Number of channels of channels-first images.
+    The number of channels that channels-first images share.
 
     Raises:
-        ValueError: there is no image, or the images differ in it (possible only with `do_convert_rgb=False`).
+        ValueError: there is no image, or their numbers differ (which takes `do_convert_rgb=False`).
     """
     channels = {image.shape[0] for image in images}
     if not channels:
@@ -164,7 +171,10 @@ def count_channels(images: list) -> int:
 
 
 def zeros(shape: tuple[int, ...], dtype: type[np.generic], device: torch.device) -> torch.Tensor:
-    """Zeros; on the CPU, `torch.zeros` writes them all, with which a batch of 640 x 640 would take twice as long."""
+    """
+    Zeros of a NumPy `dtype`. On the CPU NumPy makes them: it takes zeroed pages from the system where torch writes
+    every zero, which halves the time of a batch of 640 x 640 pixels.
+    """
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(shape, dtype))
     return torch.zeros(shape, dtype=torch.int64 if dtype is np.int64 else torch.float32, device=device)
@@ -172,20 +182,21 @@ def zeros(shape: tuple[int, ...], dtype: type[np.generic], device: torch.device)
 
 class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
     r"""
-    Letterbox for visual grounding: the longer side is resized to the canvas, the aspect is kept, and the picture lies
-    on a fixed square canvas, which is padded with 0 after normalisation. With the default settings this is the
-    evaluation transform of TransVG (djiajunustc/TransVG, `datasets/transforms.py`), whose pixels differ here and there
-    by one of 255 levels, since it resizes with PIL, as [`EpmVGImageProcessorPil`] does (`backend="pil"`).
+    Resizes images to a square canvas without changing their aspect ratio: the longer side gets the length of the
+    canvas, and what stays free is padded with 0 after normalisation. With the default settings this is the evaluation
+    transform of TransVG (djiajunustc/TransVG, `datasets/transforms.py`). Some pixels differ from TransVG's by one of
+    255 levels, because TransVG resizes with PIL; those of [`EpmVGImageProcessorPil`] (`backend="pil"`) are the same.
 
     Images are PIL images, arrays or tensors (channels first or last; gray ones with a channel axis), or paths. EXIF
-    orientation is **not** applied: boxes refer to the pixels as they are stored. An array as small as 3 x W or H x 3
-    pixels with 3 channels is ambiguous: pass `input_data_format` for it.
+    orientation is **not** applied: boxes refer to the pixels as they are stored. For an array with a side of 3 pixels
+    pass `input_data_format`, since nobody can tell that side from its channels.
 
     Args:
         size (`dict[str, int]`, *optional*, defaults to `{"height": 640, "width": 640}`):
             The canvas, which must be square.
         pad_offset (`float`, *optional*, defaults to 0.5):
-            Share of the free canvas that lies before the picture: 0.0 = top-left corner, 0.5 = centred.
+            Share of the free canvas that lies above and left of the picture: 0.0 is the top-left corner, 0.5 the
+            centre.
         do_resize (`bool`, *optional*, defaults to `True`):
             If `False`, pictures keep their sizes and must fit the canvas.
         do_pad (`bool`, *optional*, defaults to `True`):
@@ -198,7 +209,9 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
 
     - **pixel_values** (`torch.FloatTensor` of shape `(B, 3, S, S)`),
     - **pixel_mask** (`torch.LongTensor` of shape `(B, S, S)`) -- 1 on the picture, 0 on padding,
-    - **original_sizes** (`torch.LongTensor` of shape `(B, 2)`) -- (height, width) of the images as given.
+    - **original_sizes** (`torch.LongTensor` of shape `(B, 2)`) -- (height, width) of the images as given,
+    - **letterbox** (`torch.LongTensor` of shape `(B, 4)`) -- where this call placed the pictures, which
+      [`~EpmVGProcessor.post_process_grounding`] reads: (longer side of the picture on the canvas, top, left, S).
 
     It raises a `ValueError` for images without pixels and for settings that place a picture off the canvas.
 
@@ -244,7 +257,8 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
             pixel_values[index, :, top : top + height, left : left + width] = image
             pixel_mask[index, top : top + height, left : left + width] = 1
 
-        data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "original_sizes": original_sizes}
+        data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+        data |= {"original_sizes": original_sizes, "letterbox": letterbox.to_tensor()}
         return BatchFeature(data, tensor_type=return_tensors)
 
 

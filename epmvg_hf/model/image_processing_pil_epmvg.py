@@ -26,8 +26,8 @@ from .image_processing_epmvg import EpmVGImageProcessorKwargs, EpmVGImageProcess
 
 class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
     r"""
-    [`EpmVGImageProcessor`] on PIL and NumPy: the same settings, outputs, masks and errors, without torchvision. Its
-    resize is the very one of TransVG, so with the default settings its pixels are TransVG's.
+    [`EpmVGImageProcessor`] on PIL and NumPy, without torchvision: the same settings, outputs and errors. It resizes
+    with PIL as TransVG does, so with the default settings its pixels equal TransVG's.
 
     EXIF orientation is **not** applied: boxes refer to the pixels as they are stored.
 
@@ -76,7 +76,8 @@ class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
             pixel_values[index, :, top : top + height, left : left + width] = image
             pixel_mask[index, top : top + height, left : left + width] = 1
 
-        data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "original_sizes": original_sizes}
+        data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+        data |= {"original_sizes": original_sizes, "letterbox": letterbox.to_tensor().numpy()}
         return BatchFeature(data, tensor_type=return_tensors)
 
 

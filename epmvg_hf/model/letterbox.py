@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where a picture lies on the square canvas, and how boxes move between the two."""
+"""The geometry between an image and the square canvas that the model sees: where the picture lies, how boxes move."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,21 +20,24 @@ import numpy as np
 import torch
 from transformers.image_transforms import center_to_corners_format, corners_to_center_format
 
+# How many pixels a box may stick out of its image. Some annotations are rounded outwards or count the last pixel in.
+MAX_OVERHANG = 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Letterbox:
     """
-    The places of B pictures on square canvases of one size. Built by [`Letterbox.place`], the only geometry of the
-    package: pixels, labels and predicted boxes all go through it, so they cannot disagree.
+    The places of B pictures on square canvases of one size. [`Letterbox.place`] decides them, and no other code of the
+    package computes them again: pixels, labels and predicted boxes use the same letterbox, so they cannot disagree.
 
-    The formula is that of TransVG's evaluation transform (djiajunustc/TransVG, `utils/transforms.py`): the picture's
-    sides are rounded to whole pixels, while boxes scale by the unrounded `ratio` in both directions.
+    The formula is that of TransVG's evaluation transform (djiajunustc/TransVG, `utils/transforms.py`): the sides of
+    the resized picture are rounded to whole pixels, while boxes scale by the unrounded `ratio` in both directions.
 
     Attributes:
         ratio (`torch.DoubleTensor` of shape `(B,)`): canvas pixels per image pixel.
         top, left (`torch.LongTensor` of shape `(B,)`): first canvas row and column of the picture.
         height, width (`torch.LongTensor` of shape `(B,)`): size of the resized picture in canvas pixels.
-        image_height, image_width (`torch.LongTensor` of shape `(B,)`): size of the image as given, in its own pixels.
+        image_height, image_width (`torch.LongTensor` of shape `(B,)`): size of the original image in its own pixels.
         canvas (`int`): side of the canvas in pixels.
 
     Example:
@@ -78,15 +81,16 @@ class Letterbox:
         Args:
             image_sizes (`torch.LongTensor` of shape `(B, 2)` or list of `(height, width)`): image sizes in pixels.
             canvas (`int`): side of the canvas in pixels; the longer side of each picture is resized to it.
-            pad_offset (`float`, defaults to 0.5): share of the free canvas before the picture, in both directions.
-                0.0 is the top-left corner, 0.5 the centre (TransVG's evaluation), 1.0 the bottom-right corner.
-            placements (list of `(int, float, float)`, *optional*): for each image, instead of `canvas` and
-                `pad_offset`, its longer side in canvas pixels, and the shares of the free height above and of the
-                free width left of it.
-            do_resize (`bool`, defaults to `True`): if `False`, the pictures keep their sizes (ratio 1).
+            pad_offset (`float`, *optional*, defaults to 0.5): share of the free canvas that lies above and left of the
+                picture. 0.0 is the top-left corner, 0.5 the centre (TransVG's evaluation), 1.0 the bottom-right.
+            placements (list of `(int, float, float)`, *optional*): a place for each image, which replaces `canvas` as
+                the length of the longer side and `pad_offset`: the longer side of the picture in canvas pixels, the
+                share of the free height above it, and the share of the free width left of it.
+            do_resize (`bool`, *optional*, defaults to `True`): if `False`, the pictures keep their sizes (ratio 1).
 
         Raises:
-            ValueError: an image has no pixels, does not fit the canvas (without resizing), or a placement is off.
+            ValueError: an image has no pixels; an image does not fit the canvas and `do_resize` is `False`; or
+                `placements` do not match the images or leave the canvas.
         """
         sizes = torch.as_tensor(image_sizes, dtype=torch.int64, device="cpu").reshape(-1, 2)
         for index, (height, width) in enumerate(sizes.tolist()):
@@ -107,25 +111,63 @@ class Letterbox:
                 f"`placements` must have one item for each image: got {len(placements)} for {len(sizes)}."
             )
         for index, (long_side, *shares) in enumerate(placements):
-            if not (1 <= long_side <= canvas and all(0.0 <= share <= 1.0 for share in shares)):
+            is_length = 1 <= long_side <= canvas and long_side == int(long_side)
+            if not is_length or not all(0.0 <= share <= 1.0 for share in shares):
                 raise ValueError(
-                    f"Placement {index} is {(long_side, *shares)}, expected a longer side from 1 to {canvas} pixels "
-                    "and shares from 0 to 1."
+                    f"Placement {index} is {(long_side, *shares)}, expected a longer side that is a whole number of "
+                    f"pixels from 1 to {canvas}, and two shares from 0 to 1."
                 )
 
-        # In float64, torch's division, rounding (half to even) and floor are those of TransVG's Python.
         placement = torch.tensor(placements, dtype=torch.float64).reshape(-1, 3)
-        if do_resize:
-            ratio = placement[:, 0] / sizes.amax(dim=1)
-            new_sizes = (sizes * ratio[:, None]).round().clamp(min=1).long()
-        else:
-            ratio = torch.ones(len(sizes), dtype=torch.float64)
-            new_sizes = sizes
-        offsets = ((canvas - new_sizes) * placement[:, 1:]).floor().long()
-        (top, left), (height, width), (image_height, image_width) = (
-            pairs.unbind(1) for pairs in (offsets, new_sizes, sizes)
+        long_sides = placement[:, 0].long() if do_resize else sizes.amax(dim=1)
+        ratio, new_sizes = _resize(sizes, long_sides)
+        top, left = ((canvas - new_sizes) * placement[:, 1:]).floor().long().unbind(1)
+        return cls(ratio, top, left, new_sizes[:, 0], new_sizes[:, 1], sizes[:, 0], sizes[:, 1], canvas)
+
+    def to_tensor(self) -> torch.Tensor:
+        """
+        Writes the letterbox down, so that it can travel in a batch.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, 4)`: (longer side of the picture in canvas pixels, top, left, side of the
+            canvas). They are whole numbers because a batch that is cast to bfloat16 keeps those exactly; the unrounded
+            ratio follows from them and the sizes of the images, see [`Letterbox.from_tensor`].
+        """
+        long_sides = torch.maximum(self.height, self.width)
+        return torch.stack([long_sides, self.top, self.left, torch.full_like(self.top, self.canvas)], dim=1)
+
+    @classmethod
+    def from_tensor(cls, letterbox: torch.Tensor | np.ndarray, image_sizes: torch.Tensor | np.ndarray) -> "Letterbox":
+        """
+        Reads what [`Letterbox.to_tensor`] wrote.
+
+        Args:
+            letterbox (`torch.LongTensor` of shape `(B, 4)`): an image processor's `letterbox`.
+            image_sizes (`torch.LongTensor` of shape `(B, 2)`): its `original_sizes`, (height, width) of each image.
+
+        Returns:
+            [`Letterbox`]: on the CPU.
+
+        Raises:
+            ValueError: the two have other shapes, or the canvases differ in size.
+        """
+        written, sizes = (torch.as_tensor(values).cpu() for values in (letterbox, image_sizes))
+        if written.shape != (len(sizes), 4) or sizes.shape != (len(sizes), 2):
+            raise ValueError(
+                f"`letterbox` must have the shape (B, 4) and the sizes of the images (B, 2), but they have "
+                f"{tuple(written.shape)} and {tuple(sizes.shape)}."
+            )
+        long_sides, top, left, canvases = written.unbind(1)
+        if len(canvases.unique()) != 1:
+            sides = canvases.unique().tolist()
+            raise ValueError(f"The pictures of a batch must share one canvas side, but `letterbox` has {sides}.")
+        ratio, new_sizes = _resize(sizes, long_sides)
+        return cls(
+            ratio, top, left, new_sizes[:, 0], new_sizes[:, 1], sizes[:, 0], sizes[:, 1], canvas=int(canvases[0])
         )
-        return cls(ratio, top, left, height, width, image_height, image_width, canvas)
+
+    def __len__(self) -> int:
+        return len(self.ratio)
 
     def select(self, image_index: torch.Tensor) -> "Letterbox":
         """The letterboxes of the images numbered by `image_index` (`torch.LongTensor` of shape `(N,)`), one each."""
@@ -138,7 +180,7 @@ class Letterbox:
 
     def to_labels(self, boxes: torch.Tensor) -> torch.Tensor:
         """
-        Boxes of the images -> labels.
+        Turns boxes of the images into labels.
 
         Args:
             boxes (`torch.Tensor` of shape `(B, 4)`): one box (x0, y0, x1, y1) for each image, in its pixels, 0-based,
@@ -153,13 +195,13 @@ class Letterbox:
 
     def to_pixels(self, boxes: torch.Tensor) -> torch.Tensor:
         """
-        Labels or predicted boxes -> boxes of the images: the inverse of [`Letterbox.to_labels`], then clipped.
+        Turns labels or predicted boxes into boxes of the images: the inverse of [`Letterbox.to_labels`], then clipped.
 
         Args:
             boxes (`torch.Tensor` of shape `(B, 4)`): (centre x, centre y, width, height) in [0, 1] of the canvas.
 
         Returns:
-            `torch.Tensor` of shape `(B, 4)`: (x0, y0, x1, y1) in pixels of the image as given, clipped to it.
+            `torch.Tensor` of shape `(B, 4)`: (x0, y0, x1, y1) in pixels of the original image, clipped to it.
         """
         scale, offset = self._affine(boxes)
         corners = (center_to_corners_format(boxes) * self.canvas - offset) / scale
@@ -170,3 +212,13 @@ class Letterbox:
         """Scale (B, 1) and offset (B, 4) from image to canvas pixels, in the dtype and on the device of `like`."""
         offset = torch.stack([self.left, self.top, self.left, self.top], dim=1)
         return self.ratio[:, None].to(like), offset.to(like)
+
+
+def _resize(sizes: torch.Tensor, long_sides: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The ratio `(B,)` that makes the longer side of images of `sizes` `(B, 2)` as long as `long_sides` `(B,)`, and the
+    sizes of the resized pictures `(B, 2)`.
+    """
+    # TransVG computes in Python, whose division and rounding (half to even) are those of torch's float64.
+    ratio = long_sides.double() / sizes.amax(dim=1)
+    return ratio, (sizes * ratio[:, None]).round().clamp(min=1).long()

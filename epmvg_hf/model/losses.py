@@ -11,22 +11,70 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Losses as pure functions, and the targets of `map_loss`. Each loss is a mean over expressions; those that compare
-embeddings add a mean over images. No gradient reaches the teacher.
-"""
+"""The grounding loss: its terms, each a mean over the expressions that have a box, and their weighted sum."""
 
 import torch
 from torch import nn
 
+from .configuration_epmvg import EpmVGConfig
+
+
+def grounding_loss(
+    config: EpmVGConfig,
+    pred_boxes: torch.Tensor,
+    labels: torch.Tensor,
+    consistency_map: torch.Tensor,
+    visual_mask: torch.Tensor,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    The loss of N predicted boxes: L1 and generalized IoU as in TransVG and, with `config.box_head="map"`, the
+    divergence of the consistency map from the box.
+
+    Args:
+        config ([`EpmVGConfig`]): has the weights of the terms, `bbox_loss_coefficient`, `giou_loss_coefficient` and
+            `map_loss_coefficient`, and says which terms there are.
+        pred_boxes (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas.
+        labels (`torch.FloatTensor` of shape `(N, 4)`): true boxes, likewise; a row of NaN has no box.
+        consistency_map (`torch.FloatTensor` of shape `(N, grid_height * grid_width)`): logits over the feature grid.
+        visual_mask (`torch.BoolTensor` of shape `(N, grid_height, grid_width)`): False on padding.
+
+    Returns:
+        `tuple`: the loss, a scalar, and its unweighted terms `loss_bbox`, `loss_giou` and, if there is one,
+        `loss_map`.
+
+    Raises:
+        ImportError: torchvision is not installed.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf import EpmVGConfig
+    >>> from epmvg_hf.model.losses import grounding_loss
+
+    >>> true = torch.tensor([[0.25, 0.5, 0.5, 1.0]])  # the left half
+    >>> mask = torch.ones(1, 1, 2, dtype=torch.bool)
+    >>> loss, terms = grounding_loss(EpmVGConfig(box_head="map"), true, true, torch.zeros(1, 2), mask)
+    >>> loss, list(terms)  # the box is right, but the map prefers neither half: log 2
+    (tensor(0.6931), ['loss_bbox', 'loss_giou', 'loss_map'])
+    ```
+    """
+    terms = box_loss(pred_boxes, labels)
+    loss = config.bbox_loss_coefficient * terms["loss_bbox"] + config.giou_loss_coefficient * terms["loss_giou"]
+    if config.box_head == "map":
+        target = box_map_target(labels, visual_mask)
+        terms["loss_map"] = map_loss(consistency_map, target, visual_mask.flatten(1), row_mask=has_box(labels))
+        loss = loss + config.map_loss_coefficient * terms["loss_map"]
+    return loss, terms
+
 
 def has_box(labels: torch.Tensor) -> torch.Tensor:
     """
-    Which expressions have a box. Image-caption data has none: such a row of `labels` is NaN throughout. (A row that is
-    NaN in part is a mistake and counts as a box, so that it shows in the loss.)
+    Which expressions have a box. Those of image-caption data have none, and their boxes or labels are NaN throughout.
+    A row that is NaN in part is a mistake. It counts as a box, so that it shows in the loss.
 
     Args:
-        labels (`torch.FloatTensor` of shape `(N, 4)`): boxes or NaN.
+        labels (`torch.FloatTensor` of shape `(N, 4)`): labels or boxes, some of them NaN.
 
     Returns:
         `torch.BoolTensor` of shape `(N,)`.
@@ -46,16 +94,17 @@ def has_box(labels: torch.Tensor) -> torch.Tensor:
 
 def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    L1 (summed over the four coordinates) and generalized IoU loss, as in TransVG (djiajunustc/TransVG:
-    utils/loss_utils.py), but N pairs instead of the diagonal of N x N.
+    L1, summed over the four coordinates, and generalized IoU loss, as in TransVG (djiajunustc/TransVG,
+    `utils/loss_utils.py`). TransVG takes the diagonal of an N x N matrix of IoUs; here only the N pairs are computed.
 
     Args:
         pred_boxes (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas.
-        labels (`torch.FloatTensor` of shape `(N, 4)`): true boxes, likewise; rows of NaN have none (see [`has_box`]).
+        labels (`torch.FloatTensor` of shape `(N, 4)`): true boxes, likewise; a row of NaN has no box (see
+            [`has_box`]).
 
     Returns:
-        `dict[str, torch.FloatTensor]` with the scalars `loss_bbox` and `loss_giou`, means over the rows with a box; 0
-        if there is none.
+        `dict[str, torch.FloatTensor]`: the scalars `loss_bbox` and `loss_giou`, means over the rows with a box; 0 if
+        there is none.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -71,7 +120,8 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
     {'loss_bbox': tensor(0.2500), 'loss_giou': tensor(1.)}
     ```
     """
-    # Only training needs torchvision. Within `try`, shared code can be loaded without it (see `register_for_hub`).
+    # Only training needs torchvision. Before transformers loads shared code (see `register_for_hub`), it asks for all
+    # libraries that the code imports, except in a `try`. This one therefore lets grounding work without torchvision.
     try:
         from torchvision.ops import box_convert, generalized_box_iou_loss
     except ImportError as error:
@@ -79,7 +129,8 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
 
     pred_boxes, labels = pred_boxes.float(), labels.float()
     rows = has_box(labels)
-    # NaN * 0 is NaN, in the backward pass too. So a row without a box compares a constant box with itself.
+    # A row without a box compares a constant box with itself. Multiplying its loss by 0 would not do, since NaN * 0 is
+    # NaN, in the backward pass too.
     pred_boxes, labels = (torch.where(rows[:, None], boxes, 0.5) for boxes in (pred_boxes, labels))
     l1 = (pred_boxes - labels).abs().sum(-1)
     giou = generalized_box_iou_loss(box_convert(pred_boxes, "cxcywh", "xyxy"), box_convert(labels, "cxcywh", "xyxy"))
@@ -93,20 +144,20 @@ def map_loss(
     row_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    KL divergence over positions from a target distribution to the softmax of a map over them. Our reading of
-    EpmVG: the target is the teacher's patch-text map (see [`teacher_map_target`]), or the box itself (see
-    [`box_map_target`]).
+    KL divergence from a target distribution over the positions of the feature grid to the softmax of a map over them.
+    This is our reading of EpmVG, of which only the abstract is public. The target is either the box (see
+    [`box_map_target`]) or the teacher's patch-text map (see [`teacher_map_target`]).
 
     Args:
         consistency_map (`torch.FloatTensor` of shape `(N, V)`): logits, row-major over the grid.
         target (`torch.FloatTensor` of shape `(N, V)`): distributions over the V positions, 0 where `mask` is False. A
-            row of zeros adds 0.
+            row of zeros adds 0 to the loss.
         mask (`torch.BoolTensor` of shape `(N, V)`): False on padding. A row that is False throughout adds 0.
-        row_mask (`torch.BoolTensor` of shape `(N,)`, *optional*): the rows to average over, all by default. The other
-            rows may hold anything, NaN too.
+        row_mask (`torch.BoolTensor` of shape `(N,)`, *optional*): which rows to average over; by default all. The
+            other rows may hold anything, NaN included.
 
     Returns:
-        `torch.FloatTensor`, a scalar; 0 if no row is to be averaged over.
+        `torch.FloatTensor` of shape `()`: the mean over these rows; 0 if there are none.
 
     Example:
 
@@ -130,16 +181,16 @@ def map_loss(
 
 def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
     """
-    The box as a distribution over the feature grid: every cell weighs the area that it shares with the box.
+    The box as a distribution over the feature grid: the weight of a cell is the area that it shares with the box.
 
     Args:
-        labels (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas; rows of NaN have
+        labels (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas; a row of NaN has
             no box (see [`has_box`]).
         visual_mask (`torch.BoolTensor` of shape `(N, grid_height, grid_width)`): False on padding.
 
     Returns:
-        `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding, rows sum to 1 (to 0 where there
-        is no box or it touches no unpadded cell, and such a row adds nothing to the loss).
+        `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding. Rows sum to 1, or to 0 if
+        there is no box or it touches no unpadded cell; such a row adds nothing to the loss.
 
     Example:
 
@@ -154,7 +205,7 @@ def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Ten
     ```
     """
     grid_height, grid_width = visual_mask.shape[1:]
-    # An empty box shares no area with any cell.
+    # In place of a missing box stands an empty one, which shares no area with any cell.
     labels = torch.where(has_box(labels)[:, None], labels.float(), 0)
     cx, cy, width, height = labels.unbind(-1)
     in_columns = _overlap(cx - width / 2, cx + width / 2, grid_width)
@@ -164,11 +215,14 @@ def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Ten
 
 
 def _mean_over(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Mean of `values` `(N,)` where `rows` `(N,)` is True, 0 if nowhere; of fixed shapes, as torch.compile wants."""
+    """
+    Mean of `values` `(N,)` where `rows` `(N,)` is True, 0 if it is so nowhere. All shapes are fixed, because selecting
+    the rows would make torch.compile break the graph.
+    """
     return torch.where(rows, values, 0).sum() / rows.sum().clamp(min=1)
 
 
 def _overlap(low: torch.Tensor, high: torch.Tensor, cells: int) -> torch.Tensor:
-    """Length `(N, cells)` of [low, high] within each of `cells` equal cells of [0, 1]."""
+    """How much of the interval [low, high] lies in each of the `cells` equal parts of [0, 1]; shape `(N, cells)`."""
     edges = torch.linspace(0, 1, cells + 1, device=low.device)
     return (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp(min=0)

@@ -14,366 +14,32 @@
 """PyTorch EpmVG: a TransVG-compatible grounding student that reads B images and N expressions."""
 
 import math
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoModel
+from transformers import AutoModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import load_backbone
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .card_mixin import ModelCardMixin
+from .base_epmvg import EpmVGPreTrainedModel, supports_attention
 from .configuration_epmvg import EpmVGConfig
-from .losses import box_loss, box_map_target, has_box, map_loss
+from .encoder_epmvg import EpmVGEncoder, EpmVGVisualEncoder
+from .losses import grounding_loss
+from .outputs_epmvg import EpmVGGroundingOutput, EpmVGImageFeatures, EpmVGModelOutput
 from .patch_backbone import without_pooling
 from .pretrained_towers import FromTowersMixin
 
 
-@dataclass
-class EpmVGModelOutput(ModelOutput):
-    """
-    Outputs of [`EpmVGModel`] for B images, N expressions of L tokens and V visual tokens.
-
-    Args:
-        reg_state (`torch.FloatTensor` of shape `(N, d_model)`):
-            Last state of the `[REG]` token, one per expression.
-        consistency_map (`torch.FloatTensor` of shape `(N, V)`):
-            Score (a logit) of every visual token for the expression, row-major over the feature grid. Padding is not
-            masked: see `visual_mask`.
-        similarity_map (`torch.FloatTensor` of shape `(N, V)`):
-            The part of `consistency_map` that comes before fusion: similarity of the expression's mean text token with
-            every visual token. What a teacher's patch-text map is distilled into.
-        visual_tokens (`torch.FloatTensor` of shape `(B, V, d_model)`):
-            Visual tokens before fusion.
-        visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`):
-            1 where a visual token lies on the picture, 0 on padding. V is `grid_height * grid_width`.
-        text_tokens (`torch.FloatTensor` of shape `(N, L, d_model)`):
-            Text tokens before fusion.
-        image_embeds (`torch.FloatTensor` of shape `(B, teacher_projection_dim)`, *optional*):
-            Normalised image embedding in the teacher's space, taken before fusion; not for given `visual_tokens`.
-        text_embeds (`torch.FloatTensor` of shape `(N, teacher_projection_dim)`, *optional*):
-            Normalised expression embedding in the teacher's space, taken before fusion.
-        last_hidden_state (`torch.FloatTensor` of shape `(N, 1 + L + V, d_model)`):
-            Fused states of `[REG] . text . visual`.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
-            States of the fusion transformer, its input first.
-        attentions (`tuple(torch.FloatTensor)`, *optional*):
-            Attention weights `(N, heads, 1 + L + V, 1 + L + V)` of the fusion transformer; empty unless the attention
-            implementation is `"eager"`.
-    """
-
-    reg_state: torch.FloatTensor | None = None
-    consistency_map: torch.FloatTensor | None = None
-    similarity_map: torch.FloatTensor | None = None
-    visual_tokens: torch.FloatTensor | None = None
-    visual_mask: torch.LongTensor | None = None
-    text_tokens: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class EpmVGImageFeatures(BaseModelOutputWithPooling):
-    """
-    What [`EpmVGModel.get_image_features`] returns for B images with V visual tokens.
-
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(B, V, d_model)`):
-            Visual tokens before fusion, row-major over the feature grid: the model's `visual_tokens`.
-        pooler_output (`torch.FloatTensor` of shape `(B, teacher_projection_dim)`, *optional*):
-            Normalised image embedding in the teacher's space: the model's `image_embeds`.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
-            States of the visual encoder, its input first.
-        attentions (`tuple(torch.FloatTensor)`, *optional*):
-            Attention weights `(B, heads, V, V)` of the visual encoder; empty unless the attention implementation is
-            `"eager"`.
-        visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`):
-            1 where a visual token lies on the picture, 0 on padding: the model's `visual_mask`.
-    """
-
-    visual_mask: torch.LongTensor | None = None
-
-
-@dataclass
-class EpmVGGroundingOutput(ModelOutput):
-    """
-    Outputs of [`EpmVGForVisualGrounding`]; the fields it shares with [`EpmVGModelOutput`] mean the same.
-
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Weighted sum of `loss_dict`, a mean over expressions with a box; only with `labels`.
-        loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
-            Unweighted terms: `loss_bbox`, `loss_giou` and, with `box_head="map"`, `loss_map`.
-        pred_boxes (`torch.FloatTensor` of shape `(N, 4)`):
-            (cx, cy, w, h) in [0, 1] of the padded canvas. `EpmVGProcessor.post_process_grounding` turns them into
-            pixels of the original image.
-        reg_state, consistency_map, similarity_map, visual_mask, image_embeds, text_embeds, hidden_states, attentions:
-            See [`EpmVGModelOutput`].
-    """
-
-    loss: torch.FloatTensor | None = None
-    loss_dict: dict[str, torch.FloatTensor] | None = None
-    pred_boxes: torch.FloatTensor | None = None
-    reg_state: torch.FloatTensor | None = None
-    consistency_map: torch.FloatTensor | None = None
-    similarity_map: torch.FloatTensor | None = None
-    visual_mask: torch.LongTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Attention `(batch, length, heads, head_dim)` and its weights `(batch, heads, length, length)`, in plain PyTorch.
-    """
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-class EpmVGAttention(nn.Module):
-    """Self-attention in which positions are added to queries and keys, not to values (DETR)."""
-
-    def __init__(self, config: EpmVGConfig, num_attention_heads: int):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.d_model // num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        self.q_proj = nn.Linear(config.d_model, config.d_model)
-        self.k_proj = nn.Linear(config.d_model, config.d_model)
-        self.v_proj = nn.Linear(config.d_model, config.d_model)
-        self.o_proj = nn.Linear(config.d_model, config.d_model)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_embeddings: torch.Tensor,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        positioned = hidden_states + position_embeddings
-        query = self.q_proj(positioned).view(hidden_shape).transpose(1, 2)
-        key = self.k_proj(positioned).view(hidden_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(attended.reshape(*input_shape, -1)), weights
-
-
-class EpmVGEncoderLayer(GradientCheckpointingLayer):
-    """Post-norm transformer encoder layer of DETR, used by the visual encoder and by the fusion transformer."""
-
-    def __init__(self, config: EpmVGConfig, num_attention_heads: int, ffn_dim: int):
-        super().__init__()
-        self.self_attn = EpmVGAttention(config, num_attention_heads)
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1 = nn.Linear(config.d_model, ffn_dim)
-        self.activation_fn = ACT2FN[config.activation_function]
-        self.fc2 = nn.Linear(ffn_dim, config.d_model)
-        self.final_layer_norm = nn.LayerNorm(config.d_model)
-        self.dropout = config.dropout
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_embeddings: torch.Tensor,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        attended, _ = self.self_attn(hidden_states, attention_mask, position_embeddings, **kwargs)
-        attended = nn.functional.dropout(attended, p=self.dropout, training=self.training)
-        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
-
-        expanded = self.activation_fn(self.fc1(hidden_states))
-        expanded = nn.functional.dropout(expanded, p=self.dropout, training=self.training)
-        contracted = nn.functional.dropout(self.fc2(expanded), p=self.dropout, training=self.training)
-        return self.final_layer_norm(hidden_states + contracted)
-
-
-class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
-    """
-    What [`EpmVGModel`] and [`EpmVGForVisualGrounding`] share: new weights, loading, saving, `push_to_hub` with a model
-    card, gradient checkpointing and the attention implementations of transformers.
-
-    Example:
-
-    ```python
-    >>> model.save_pretrained("outputs/mine")
-    >>> type(model).from_pretrained("outputs/mine").num_parameters() == model.num_parameters()
-    True
-    ```
-    """
-
-    config: EpmVGConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["EpmVGEncoderLayer"]  # noqa: RUF012 (read by transformers, never changed)
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # The loss is a mean over this batch's expressions; EpmVGTrainer rescales it over accumulated batches.
-    accepts_loss_kwargs = False
-
-    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """
-        As in transformers, but a name for all parts spares a backbone that does not know it, such as a ResNet.
-
-        Args:
-            attn_implementation (`str` or `dict`): `"eager"`, `"sdpa"`, `"flash_attention_2"`, `"flex_attention"`, ...,
-                or one for each part: `""` (both transformers of this package), `"backbone_config"`, `"text_config"`.
-            allow_all_kernels (`bool`, *optional*, defaults to `False`): also kernels of unknown authors on the Hub.
-
-        Raises:
-            ValueError: there is no such implementation, or a part does not support it.
-            ImportError: its library is not installed.
-
-        Example:
-
-        ```python
-        >>> model.set_attn_implementation("eager")
-        >>> outputs = model(**processor(images=image, text="the star"), output_attentions=True)
-        >>> outputs.attentions[0].shape  # [REG], 4 tokens of text, 64 visual tokens
-        torch.Size([1, 2, 69, 69])
-        ```
-        """
-        backbone_config = self.config.backbone_config
-        if isinstance(attn_implementation, str) and not _supports_attention(backbone_config, attn_implementation):
-            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
-        super().set_attn_implementation(attn_implementation, allow_all_kernels)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            # DETR and TransVG initialise their transformers with Xavier; the towers initialise themselves.
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, EpmVGModel):
-            init.normal_(module.reg_token)
-            # TransVG draws the whole table from N(0, 1), noise as loud as the tokens themselves. Here rows
-            # start small, and the grid with the encoder's sine positions.
-            init.normal_(module.fusion_positions, std=0.1)
-            side = self.config.image_size // self.config.backbone_stride
-            grid = torch.ones(1, side, side, dtype=torch.bool, device=module.fusion_positions.device)
-            sine = module.sine_positions((1, 1, side, side), grid.device, torch.float32, grid).flatten(2)[0].T
-            rows = torch.cat([module.fusion_positions[: 1 + self.config.max_text_length], sine.to(self.dtype)])
-            init.copy_(module.fusion_positions, rows)
-        elif isinstance(module, EpmVGForVisualGrounding) and self.config.box_head == "map":
-            init.constant_(module.log_map_sharpness, math.log(2))
-            # Start from the soft-argmax itself: no offset.
-            init.zeros_(module.box_head[-1].weight)
-
-    def _loaded_from(self) -> str:
-        # Of a model with an adapter of its own, that is the base, whose card does not tell of the adapter.
-        return "" if self._hf_peft_config_loaded else self.config.name_or_path
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        # With its code (see `register_for_hub`), both classes read the folder, whichever was saved. Without, nothing
-        # may be left of the code of the folder that the model came from.
-        self.config.__dict__.pop("auto_map", None)
-        if self.is_remote_code():
-            self.config.auto_map = {
-                "AutoModel": "modeling_epmvg.EpmVGModel",
-                "AutoModelForZeroShotObjectDetection": "modeling_epmvg.EpmVGForVisualGrounding",
-            }
-        super().save_pretrained(save_directory, **kwargs)
-
-
-class EpmVGEncoder(EpmVGPreTrainedModel):
-    """Stack of [`EpmVGEncoderLayer`]; `attention_mask` is `(batch, length)`, True where attention may go."""
-
-    _can_record_outputs = {"hidden_states": EpmVGEncoderLayer, "attentions": EpmVGAttention}  # noqa: RUF012
-
-    def __init__(self, config: EpmVGConfig, num_layers: int, num_attention_heads: int, ffn_dim: int):
-        super().__init__(config)
-        self.layers = nn.ModuleList(
-            [EpmVGEncoderLayer(config, num_attention_heads, ffn_dim) for _ in range(num_layers)]
-        )
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_embeddings: torch.Tensor,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
-        hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
-        return BaseModelOutput(last_hidden_state=hidden_states)
-
-
-class EpmVGVisualEncoder(EpmVGEncoder):
-    """The DETR encoder: [`EpmVGEncoder`] with `encoder_layers` layers, counted when states are chosen by index."""
-
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": OutputRecorder(EpmVGEncoderLayer, num_hidden_layers_key="encoder_layers"),
-        "attentions": EpmVGAttention,
-    }
-
-
 class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     """
-    The bare grounding student: vision backbone and DETR encoder, text tower, and a fusion transformer over
-    `[REG] . text . visual` (TransVG). The visual branch runs once per image, however many expressions it has.
+    The grounding student without its box head, built like TransVG: a vision backbone with a DETR encoder, a text
+    tower, and a fusion transformer over `[REG]`, text tokens and visual tokens. The visual branch runs once per image,
+    however many expressions the image has.
 
     Args:
         config ([`EpmVGConfig`]): the architecture; the weights are new. [`~EpmVGModel.from_vision_text_pretrained`]
@@ -393,7 +59,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
     def __init__(self, config: EpmVGConfig):
         super().__init__(config)
-        if not _supports_attention(config.backbone_config, config.backbone_config._attn_implementation):
+        if not supports_attention(config.backbone_config, config.backbone_config._attn_implementation):
             config.backbone_config._attn_implementation = None
         self.vision_model = load_backbone(config)
         channels = sum(self.vision_model.channels)
@@ -409,7 +75,8 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
         grid = config.image_size // config.backbone_stride
         self.reg_token = nn.Parameter(torch.empty(config.d_model))
-        # Rows: [REG], max_text_length text tokens, then the grid row by row; so text padding never shifts the grid.
+        # The table has a row for [REG], for each of max_text_length tokens, and for each cell of the grid. Those of
+        # the grid come after those of the longest text, so that they do not shift with the length of a batch's texts.
         self.fusion_positions = nn.Parameter(torch.empty(1 + config.max_text_length + grid * grid, config.d_model))
         self.fusion = EpmVGEncoder(config, config.fusion_layers, config.fusion_attention_heads, config.fusion_ffn_dim)
 
@@ -420,21 +87,35 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
         self.post_init()
 
-    def _batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.vision_model.modules() if isinstance(module, nn.BatchNorm2d)]
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is not self:
+            return
+        init.normal_(self.reg_token)
+        # TransVG draws the whole table from N(0, 1), which is noise as large as the tokens themselves. Here the rows
+        # of [REG] and text start small, and those of the grid as the sine positions that the visual encoder uses.
+        init.normal_(self.fusion_positions, std=0.1)
+        side = self.config.image_size // self.config.backbone_stride
+        grid = torch.ones(1, side, side, dtype=torch.bool, device=self.fusion_positions.device)
+        sine = self.sine_positions((1, 1, side, side), grid.device, torch.float32, grid).flatten(2)[0].T
+        rows = torch.cat([self.fusion_positions[: 1 + self.config.max_text_length], sine.to(self.dtype)])
+        init.copy_(self.fusion_positions, rows)
 
     def train(self, mode: bool = True) -> "EpmVGModel":
         """
-        As in PyTorch, but with `config.frozen_batch_norm` the backbone's batch norms stay in evaluation mode, and are
-        not trained.
+        As in PyTorch, except for the backbone's batch norms: with `config.frozen_batch_norm` they are not trained and
+        stay in evaluation mode.
         """
         super().train(mode)
-        for norm in self._batch_norms():
-            # Here, not in __init__: from_pretrained makes every parameter anew, and ends in eval().
-            if self.config.frozen_batch_norm:
-                norm.requires_grad_(False)
-            if not norm.weight.requires_grad:
-                norm.eval()
+        for norm in self.vision_model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                # This cannot be done in __init__, because from_pretrained replaces the parameters afterwards. It ends
+                # with a call of eval(), which comes here.
+                if self.config.frozen_batch_norm:
+                    norm.requires_grad_(False)
+                if not norm.weight.requires_grad:
+                    norm.eval()
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -449,20 +130,21 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         pixel_values: torch.FloatTensor,
         pixel_mask: torch.LongTensor | None = None,
         original_sizes: torch.LongTensor | None = None,
+        letterbox: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGImageFeatures:
         r"""
-        The visual branch alone. Its tokens may be kept and given to the model as often as expressions come.
+        Runs the visual branch alone. Its tokens can be kept and given to the model again with every new expression.
 
         Args:
-            pixel_values, pixel_mask, original_sizes:
+            pixel_values, pixel_mask, original_sizes, letterbox:
                 See [`EpmVGModel.forward`].
 
         Returns:
             [`EpmVGImageFeatures`]: or a tuple, with `return_dict=False`.
 
         Raises:
-            ValueError: the backbone's cells are not of `config.backbone_stride` pixels.
+            ValueError: the cells of the backbone's last map are not of `config.backbone_stride` pixels.
 
         Example:
 
@@ -479,7 +161,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         """
         feature_map, visual_mask = self._encode_pixels(pixel_values, pixel_mask)
         projected = self.input_projection(feature_map)
-        # Cumulative sums over the grid want full precision, whatever the model runs in.
+        # Sine positions are made of cumulative sums over the grid, which lower precisions round too much.
         positions = self.sine_positions(projected.shape, projected.device, torch.float32, visual_mask)
         encoded = self.encoder(
             projected.flatten(2).transpose(1, 2),
@@ -509,16 +191,16 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
-        The text tower alone.
+        Runs the text tower alone.
 
         Args:
             input_ids, attention_mask, inputs_embeds:
                 See [`EpmVGModel.forward`].
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's states. `last_hidden_state`
-            `(N, L, text_config.hidden_size)` is what the model projects to its `text_tokens`, and `pooler_output`
-            `(N, teacher_projection_dim)` are the model's `text_embeds`, if the config has such a width.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's states. The model projects
+            `last_hidden_state` `(N, L, text_config.hidden_size)` to its `text_tokens`. If the config has a
+            `teacher_projection_dim`, `pooler_output` `(N, teacher_projection_dim)` are the model's `text_embeds`.
 
         Example:
 
@@ -527,7 +209,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         torch.Size([2, 4, 16])
         ```
         """
-        # Not every text tower knows inputs_embeds.
+        # Some text towers have no argument `inputs_embeds`, so it is only passed if it is given.
         tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         states = self.text_model(**tokens, attention_mask=attention_mask, return_dict=True, **kwargs)
         text_embeds = None
@@ -553,31 +235,36 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         visual_tokens: torch.FloatTensor | None = None,
         visual_mask: torch.LongTensor | None = None,
+        letterbox: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGModelOutput:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`, *optional*):
-                Normalised images on their canvas; not with `visual_tokens`.
+                Normalised images on their canvases; not together with `visual_tokens`.
             input_ids (`torch.LongTensor` of shape `(N, L)`, *optional*):
-                Tokens of N expressions, L at most `max_text_length`; not with `inputs_embeds`.
+                Tokens of N expressions, at most `config.max_text_length` each; not together with `inputs_embeds`.
             attention_mask (`torch.LongTensor` of shape `(N, L)`, *optional*):
-                1 on tokens, 0 on padding; without it every token counts.
+                1 on tokens, 0 on padding; without it nothing is padding.
             pixel_mask (`torch.LongTensor` of shape `(B, height, width)`, *optional*):
                 1 on the picture, 0 on padding; without it the picture fills the canvas.
             image_index (`torch.LongTensor` of shape `(N,)`, *optional*):
-                The image that each expression belongs to; without it N must be B and they are paired in order.
+                The number of the image that each expression is about. Without it the expressions belong to the images
+                in order, one each.
             original_sizes (`torch.LongTensor` of shape `(B, 2)`, *optional*):
-                Not used: accepted so that `model(**processor(...))` works, since post-processing needs it.
+                Not used. Like `letterbox`, it is accepted so that `model(**inputs)` works with what the processor
+                returned, where [`~EpmVGProcessor.post_process_grounding`] finds it.
+            letterbox (`torch.LongTensor` of shape `(B, 4)`, *optional*):
+                Not used, see `original_sizes`.
             inputs_embeds (`torch.FloatTensor` of shape `(N, L, text_config.hidden_size)`, *optional*):
-                Instead of `input_ids`, token embeddings for a text tower that accepts them.
+                Token embeddings instead of `input_ids`, if the text tower accepts them.
             visual_tokens (`torch.FloatTensor` of shape `(B, V, d_model)`, *optional*):
-                Instead of `pixel_values`, what [`~EpmVGModel.get_image_features`] or an earlier call made of them.
+                Visual tokens instead of `pixel_values`, from [`~EpmVGModel.get_image_features`] or an earlier call.
             visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`, *optional*):
-                Comes with `visual_tokens`.
+                The mask that was returned with `visual_tokens`, and is given together with them.
 
         Raises:
-            ValueError: images or expressions are missing, given twice, or do not match.
+            ValueError: images or expressions are missing or given in two ways, or their numbers do not match.
 
         Returns:
             [`EpmVGModelOutput`]: or a tuple, with `return_dict=False`.
@@ -599,7 +286,8 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         images = pixel_values if visual_tokens is None else visual_tokens
         expressions = input_ids if inputs_embeds is None else inputs_embeds
         _check_pairing(images, expressions, image_index, self.config.max_text_length)
-        # Recorded states are those of the fusion transformer; the towers before it must not record theirs.
+        # `output_attentions` and `output_hidden_states` ask for the states of the fusion transformer, not of the
+        # towers.
         tower_kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
 
         image_embeds = None
@@ -623,8 +311,8 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             **kwargs,
         )
         reg_state, fused_visual = fused.last_hidden_state[:, 0], fused.last_hidden_state[:, 1 + length :]
-        # What the two branches agree on before fusion is a short way for words to find what they name; then what
-        # fusion adds to it.
+        # The first term gives words a direct way to what they name, since its gradient does not pass through the
+        # fusion transformer. The second term is what fusion adds.
         scale = self.config.d_model**-0.5
         similarity_map = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), own_visual) * scale
         consistency_map = similarity_map + torch.einsum("nd,nvd->nv", reg_state, fused_visual) * scale
@@ -646,7 +334,10 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     def _encode_pixels(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backbone's maps as one `(B, C, grid_height, grid_width)` and the mask of its cells."""
+        """
+        The backbone's maps, averaged to the grid of the last one and joined to `(B, C, grid_height, grid_width)`, and
+        a mask `(B, grid_height, grid_width)` that is True on the picture.
+        """
         *lower, last = self.vision_model(pixel_values.to(self.dtype)).feature_maps
         grid = last.shape[-2:]
         feature_map = torch.cat([*(nn.functional.adaptive_avg_pool2d(level, grid) for level in lower), last], dim=1)
@@ -662,12 +353,16 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             )
         pixel_mask = pixel_mask[:, None].float()
         nearest = nn.functional.interpolate(pixel_mask, size=grid)[:, 0].bool()
-        # DETR's nearest sampling can miss a picture thinner than the stride; then every cell it touches counts.
+        # DETR's nearest sampling can miss a picture that is thinner than the stride. Then every cell that the picture
+        # touches counts.
         touched = nn.functional.adaptive_max_pool2d(pixel_mask, grid)[:, 0].bool()
         return feature_map, nearest | (touched & ~nearest.any(dim=(1, 2), keepdim=True))
 
     def _fusion_positions(self, text_length: int, grid: tuple[int, int]) -> torch.Tensor:
-        """Rows of the position table for `text_length` tokens and this grid, interpolated if it is another one."""
+        """
+        The rows of the position table for `text_length` tokens and for this grid. If it is not the grid of
+        `config.image_size`, its rows are interpolated.
+        """
         first_visual = 1 + self.config.max_text_length
         before_visual, visual = self.fusion_positions[: 1 + text_length], self.fusion_positions[first_visual:]
         side = self.config.image_size // self.config.backbone_stride
@@ -678,9 +373,14 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         return torch.cat([before_visual, visual])[None]
 
 
+# What `EpmVGForVisualGrounding` reads from a batch. The other entries of a batch are for post-processing, metrics or a
+# teacher.
+MODEL_INPUTS = ("pixel_values", "pixel_mask", "input_ids", "attention_mask", "image_index", "labels")
+
+
 class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
     """
-    [`EpmVGModel`] with a box head: one box per expression, and the grounding loss when `labels` are given.
+    [`EpmVGModel`] with a box head: it returns one box per expression and, if `labels` are given, the grounding loss.
 
     Args:
         config ([`EpmVGConfig`]): the architecture; the weights are new. [`~EpmVGModel.from_vision_text_pretrained`]
@@ -701,7 +401,8 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
     def __init__(self, config: EpmVGConfig):
         super().__init__(config)
         self.model = EpmVGModel(config)
-        # TransVG's head reads [REG] alone; the map head also reads what the map points at.
+        # TransVG's head reads the state of [REG] alone. The map head also reads the visual tokens that the map points
+        # at.
         head_input = config.d_model if config.box_head == "reg" else 2 * config.d_model
         self.box_head = nn.Sequential(
             nn.Linear(head_input, config.d_model),
@@ -711,13 +412,21 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             nn.Linear(config.d_model, 4),
         )
         if config.box_head == "map":
-            # Of one entry, not none: FSDP cannot shard a scalar.
+            # It has one entry instead of being a scalar because FSDP cannot shard scalars.
             self.log_map_sharpness = nn.Parameter(torch.empty(1))
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.config.box_head == "map":
+            init.constant_(self.log_map_sharpness, math.log(2))
+            # All offsets are 0 at first, so that training starts from the soft-argmax itself.
+            init.zeros_(self.box_head[-1].weight)
+
     def get_image_features(self, *args: Any, **kwargs: Any) -> EpmVGImageFeatures:
         """
-        [`EpmVGModel.get_image_features`]: the visual branch alone.
+        Runs the visual branch alone, see [`EpmVGModel.get_image_features`].
 
         Example:
 
@@ -730,7 +439,7 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
 
     def get_text_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """
-        [`EpmVGModel.get_text_features`]: the text tower alone.
+        Runs the text tower alone, see [`EpmVGModel.get_text_features`].
 
         Example:
 
@@ -754,23 +463,24 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         visual_tokens: torch.FloatTensor | None = None,
         visual_mask: torch.LongTensor | None = None,
+        letterbox: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGGroundingOutput:
         r"""
         Args:
-            pixel_values, input_ids, attention_mask, pixel_mask, image_index, original_sizes, inputs_embeds,
+            pixel_values, input_ids, attention_mask, pixel_mask, image_index, original_sizes, letterbox, inputs_embeds,
             visual_tokens, visual_mask:
                 See [`EpmVGModel.forward`].
             labels (`torch.FloatTensor` of shape `(N, 4)`, *optional*):
-                True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, as the processor makes them from `boxes=`;
-                rows of NaN, for expressions without a box, take no part in the loss.
+                True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, which the processor makes of its `boxes`. A
+                row of NaN stands for an expression without a box and takes no part in the loss.
 
         Returns:
             [`EpmVGGroundingOutput`]: or a tuple, with `return_dict=False`.
 
         Raises:
             ValueError: see [`EpmVGModel.forward`].
-            ImportError: there are labels, whose loss needs torchvision, and it is not installed.
+            ImportError: `labels` are given, but torchvision, which the loss needs, is not installed.
 
         Example:
 
@@ -804,20 +514,7 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
 
         loss = loss_dict = None
         if labels is not None:
-            loss_dict = box_loss(pred_boxes, labels)
-            loss = (
-                self.config.bbox_loss_coefficient * loss_dict["loss_bbox"]
-                + self.config.giou_loss_coefficient * loss_dict["loss_giou"]
-            )
-            if self.config.box_head == "map":
-                target = box_map_target(labels, own_mask)
-                loss_dict["loss_map"] = map_loss(
-                    outputs.consistency_map,
-                    target,
-                    own_mask.flatten(1),
-                    row_mask=has_box(labels),
-                )
-                loss = loss + self.config.map_loss_coefficient * loss_dict["loss_map"]
+            loss, loss_dict = grounding_loss(self.config, pred_boxes, labels, outputs.consistency_map, own_mask)
 
         return EpmVGGroundingOutput(
             loss=loss,
@@ -835,11 +532,11 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
 
     def _boxes_from_map(self, outputs: EpmVGModelOutput, visual_mask: torch.Tensor) -> torch.Tensor:
         """
-        Centre: soft-argmax of the consistency map plus an offset of at most half the canvas; offset and size are
-        regressed from `[REG]` and the visual tokens that the map points at.
+        The boxes of the map head. The centre of a box is the soft-argmax of the consistency map plus an offset of at
+        most half the canvas; offset and size are regressed from `[REG]` and the visual tokens that the map points at.
         """
         grid_height, grid_width = visual_mask.shape[1:]
-        # Two candidates that share the map would put the soft-argmax between them; sharper scores take a side.
+        # If two candidates shared the map, the soft-argmax would lie between them. Sharper scores choose one of them.
         scores = outputs.consistency_map.float() * self.log_map_sharpness.float().exp()
         scores = scores.masked_fill(~visual_mask.flatten(1), torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1)
@@ -847,23 +544,13 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         x = (torch.arange(grid_width, device=scores.device) + 0.5) / grid_width
         y = (torch.arange(grid_height, device=scores.device) + 0.5) / grid_height
         per_cell = weights.view(-1, grid_height, grid_width)
-        # Sums of products, not matrix products, which autocast would round to bfloat16: pixels of error.
+        # Autocast would compute matrix products in bfloat16, which is an error of some pixels, but not these sums.
         centre = torch.stack([(per_cell.sum(1) * x).sum(-1), (per_cell.sum(2) * y).sum(-1)], dim=-1)
 
         fused_visual = outputs.last_hidden_state[:, -visual_mask[0].numel() :]
         pointed_at = torch.einsum("nv,nvd->nd", weights.to(fused_visual.dtype), fused_visual)
         offset, size = self.box_head(torch.cat([outputs.reg_state, pointed_at], dim=-1)).float().split(2, dim=-1)
         return torch.cat([(centre + 0.5 * offset.tanh()).clamp(0, 1), size.sigmoid()], dim=-1)
-
-
-def _supports_attention(backbone_config: PreTrainedConfig, name: str | None) -> bool:
-    """Whether the backbone knows this attention implementation; convolutional ones have none, and only "eager"."""
-    backbone = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
-    if name == "sdpa":
-        return backbone._supports_sdpa
-    if name == "flex_attention":
-        return backbone._supports_flex_attn
-    return name in (None, "eager") or backbone._supports_flash_attn
 
 
 def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -873,7 +560,7 @@ def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _token_mask(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """True on the tokens of `states` `(N, L, width)`; without an attention mask, that is everywhere."""
+    """A mask `(N, L)` that is False on the padding of `states` `(N, L, width)`; without `attention_mask` all True."""
     if attention_mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     return attention_mask.bool()
@@ -887,7 +574,7 @@ def _check_either(**inputs: torch.Tensor | None) -> None:
 
 def _check_visual(visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor | None) -> None:
     if (visual_tokens is None) != (visual_mask is None):
-        raise ValueError("visual_tokens and visual_mask come together: the mask says which grid the tokens are")
+        raise ValueError("visual_tokens and visual_mask come together: the mask has the shape of their grid")
     if visual_tokens is not None and visual_tokens.shape[:2] != visual_mask.flatten(1).shape:
         raise ValueError(
             f"visual_tokens have shape {tuple(visual_tokens.shape)} and visual_mask {tuple(visual_mask.shape)}, "
@@ -903,7 +590,7 @@ def _check_pairing(
         raise ValueError(f"{length} tokens per expression, but config.max_text_length is {max_text_length}")
     if image_index is None and num_expressions != num_images:
         raise ValueError(
-            f"{num_expressions} expressions for {num_images} images: pass image_index, which says the image of each"
+            f"{num_expressions} expressions for {num_images} images: pass image_index, the number of the image of each"
         )
     if image_index is not None and image_index.shape != (num_expressions,):
         raise ValueError(

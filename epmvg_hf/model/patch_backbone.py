@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""CLIP's vision tower and ViT as backbones: transformers has no `AutoBackbone` for them."""
+"""CLIP's vision tower and ViT as backbones, since `AutoBackbone` of transformers does not accept them."""
 
 import inspect
 from typing import Any
@@ -41,13 +41,13 @@ class PatchBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
         tower_config (`CLIPVisionConfig`, `ViTConfig` or `dict`, *optional*, defaults to CLIP's ViT-B/32):
             The vision transformer.
         out_features (`list[str]`, *optional*, defaults to the last):
-            Which feature maps to return: `"stem"` is the first layer's input, `"stage1"` the first layer's output, and
-            so on.
+            Which feature maps to return: `"stem"` is the input of the first layer, `"stage1"` its output, `"stage2"`
+            the output of the second layer, and so on.
         out_indices (`list[int]`, *optional*):
-            The same by number, `"stem"` being 0.
+            The feature maps by their numbers instead of their names; `"stem"` is 0.
 
     Raises:
-        ValueError: the tower is neither of the two, or has no such feature map.
+        ValueError: the tower is neither a CLIP nor a ViT, or has no such feature map.
 
     Example:
 
@@ -71,9 +71,9 @@ class PatchBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         chosen = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
-        kwargs.pop("stage_names", None)  # saved, but the tower says it
+        kwargs.pop("stage_names", None)  # saved configs have them, but they follow from the tower
         super().__post_init__(**kwargs)
-        tower: PreTrainedConfig = self.tower_config  # made from a dictionary by now
+        tower: PreTrainedConfig = self.tower_config  # the call above has made a config of a dictionary
         if tower.model_type not in ("clip_vision_model", "vit"):
             raise ValueError(f"tower_config is of type {tower.model_type!r}, expected clip_vision_model or vit")
         self.stage_names = ["stem", *(f"stage{layer}" for layer in range(1, tower.num_hidden_layers + 1))]
@@ -82,12 +82,12 @@ class PatchBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
 
 class PatchBackbone(BackboneMixin, PreTrainedModel):
     """
-    A vision transformer whose patch tokens are feature maps `(B, hidden_size, height / patch, width / patch)`. The map
-    of the last stage is the tower's `last_hidden_state`, an earlier one the output of its layer; the class token is
-    left out. Position embeddings are interpolated to the size of the image.
+    Returns the patch tokens of a vision transformer as feature maps `(B, hidden_size, height / patch, width / patch)`,
+    without the class token. The map of the last stage is the tower's `last_hidden_state`, that of an earlier stage the
+    output of its layer. Position embeddings are interpolated to the size of the image.
 
     Args:
-        config ([`PatchBackboneConfig`]): the tower and the maps of it; the weights are new.
+        config ([`PatchBackboneConfig`]): the tower, and which of its maps to return; the weights are new.
 
     Example:
 
@@ -117,7 +117,8 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
         tower: PreTrainedConfig = config.tower_config
         self.patch_size = tower.patch_size
         self.num_features = [tower.hidden_size] * len(config.stage_names)
-        # Neither keeps what only the pooled class token passes through: it would never get a gradient.
+        # Pooling layer and CLIP's last norm are left out. Only the class token passes through them, so that their
+        # weights would never get a gradient.
         self.tower = MODEL_MAPPING[type(tower)](tower, **without_pooling(tower))
         if isinstance(tower, CLIPVisionConfig):
             self.tower.post_layernorm = nn.Identity()
@@ -144,12 +145,15 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
 
 
 def without_pooling(tower_config: PreTrainedConfig) -> dict[str, bool]:
-    """The argument that leaves out the pooling layer that some towers have and that would never get a gradient."""
+    """
+    The keyword argument that builds a tower without its pooling layer, if it has one. The grounding model does not
+    read the pooled state, so the layer would never get a gradient.
+    """
     signature = inspect.signature(MODEL_MAPPING[type(tower_config)].__init__)
     return {"add_pooling_layer": False} if "add_pooling_layer" in signature.parameters else {}
 
 
-# Here, not in the package, of which shared code (see `register_for_hub`) has the modules alone.
+# Registered here and not in `__init__.py`, which does not travel with shared code (see `register_for_hub`).
 AutoBackbone.register(PatchBackboneConfig, PatchBackbone)
 
 __all__ = ["PatchBackbone", "PatchBackboneConfig"]

@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Processor class for EpmVG: images, expressions and boxes -> model inputs; predicted boxes -> pixels."""
+"""Processor class for EpmVG: makes model inputs of images, expressions and boxes, and pixels of predicted boxes."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,24 +28,27 @@ from .card_mixin import ModelCardMixin
 from .configuration_epmvg import EpmVGConfig
 from .image_processing_epmvg import EpmVGImageProcessor
 from .image_processing_pil_epmvg import EpmVGImageProcessorPil
+from .letterbox import Letterbox
+from .nested_inputs import check_boxes, flatten, flatten_boxes, group_expressions
+from .pretrained_towers import tower_statistics, tower_tokenizer
 
 logger = logging.get_logger(__name__)
 
 
 class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
     r"""
-    Wraps an [`EpmVGImageProcessor`] and a tokenizer, and owns the geometry both ways: boxes of the images become
-    labels, predicted boxes become boxes of the images ([`~EpmVGProcessor.post_process_grounding`]).
+    Wraps an [`EpmVGImageProcessor`] and a tokenizer. A call turns images, expressions and their boxes into inputs and
+    labels of the model; [`~EpmVGProcessor.post_process_grounding`] turns predicted boxes into boxes of the images.
 
     Args:
         image_processor ([`EpmVGImageProcessor`] or [`EpmVGImageProcessorPil`]): the image processor.
         tokenizer ([`PreTrainedTokenizerBase`]): the tokenizer of the text tower.
-        max_text_length (`int`, *optional*, defaults to 20): expressions are cut to so many tokens, special ones
-            included; saved with the processor. A `max_length` of a call goes before it, one saved with the tokenizer
-            does not.
-        do_lower_case (`bool`, *optional*, defaults to `False`): expressions are lower-cased before the tokenizer sees
-            them, as TransVG does; saved with the processor. Also with a tokenizer that lower-cases itself, this makes
-            words of what would be a special token, such as "[SEP]".
+        max_text_length (`int`, *optional*, defaults to 20): expressions are cut to this many tokens, special tokens
+            included; saved with the processor. The `max_length` of a call overrides it, the one that is saved with the
+            tokenizer does not.
+        do_lower_case (`bool`, *optional*, defaults to `False`): whether expressions are lower-cased before they are
+            tokenized, as TransVG does; saved with the processor. It makes a difference even if the tokenizer
+            lower-cases, because what looks like a special token ("[SEP]") then becomes ordinary text.
 
     Example:
 
@@ -54,11 +57,11 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
 
     >>> processor = EpmVGProcessor.from_pretrained("outputs/demo")
     >>> list(processor(images=image, text=["the star", "the green triangle"]))
-    ['pixel_values', 'pixel_mask', 'original_sizes', 'input_ids', 'attention_mask', 'image_index']
+    ['pixel_values', 'pixel_mask', 'original_sizes', 'letterbox', 'input_ids', 'attention_mask', 'image_index']
     ```
     """
 
-    # The model takes no segment ids, whatever the tokenizer offers.
+    # BERT's tokenizer makes segment ids, but the model has no argument for them.
     unused_input_names = ["token_type_ids"]  # noqa: RUF012
     text_kwargs = {  # noqa: RUF012
         "padding": True,
@@ -86,8 +89,8 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         cls, vision: str, text: str, config: EpmVGConfig, do_lower_case: bool = False
     ) -> "EpmVGProcessor":
         r"""
-        The processor of a model that [`~EpmVGModel.from_vision_text_pretrained`] made: the mean and deviation of the
-        vision tower, the tokenizer of the text tower, canvas and text length of the model.
+        The processor for a model that [`~EpmVGModel.from_vision_text_pretrained`] made. It has the mean and standard
+        deviation of the vision tower, the tokenizer of the text tower, and the canvas and text length of the model.
 
         Args:
             vision (`str`): folder or Hub id of the vision tower, with its image processor.
@@ -96,8 +99,8 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
             do_lower_case (`bool`, *optional*, defaults to `False`): see [`EpmVGProcessor`].
 
         Raises:
-            ValueError: there is no image processor with the vision tower, or the tokenizer has more tokens than the
-                text tower.
+            ValueError: the vision tower has no image processor, or the tokenizer has more tokens than the text tower
+                embeds.
 
         Example:
 
@@ -110,9 +113,6 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         True
         ```
         """
-        # Here, as it loads the code of many towers.
-        from .pretrained_towers import tower_statistics, tower_tokenizer
-
         size = {"height": config.image_size, "width": config.image_size}
         image_processor_class = EpmVGImageProcessor if is_torchvision_available() else EpmVGImageProcessorPil
         image_processor = image_processor_class(size=size, **tower_statistics(vision))
@@ -139,20 +139,20 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
                 each image of a list or all for one image that is not in a list; or for each image a list of its
                 expressions, which may be empty.
             boxes (list, `np.ndarray` or `torch.Tensor`, *optional*): the box of each expression, nested like `text`:
-                (x0, y0, x1, y1) in pixels of the image as given, 0-based, half-open. A box may reach beyond its image
-                by up to 1 pixel. In a list, `None` says that an expression has no box: its row of `labels` is NaN.
+                (x0, y0, x1, y1) in pixels of the image as given, 0-based, half-open. A box may stick out of its image
+                by up to 1 pixel. `None` or a row of NaN stands for an expression without a box; its labels are NaN.
             kwargs: keyword arguments for the tokenizer or the image processor. By default, tensors are returned
                 (`return_tensors="pt"`), and text is padded to the longest expression of the batch.
 
         Returns:
-            `BatchFeature`: for images `pixel_values` (B, 3, S, S), `pixel_mask` (B, S, S) and `original_sizes` (B, 2);
-            for text `input_ids` (N, L) and `attention_mask` (N, L); for both `image_index` (N,), the number of the
-            image that each expression belongs to; for boxes `labels` (N, 4), float32, (centre x, centre y, width,
-            height) in [0, 1] of the padded canvas.
+            `BatchFeature`: for images `pixel_values` (B, 3, S, S), `pixel_mask` (B, S, S), `original_sizes` (B, 2) and
+            `letterbox` (B, 4), see [`EpmVGImageProcessor`]; for text `input_ids` (N, L) and `attention_mask` (N, L);
+            for both `image_index` (N,), the number of the image that each expression belongs to; for boxes `labels`
+            (N, 4), float32, (centre x, centre y, width, height) in [0, 1] of the padded canvas.
 
         Raises:
-            ValueError: an expression is empty; images, expressions and boxes do not match in number; a box is no box,
-                or not inside its image.
+            ValueError: an expression has no words; images, expressions and boxes do not match in number; a box is
+                empty, inverted, not finite or outside its image.
 
         Example:
 
@@ -169,9 +169,10 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
             raise ValueError("Expected `images`, `text` or both, got neither.")
         if boxes is not None and (images is None or text is None):
             raise ValueError("`boxes` need the `images` they lie in and the `text` they belong to.")
-        groups = [] if text is None else group_expressions(text, single_image=is_single_image(images))
+        groups = [] if text is None else group_expressions(text, _is_single_image(images))
 
-        # A fast tokenizer remembers, even on disk, the max_length of its last call; that must not become our cut.
+        # A fast tokenizer remembers the max_length of its last call, even when it is saved. That must not cut the
+        # expressions of this call.
         remembered = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "max_length"}
         merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=remembered, **kwargs)
         images_kwargs, text_kwargs = merged_kwargs["images_kwargs"], merged_kwargs["text_kwargs"]
@@ -181,7 +182,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         if images is not None:
             data |= self.image_processor(images, **images_kwargs)
         if text is not None:
-            data |= self._tokenize([expression for group in groups for expression in group], **text_kwargs)
+            data |= self._tokenize(flatten(groups), **text_kwargs)
         if images is not None and text is not None:
             image_sizes = torch.as_tensor(data["original_sizes"])
             if len(groups) != len(image_sizes):
@@ -195,7 +196,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
             if boxes is not None:
                 boxes = flatten_boxes(boxes, text)
                 check_boxes(boxes, image_sizes[image_index], text)
-                letterbox = self.image_processor.letterbox(image_sizes, **images_kwargs)
+                letterbox = Letterbox.from_tensor(data["letterbox"], image_sizes)
                 targets["labels"] = letterbox.select(image_index).to_labels(boxes).float()
             data |= BatchFeature(targets, tensor_type=text_kwargs["return_tensors"])
         return BatchFeature(data)
@@ -207,25 +208,26 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         r"""
-        Predicted boxes -> boxes of the images.
-
-        It undoes the letterbox of this processor's image processor, as its settings stand now: `size`, `pad_offset`
-        or `placements` that were given to a single call are not known here.
+        Turns predicted boxes into boxes of the images.
 
         Args:
             outputs ([`ModelOutput`]): has `pred_boxes` (N, 4), (centre x, centre y, width, height) in [0, 1] of the
                 padded canvas.
-            inputs ([`BatchFeature`], *optional*): what this processor returned; `original_sizes` and `image_index`
-                are used. Without `image_index`, each image has one expression.
+            inputs ([`BatchFeature`], *optional*): what this processor returned, which says where it placed the
+                pictures; `letterbox`, `original_sizes` and `image_index` are used. Without `image_index`, each image
+                has one expression.
             target_sizes (`torch.Tensor` of shape `(N, 2)` or list, *optional*): instead of `inputs`, for each
-                expression the (height, width) of its image in pixels.
+                expression the (height, width) of its image in pixels. This assumes that the images were placed by the
+                present settings of the image processor, not by `size`, `pad_offset`, `placements` or `do_resize` of
+                a single call.
 
         Returns:
             `list[dict]`: for each expression `{"box": torch.FloatTensor of shape (4,)}`, (x0, y0, x1, y1) in pixels of
             the image as given, clipped to it.
 
         Raises:
-            ValueError: not exactly one of `inputs` and `target_sizes` is given, or it does not match `pred_boxes`.
+            ValueError: not exactly one of `inputs` and `target_sizes` is given, or it does not match `pred_boxes`, or
+                `inputs` is not what the processor returned.
 
         Example:
 
@@ -243,28 +245,38 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
             raise ValueError("Expected exactly one of `inputs` and `target_sizes`.")
         pred_boxes = outputs.pred_boxes.float()
 
-        if inputs is not None:
-            image_sizes = torch.as_tensor(inputs["original_sizes"]).cpu()
-            if "image_index" in inputs:
-                image_sizes = image_sizes[torch.as_tensor(inputs["image_index"]).cpu()]
-        else:
+        if inputs is None:
             image_sizes = torch.as_tensor(target_sizes)
-        if image_sizes.shape != (len(pred_boxes), 2):
-            raise ValueError(
-                f"Expected one (height, width) for each of the {len(pred_boxes)} predicted boxes, but the sizes have "
-                f"shape {tuple(image_sizes.shape)}."
-            )
-        return [{"box": box} for box in self.image_processor.letterbox(image_sizes).to_pixels(pred_boxes)]
+            if image_sizes.shape != (len(pred_boxes), 2):
+                raise ValueError(
+                    f"`target_sizes` must be one (height, width) for each of the {len(pred_boxes)} predicted boxes, "
+                    f"but its shape is {tuple(image_sizes.shape)}."
+                )
+            letterbox = self.image_processor.letterbox(image_sizes)
+        else:
+            for name in ("letterbox", "original_sizes"):
+                if name not in inputs:
+                    raise ValueError(
+                        f"`inputs` has no `{name}`: pass what the processor returned for images, or `target_sizes`."
+                    )
+            letterbox = Letterbox.from_tensor(inputs["letterbox"], inputs["original_sizes"])
+            if "image_index" in inputs:
+                letterbox = letterbox.select(torch.as_tensor(inputs["image_index"]).cpu())
+            if len(letterbox) != len(pred_boxes):
+                raise ValueError(
+                    f"{len(pred_boxes)} boxes were predicted, but `inputs` has {len(letterbox)} expressions."
+                )
+        return [{"box": box} for box in letterbox.to_pixels(pred_boxes)]
 
     def _loaded_from(self) -> str:
         return self.tokenizer.name_or_path
 
     def _tokenize(self, expressions: list[str], **text_kwargs: Any) -> dict:
-        """Tokenizes, and warns where expressions are cut."""
+        """Tokenizes the expressions, and warns if some of them are cut."""
         if self.do_lower_case:
             expressions = [expression.lower() for expression in expressions]
         encoded = self.tokenizer(expressions, **text_kwargs)
-        # What was cut fills its row to the limit, so only full rows need a second look.
+        # An expression that was cut has as many tokens as the limit allows, so only those are tokenized again.
         limit = text_kwargs["max_length"]
         lengths = [np.asarray(mask).sum() for mask in encoded["attention_mask"]]
         full = [expression for expression, length in zip(expressions, lengths, strict=True) if length == limit]
@@ -279,115 +291,10 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         return {name: values for name, values in encoded.items() if name not in self.unused_input_names}
 
 
-# The row of an expression without a box; compared by identity, since a NaN from outside is an error.
-NO_BOX = np.full(4, np.nan)
-
-
-def is_single_image(images: ImageInput | None) -> bool:
+def _is_single_image(images: ImageInput | None) -> bool:
     """Whether `images` is one image, not a list or a 4-dimensional batch."""
     is_batch = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
     return not isinstance(images, list | tuple) and not is_batch
-
-
-def group_expressions(text: str | list[str] | list[list[str]], single_image: bool) -> list[list[str]]:
-    """
-    The expressions of each image; with `single_image`, those of a flat list belong to one image.
-
-    Raises:
-        ValueError: `text` is not nested as [`EpmVGProcessor`] expects, an expression is empty, or there is none.
-    """
-    if isinstance(text, str):
-        groups = [[text]]
-    elif isinstance(text, list | tuple) and all(isinstance(item, str) for item in text):
-        flat = cast(list[str], list(text))
-        groups = [flat] if single_image else [[item] for item in flat]
-    elif isinstance(text, list | tuple) and all(isinstance(item, list | tuple) for item in text):
-        groups = [list(item) for item in text]
-    else:
-        raise ValueError("`text` must be a string, a list of strings, or a list of lists of strings.")
-
-    expressions = [expression for group in groups for expression in group]
-    if not expressions:
-        raise ValueError("`text` holds no expression, expected at least one.")
-    for index, expression in enumerate(expressions):
-        if not isinstance(expression, str) or not expression.strip():
-            raise ValueError(f"`text{position(text, index)}` is {expression!r}, expected an expression with words.")
-    return groups
-
-
-def flatten_boxes(
-    boxes: Sequence | np.ndarray | torch.Tensor, text: str | list[str] | list[list[str]]
-) -> torch.Tensor:
-    """
-    The boxes of all expressions, `torch.DoubleTensor` of shape `(N, 4)`; NaN for the box `None`.
-
-    Raises:
-        ValueError: `boxes` are not nested like `text`, or an item is not four finite numbers.
-    """
-    if isinstance(text, str):
-        items = [boxes]
-    else:
-        check_count(boxes, text, "")
-        items = list(boxes)
-        if not isinstance(text[0], str):
-            for index, (group_boxes, group) in enumerate(zip(boxes, text, strict=True)):
-                check_count(group_boxes, group, f"[{index}]")
-            items = [box for group_boxes in boxes for box in group_boxes]
-
-    rows = [NO_BOX if box is None else np.asarray(box, dtype=np.float64) for box in items]
-    for index, row in enumerate(rows):
-        if row.shape != (4,):
-            raise ValueError(
-                f"`boxes{position(text, index)}` must be four numbers (x0, y0, x1, y1), but it has shape {row.shape}."
-            )
-        if row is not NO_BOX and not np.isfinite(row).all():
-            raise ValueError(
-                f"`boxes{position(text, index)}` = {row.tolist()} is not finite, expected four finite numbers."
-            )
-    return torch.from_numpy(np.stack(rows))
-
-
-def check_count(boxes: Sequence | np.ndarray | torch.Tensor, text: list, where: str) -> None:
-    """Raises a `ValueError` if a list of boxes is not as long as the list of expressions at the same place."""
-    count = len(boxes) if isinstance(boxes, Sequence | np.ndarray | torch.Tensor) else "no"
-    if count != len(text):
-        raise ValueError(
-            f"`boxes` must be nested like `text`, but `boxes{where}` has {count} items and `text{where}` has "
-            f"{len(text)}."
-        )
-
-
-def check_boxes(boxes: torch.Tensor, image_sizes: torch.Tensor, text: str | list[str] | list[list[str]]) -> None:
-    """
-    Raises a `ValueError` for the first of the boxes (N, 4) that is no box in its image (N, 2: height, width). NaN, an
-    expression without a box, fails no comparison.
-    """
-    x0, y0, x1, y1 = boxes.unbind(1)
-    height, width = image_sizes.unbind(1)
-    faults = {
-        "is empty or inverted, expected x0 < x1 and y0 < y1": (x0 >= x1) | (y0 >= y1),
-        "lies wholly outside its image": (x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height),
-        # Some annotations are rounded outwards or count the last pixel in: that costs less than a pixel.
-        "reaches beyond its image by more than 1 pixel": (boxes < -1).any(dim=1)
-        | (x1 > width + 1)
-        | (y1 > height + 1),
-    }
-    for fault, mask in faults.items():
-        if mask.any():
-            index = int(mask.nonzero()[0])
-            raise ValueError(
-                f"`boxes{position(text, index)}` = {boxes[index].tolist()} {fault}; it must be (x0, y0, x1, y1) in "
-                f"pixels of an image of {height[index]} x {width[index]} pixels (height x width)."
-            )
-
-
-def position(text: str | list[str] | list[list[str]], index: int) -> str:
-    """Where in `text`, and in `boxes`, nested alike, the expression number `index` is: "", "[3]" or "[1][0]"."""
-    if isinstance(text, str):
-        return ""
-    if isinstance(text[0], str):
-        return f"[{index}]"
-    return [f"[{outer}][{inner}]" for outer, group in enumerate(text) for inner in range(len(group))][index]
 
 
 __all__ = ["EpmVGProcessor"]

@@ -1,12 +1,14 @@
 """
-Runs transformers' own common tests against EpmVG (`make conformance`), and says what passed, and what was skipped why.
+Runs the common tests of transformers against EpmVG (`make conformance`), and reports how many passed and why others
+were skipped.
 
-The tests are no part of the installed transformers, but of its source distribution, which is downloaded once from the
-package index to `.conformance`. Over it goes `overlay`: our test modules, and stand-ins for the few files that the
-source distribution lacks. The exit status is 1 if a test fails, or is skipped for a reason that is not known below.
+The tests are not installed with transformers. They are part of its source distribution, which is downloaded once from
+the package index to `.conformance`. The files in `overlay` are copied over it: test modules for EpmVG, and stand-ins
+for a few files that the source distribution lacks. The exit status is 1 if a test fails, or is skipped for a reason
+that is not listed below.
 
     python tests/conformance/run.py [arguments for pytest]
-    RUN_SLOW=1 python tests/conformance/run.py       # and what is slow: exports and torch.compile
+    RUN_SLOW=1 python tests/conformance/run.py       # also the slow tests: exports and torch.compile
     python tests/conformance/run.py --mutate leak    # on a copy of the package with a fault, which must be found
 """
 
@@ -28,10 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = Path(__file__).parent / "overlay"
 WORK = ROOT / ".conformance"
 
-# Below this many passes, tests have gone missing.
+# If fewer tests pass, some of them have not been found.
 FEWEST_PASSES = 255
 
-# Why a test may be skipped. Any other reason is an error: the suite skips some of its best tests silently.
+# The reasons for which a test may be skipped. Any other reason counts as a failure, because a model that lacks what a
+# test looks for is skipped without a word.
 SKIPS = {
     "needs hardware or a package that is not here": (
         r"test requires (multiple )?accelerators?|test requires (MPS|Flash Attention|deepspeed|bitsandbytes)"
@@ -66,7 +69,7 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = {
-    "init": Mutation("model/modeling_epmvg.py", "            init.normal_(module.reg_token)\n", ""),
+    "init": Mutation("model/modeling_epmvg.py", "        init.normal_(self.reg_token)\n", ""),
     "leak": Mutation(
         "model/modeling_epmvg.py",
         "last_hidden_state=self.visual_projection(encoded.last_hidden_state),",
@@ -79,7 +82,7 @@ MUTATIONS = {
 
 
 def download() -> Path:
-    """The source distribution of the installed transformers, from the package index if it is not here yet."""
+    """The source distribution of the installed transformers, which is downloaded if it is not here yet."""
     release = version("transformers")
     archive = WORK / f"transformers-{release}.tar.gz"
     if not archive.exists():
@@ -97,7 +100,7 @@ def download() -> Path:
 
 
 def build_suite(archive: Path, suite: Path):
-    """Fills the folder `suite` with the tests of the source distribution and the overlay."""
+    """Copies the tests of the source distribution, and then the overlay, into the folder `suite`."""
     top = archive.name.removesuffix(".tar.gz")
     with tarfile.open(archive) as file:
         members = [member for member in file if member.name.startswith((f"{top}/tests/", f"{top}/pyproject.toml"))]
@@ -110,7 +113,7 @@ def build_suite(archive: Path, suite: Path):
 
 
 def mutate(name: str, folder: Path):
-    """Puts a copy of the package that has the fault into `folder`."""
+    """Copies the package into `folder` and puts the fault into the copy."""
     mutation, package = MUTATIONS[name], folder / "epmvg_hf"
     shutil.copytree(ROOT / "epmvg_hf", package, ignore=shutil.ignore_patterns("__pycache__"))
     source = (package / mutation.file).read_text()
@@ -120,7 +123,7 @@ def mutate(name: str, folder: Path):
 
 
 def run_pytest(suite: Path, package_root: Path, arguments: list[str]) -> ElementTree.ElementTree:
-    """Runs our test modules in a process of their own, with the package in `package_root`; returns pytest's report."""
+    """Runs the tests in another process, with the package in `package_root`, and returns pytest's report."""
     report = suite / "junit.xml"
     paths = [str(package_root), str(suite), *filter(None, [os.environ.get("PYTHONPATH")])]
     defaults = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -136,12 +139,12 @@ def run_pytest(suite: Path, package_root: Path, arguments: list[str]) -> Element
 
 
 def outcome(case: ElementTree.Element) -> str:
-    # In this order: some tests skip one class and go on with the next.
+    # A test that skips one class and fails with the next one has both entries, so failures are looked for first.
     return next((name for name in ("error", "failure", "skipped") if case.find(name) is not None), "passed")
 
 
 def summarize(report: ElementTree.ElementTree, whole_suite: bool) -> bool:
-    """Prints what happened, and returns whether all is as it should be."""
+    """Prints what happened, and returns whether there was no failure."""
     cases = list(report.iter("testcase"))
     counts = Counter(map(outcome, cases))
     reasons = Counter(case.find("skipped").get("message") for case in cases if outcome(case) == "skipped")

@@ -1,4 +1,7 @@
-"""The original here is TransVG written once more, from torchvision, BERT and `nn.MultiheadAttention`, and tiny."""
+"""
+Converted models against TransVG. Most tests compare with a tiny TransVG that `tests/fixtures/original_transvg.py`
+writes again with torchvision, BERT and `nn.MultiheadAttention`; two compare with boxes of the original code.
+"""
 
 import argparse
 import importlib.util
@@ -41,7 +44,7 @@ def inputs_of(size=128, length=20, batch=3):
 
 @torch.no_grad()
 def stages_of(model, pixel_values, padding, input_ids, attention_mask):
-    """What our model computes at the stages of `Original`."""
+    """What a converted model computes at each stage of `Original`."""
     stages = {}
     hooks = [
         model.model.vision_model.register_forward_hook(lambda m, a, out: stages.update(backbone=out.feature_maps[-1])),
@@ -55,7 +58,10 @@ def stages_of(model, pixel_values, padding, input_ids, attention_mask):
 
 
 def assert_same_stages(model, reference, inputs):
-    """Differences are relative to a stage's largest value, if that is above 1. `pytest -rP` shows them."""
+    """
+    Compares the stages. The tolerance is 1e-5, or 1e-5 of the stage's largest value if that is above 1. `pytest -rP`
+    shows the differences.
+    """
     ours, theirs = stages_of(model, **inputs), reference(**inputs)
     print("stage      largest value   largest difference   relative")
     for stage, expected in theirs.items():
@@ -77,7 +83,7 @@ def convert(checkpoint, output_dir, *options):
 @pytest.fixture(scope="module")
 def reference():
     if not TRANSVG.exists():
-        pytest.skip("needs ../shared/transvg")
+        pytest.skip("the reference weights of the original TransVG are not here")
     spec = importlib.util.spec_from_file_location("name_keyed_weights", TRANSVG / "name_keyed_weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -91,8 +97,8 @@ def test_boxes_of_the_original(reference, case_number, tmp_path):
     tensors = reference.state_dict(TRANSVG / "checkpoint_keys_resnet50.json", size, length)
     if case_number == 0:
         model = convert(save(tmp_path, {"model": tensors}), tmp_path / "out", "--tokenizer", "none")
-        shutil.rmtree(tmp_path)  # more than a gigabyte, which pytest would keep
-    else:  # files cost most of the time, and have no part in what differs here
+        shutil.rmtree(tmp_path)  # pytest would keep these files of more than a gigabyte
+    else:  # without files, which take most of the time and are tested by the first case
         model, _ = convert_transvg(tensors)
     assert (model.config.image_size, model.config.max_text_length) == (size, length)
     inputs = reference.inputs(case)
@@ -100,7 +106,8 @@ def test_boxes_of_the_original(reference, case_number, tmp_path):
     print(f"largest difference to the boxes of the original code: {difference:.1e}")
     assert difference <= 1e-5
 
-    # Where these weights go within the original is known by its arithmetic, as written above, in full size.
+    # The original code only gave the boxes. The stages before them are compared with the rewritten TransVG in full
+    # size.
     written = Original((3, 4, 6, 3), 64, 256, 8, (6, 6), BertConfig(), size, length)
     written.load_state_dict(tensors)
     assert_same_stages(model, written, inputs)
@@ -165,7 +172,7 @@ def test_the_processor_is_that_of_the_weights(tmp_path):
     assert inputs["pixel_values"].shape == (1, 3, 128, 128)
     words = tiny_tokenizer().tokenize("the red circle " * 6)
     assert inputs["input_ids"][0].tolist() == tiny_tokenizer().convert_tokens_to_ids(["[CLS]", *words, "[SEP]"])
-    # As written it would be the end of the text.
+    # Without lower-casing, "[SEP]" in an expression would become the token that ends it.
     assert (inputs["input_ids"][1] == tiny_tokenizer().sep_token_id).sum() == 1
     with torch.no_grad():
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
@@ -230,7 +237,7 @@ def test_a_missing_layer_is_named():
     layer = [name for name in tensors if name.startswith("vl_transformer.encoder.layers.1.")]
     for name in layer:
         del tensors[name]
-    with pytest.raises(ValueError, match=rf"missing: {min(layer)}, .* and 7 more; unexpected: vl_transformer"):
+    with pytest.raises(ValueError, match=rf"missing: {min(layer)}, .* and 8 more; unexpected: vl_transformer"):
         convert_transvg(tensors, image_size=128)
 
 
@@ -242,7 +249,10 @@ def test_other_files_are_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text_proj.weight": torch.zeros(32, 63)}, r"text_proj.weight has the shape \(32, 63\), not \(32, 64\)"),
+        (
+            {"text_proj.weight": torch.zeros(32, 63)},
+            r"text_proj.weight has the shape \(32, 63\), not \(32, 64\), as other",
+        ),
         ({"reg_token.weight": torch.zeros(32)}, r"reg_token.weight has the shape \(32,\), not \(1, 32\)"),
         (
             {"vl_transformer.encoder.layers.0.self_attn.in_proj_bias": torch.zeros(95)},
@@ -335,7 +345,7 @@ def test_a_tokenizer_that_does_not_fit_is_named(tmp_path):
     bert = BertConfig(vocab_size=18, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=48)
     checkpoint = save(tmp_path, {"model": original(bert=bert).state_dict()})
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="has 19 tokens, but the checkpoint embeddings of 18 only"):
+    with pytest.raises(ValueError, match="has 19 tokens, but the checkpoint has embeddings for 18 only"):
         convert(checkpoint, tmp_path / "out", "--tokenizer", str(tmp_path / "tokenizer"))
     with pytest.raises(ValueError, match="there is no tokenizer in"):
         convert(checkpoint, tmp_path / "out", "--tokenizer", str(tmp_path / "nowhere"))

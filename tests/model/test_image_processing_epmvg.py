@@ -16,7 +16,7 @@ PLACEMENTS = [None, [(48, 0.25, 0.75)]]
 
 
 def smooth_image(width, height, seed=0):
-    """A blurred random picture: as smooth as a photo, unlike noise."""
+    """A random picture as smooth as a photo, on which the two resize methods agree better than on noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.BICUBIC)
 
@@ -49,7 +49,7 @@ def test_transvg_cases(backend, tolerance):
 @pytest.mark.parametrize("size", [(50, 33), (501, 333), (97, 64), (64, 64), (130, 90), (3, 200), (201, 2), (13, 7)])
 @pytest.mark.parametrize("backend, tolerance", TOLERANCES)
 def test_any_shape_is_that_of_transvg(backend, tolerance, size):
-    """TransVG's evaluation transform, with torchvision's functions for PIL images as there."""
+    """Compares with TransVG's evaluation transform, made of the same torchvision functions on PIL images."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
     width, height = (round(side * 64 / max(size)) for side in size)
     resized = tvf.to_tensor(tvf.resize(image, [height, width]))
@@ -74,6 +74,8 @@ def test_outputs(backend):
     assert inputs.pixel_mask.shape == (4, 64, 64)
     assert inputs.pixel_mask.dtype == torch.int64
     assert inputs.original_sizes.tolist() == [[48, 64], [64, 48], [3, 5], [3, 200]]
+    assert inputs.letterbox.dtype == torch.int64
+    assert inputs.letterbox.tolist() == [[64, 8, 0, 64], [64, 0, 8, 64], [64, 13, 0, 64], [64, 31, 0, 64]]
     assert inputs.pixel_mask.sum((1, 2)).tolist() == [64 * 48, 64 * 48, 64 * 38, 64]
     # padding is 0 after normalisation, the picture is not
     assert (inputs.pixel_values * (1 - inputs.pixel_mask[:, None])).abs().sum() == 0
@@ -88,6 +90,7 @@ def test_backends_agree(size):
         a, b = (backend(size=size)(images, placements=chosen, return_tensors="pt") for backend in BACKENDS)
         assert torch.equal(a.pixel_mask, b.pixel_mask)
         assert torch.equal(a.original_sizes, b.original_sizes)
+        assert torch.equal(a.letterbox, b.letterbox)
         difference = (a.pixel_values - b.pixel_values).abs()
         assert difference.max() < 0.1
         assert difference.mean() < 5e-3

@@ -1,4 +1,4 @@
-"""What only the PIL backend has; all that both share is in `test_image_processing_epmvg.py`, for both."""
+"""Tests of the PIL backend alone. `test_image_processing_epmvg.py` tests what both backends have in common."""
 
 import numpy as np
 from PIL import Image

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from epmvg_hf.model.letterbox import Letterbox
 
 
 def transvg_geometry(height, width, canvas):
-    """TransVG's `utils/transforms.py`, in plain Python: ratio, top, left, height, width."""
+    """Ratio, top, left, height and width as TransVG's `utils/transforms.py` computes them in plain Python."""
     ratio = float(canvas / float(max(height, width)))
     new_height, new_width = round(height * ratio), round(width * ratio)
     free_height, free_width = canvas - new_height, canvas - new_width
@@ -21,7 +22,7 @@ def test_place_is_transvg(canvas):
     for size, ratio, window in zip(sizes, letterbox.ratio.tolist(), letterbox.windows(), strict=True):
         expected_ratio, top, left, height, width = transvg_geometry(*size, canvas)
         assert ratio == expected_ratio
-        if min(height, width) > 0:  # TransVG fails where a side rounds to 0; here it keeps one pixel
+        if min(height, width) > 0:  # TransVG fails if a side rounds to 0, but here the side keeps one pixel
             assert window == (top, left, height, width)
         assert min(window[2:]) >= 1
 
@@ -60,6 +61,33 @@ def test_round_trip(dtype, tolerance):
     assert (letterbox.to_pixels(labels) - boxes).abs().max() < tolerance
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pad_offset": 0.3}, {"placements": [(33, 1.0, 0.25), (64, 0.0, 1.0), (1, 0.5, 0.5)]}, {"do_resize": False}],
+)
+def test_a_letterbox_travels_as_whole_numbers(options):
+    sizes = [(7, 60), (61, 30), (63, 2)]
+    letterbox = Letterbox.place(sizes, 64, **options)
+    written = letterbox.to_tensor()
+    assert written.dtype == torch.int64
+    read = Letterbox.from_tensor(written, torch.tensor(sizes))
+    for field in dataclasses.fields(Letterbox):
+        expected, found = getattr(letterbox, field.name), getattr(read, field.name)
+        assert found == expected if field.name == "canvas" else torch.equal(found, expected), field.name
+
+
+def test_the_tensor_is_the_longer_side_the_offsets_and_the_canvas():
+    assert Letterbox.place([(30, 60)], 64, placements=[(40, 1.0, 0.25)]).to_tensor().tolist() == [[40, 44, 6, 64]]
+
+
+def test_errors_of_a_tensor_that_is_no_letterbox():
+    written = Letterbox.place([(10, 20), (20, 10)], 40).to_tensor()
+    with pytest.raises(ValueError, match=r"shape \(B, 4\) .* \(B, 2\), but they have \(2, 4\) and \(1, 2\)"):
+        Letterbox.from_tensor(written, torch.tensor([[10, 20]]))
+    with pytest.raises(ValueError, match=r"share one canvas side, but `letterbox` has \[40, 80\]"):
+        Letterbox.from_tensor(written * torch.tensor([[1], [2]]), torch.tensor([[10, 20], [20, 10]]))
+
+
 def test_select():
     letterbox = Letterbox.place([(10, 20), (20, 10)], 40)
     selected = letterbox.select(torch.tensor([1, 0, 1]))
@@ -84,8 +112,9 @@ def test_labels_are_not_clipped_but_pixels_are():
         ([(9, 4)], {"do_resize": False}, "fit the canvas of 8 x 8, but image 0 has 9 x 4"),
         ([(4, 4)], {"do_resize": False, "placements": [(8, 0.0, 0.0)]}, "need do_resize=True"),
         ([(4, 4)], {"placements": []}, "one item for each image: got 0 for 1"),
-        ([(4, 4)], {"placements": [(9, 0.0, 0.0)]}, "Placement 0 is .* from 1 to 8 pixels and shares from 0 to 1"),
+        ([(4, 4)], {"placements": [(9, 0.0, 0.0)]}, r"Placement 0 is .* from 1 to 8, and two shares from 0 to 1"),
         ([(4, 4)], {"placements": [(8, 0.0, 1.5)]}, "Placement 0 is"),
+        ([(4, 4)], {"placements": [(7.5, 0.0, 0.0)]}, "Placement 0 is .* a whole number of pixels"),
     ],
 )
 def test_errors(sizes, options, message):

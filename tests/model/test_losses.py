@@ -6,7 +6,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from epmvg_hf.model.losses import box_loss, box_map_target, has_box, map_loss
 
-# The references are loops over single numbers: Python floats for a loss, float64 scalars of torch for its gradients.
+# The references are loops over single numbers, which are Python floats for losses and float64 scalars for gradients.
 from tests.fixtures.loops import check_against_loop, kl
 
 

@@ -1,16 +1,19 @@
+import inspect
+
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModel
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGModel
+from epmvg_hf.model.modeling_epmvg import MODEL_INPUTS
 from tests.fixtures.models import tiny_config, tiny_model
 
 both_heads = pytest.mark.parametrize("box_head", ["reg", "map"])
 
 
 def _inputs(images: int = 3, expressions: int = 5, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs: text of unequal lengths, pictures that do not fill the canvas, in the middle of it."""
+    """Random inputs: texts of various lengths, and pictures in the middle of a canvas that they do not fill."""
     generator = torch.Generator().manual_seed(seed)
     pixel_values = torch.randn(images, 3, 64, 64, generator=generator)
     pixel_mask = torch.ones(images, 64, 64, dtype=torch.long)
@@ -29,7 +32,7 @@ def _inputs(images: int = 3, expressions: int = 5, length: int = 7, seed: int = 
 
 
 def _row(inputs: dict[str, torch.Tensor], expression: int) -> dict[str, torch.Tensor]:
-    """One expression alone, without its padding, as a batch of one image and one expression."""
+    """A batch of one expression, without its padding, and its image."""
     image = inputs["image_index"][expression]
     tokens = int(inputs["attention_mask"][expression].sum())
     return {
@@ -40,9 +43,22 @@ def _row(inputs: dict[str, torch.Tensor], expression: int) -> dict[str, torch.Te
     }
 
 
+def test_model_inputs_are_the_arguments_that_a_batch_provides():
+    arguments = set(inspect.signature(EpmVGForVisualGrounding.forward).parameters)
+    unread = {"original_sizes", "letterbox"}
+    instead = {"inputs_embeds", "visual_tokens", "visual_mask"}  # of entries of a batch
+    assert set(MODEL_INPUTS) == arguments - unread - instead - {"self", "kwargs"}
+
+
+def test_what_only_post_processing_needs_changes_nothing():
+    model, inputs = tiny_model(), _inputs()
+    extra = {"original_sizes": torch.full((3, 2), 40), "letterbox": torch.full((3, 4), 64)}
+    assert torch.equal(model(**inputs, **extra).pred_boxes, model(**inputs).pred_boxes)
+
+
 @both_heads
 @torch.no_grad()
-def test_padding_and_company_never_change_a_box(box_head):
+def test_padding_and_other_rows_never_change_a_box(box_head):
     model, inputs = tiny_model(box_head=box_head), _inputs()
     boxes = model(**inputs).pred_boxes
     alone = torch.cat([model(**_row(inputs, expression)).pred_boxes for expression in range(5)])
@@ -78,7 +94,7 @@ def test_expressions_and_pictures_matter():
 
 @torch.no_grad()
 def test_what_lies_on_masked_tokens_is_not_seen_by_the_transformers():
-    """Changing the backbone's map where a cell is padding changes nothing: masks reach both transformers."""
+    """The masks reach both transformers: changing the backbone's map on padding changes no box."""
     model, inputs = tiny_model(box_head="map"), _inputs(images=1, expressions=1)
     inputs["pixel_mask"][:, :, 48:] = 0
     boxes = model(**inputs).pred_boxes
@@ -291,14 +307,14 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_missing_weights_start_as_in_a_new_model(tmp_path):
-    """A checkpoint without some weights: these are drawn anew, the loaded ones are kept."""
+    """If a checkpoint lacks weights, these are initialised as in a new model, and the others are kept."""
     saved = tiny_model(box_head="map")
     weights = {n: v for n, v in saved.state_dict().items() if not n.endswith(("fusion_positions", "map_sharpness"))}
     saved.save_pretrained(tmp_path, state_dict=weights)
     loaded = EpmVGForVisualGrounding.from_pretrained(tmp_path)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in weights.items())
     assert loaded.log_map_sharpness.exp().item() == pytest.approx(2)
-    # The sine rows of the grid are no draw: they equal those of any new model.
+    # The rows of the grid are sine positions, which are not random.
     assert torch.equal(loaded.model.fusion_positions[13:], saved.model.fusion_positions[13:])
     assert 0.05 < loaded.model.fusion_positions[:13].std() < 0.2
 

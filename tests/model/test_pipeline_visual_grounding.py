@@ -271,7 +271,7 @@ def test_on_a_gpu(grounder, folder, images):
         check(found, boxes, [result["text"] for result in wanted], tolerance=2e-3)  # TF32 convolutions
 
 
-# What it cannot do
+# Errors
 
 
 @pytest.mark.parametrize(

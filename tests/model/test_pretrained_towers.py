@@ -18,7 +18,7 @@ DETR_SIZES = {name: value for name, value in SIZES.items() if not name.startswit
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-    """A function that saves each tower once and gives its folder."""
+    """A function that returns the folder of a tower, which it saves at the first call."""
     root, saved = tmp_path_factory.mktemp("towers"), {}
 
     def folder(kind: str, part: str) -> str:
@@ -42,7 +42,8 @@ def pictures(side: int, height: int | None = None):
     return torch.randn(2, 3, height or side, side, generator=torch.Generator().manual_seed(3))
 
 
-# Vision: bit for bit the tower run alone ------------------------------------------------------------------------
+# Vision towers, bit-equal to the tower run alone
+# ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["resnet", "swin", "convnext", "dinov2"])
@@ -61,7 +62,7 @@ def test_a_backbone_gives_the_features_of_the_tower_alone(towers, kind):
 @pytest.mark.parametrize("side", [None, 48])
 @torch.no_grad()
 def test_patches_of_clip_and_vit_are_those_of_the_tower_alone(towers, kind, model_class, side):
-    """At the tower's own size, which is the default, and at another, where both interpolate the positions."""
+    """At the size of the tower, which is the default, and at another one, for which both interpolate positions."""
     model = load(towers, kind, **({} if side is None else {"image_size": side}))
     side = side or 32
     assert (model.config.image_size, model.config.backbone_stride) == (side, 8)
@@ -90,7 +91,7 @@ def test_detr_gives_backbone_and_encoder(towers, kind):
 
     alone = DetrModel.from_pretrained(towers(kind, "vision")).eval()
     torch.testing.assert_close(encoded[0], alone(pictures(side), mask).encoder_last_hidden_state, rtol=0, atol=1e-5)
-    # DETR's frozen norms multiply and add in another order than nn.BatchNorm2d, which we have; nothing else differs.
+    # DETR's frozen norms multiply and add in another order than nn.BatchNorm2d. Nothing else differs.
     _swap_norms(alone)
     assert torch.equal(encoded[0], alone(pictures(side), mask).encoder_last_hidden_state)
 
@@ -128,21 +129,27 @@ def test_a_timm_model_gives_the_features_of_the_tower_alone(tmp_path, towers):
 
 @torch.no_grad()
 def test_several_levels_are_averaged_to_the_last_grid_and_concatenated(towers):
-    """A setting of the backbone: four layers of CLIP for CLIP-VG, or stages of a convolutional one."""
+    """The levels are a setting of the backbone: four layers of CLIP for CLIP-VG, or stages of a ResNet."""
+    seen = []
+
+    def joined_maps(model):
+        model.input_projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model.get_image_features(pictures(32))
+        return seen[-1]
+
     model = load(towers, "clip", out_features=["stage1", "stage3"])
-    assert model.input_projection.in_channels == 32
-    joined, _ = model._encode_pixels(pictures(32), None)
-    assert torch.equal(joined, torch.cat(model.vision_model(pictures(32)).feature_maps, dim=1))
+    assert torch.equal(joined_maps(model), torch.cat(model.vision_model(pictures(32)).feature_maps, dim=1))
 
     model = load(towers, "resnet", out_features=["stage1", "stage2"], image_size=32)
     first, last = model.vision_model(pictures(32)).feature_maps
     assert first.shape[-2:] == (8, 8) and last.shape[-2:] == (4, 4)
-    joined, _ = model._encode_pixels(pictures(32), None)
+    joined = joined_maps(model)
     assert torch.equal(joined[:, first.shape[1] :], last)
     torch.testing.assert_close(joined[:, : first.shape[1]], nn.functional.avg_pool2d(first, 2))
 
 
-# Text: bit for bit, with padding ---------------------------------------------------------------------------------
+# Text towers, bit-equal to the tower run alone
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "clip"])
@@ -154,7 +161,7 @@ def test_token_states_are_those_of_the_tower_alone(towers, kind):
     words = ["a dog on the left", "the man"]
     inputs = processor(images=Image.new("RGB", (40, 30), "red"), text=words)
     assert set(inputs) == {
-        "pixel_values", "pixel_mask", "original_sizes", "input_ids", "attention_mask", "image_index"
+        "pixel_values", "pixel_mask", "original_sizes", "letterbox", "input_ids", "attention_mask", "image_index"
     }  # fmt: skip
     assert not inputs["attention_mask"].all()
 
@@ -164,7 +171,7 @@ def test_token_states_are_those_of_the_tower_alone(towers, kind):
     expected = alone(**tokens).last_hidden_state
     assert torch.equal(model.model.text_model(**tokens).last_hidden_state, expected)
 
-    # Padding changes nothing: an expression alone has the same states and the same box.
+    # Padding changes nothing: an expression alone gets the same states and the same box.
     whole = model(**inputs)
     alone = processor(images=Image.new("RGB", (40, 30), "red"), text=words[1])
     short = model.model.text_model(input_ids=alone["input_ids"]).last_hidden_state[0]
@@ -172,7 +179,7 @@ def test_token_states_are_those_of_the_tower_alone(towers, kind):
     torch.testing.assert_close(whole.pred_boxes[1], model(**alone).pred_boxes[0], rtol=0, atol=1e-5)
 
 
-# What comes with the towers --------------------------------------------------------------------------------------
+# Processors, tables, gradients --------------------------------------------------------------------------------------
 
 
 def test_statistics_and_tokenizer_follow_the_towers(tmp_path, towers):
@@ -211,7 +218,7 @@ def test_the_table_says_what_is_loaded_fresh_and_unused(towers, caplog):
     assert len(table) == 2 + len(rows)
     assert any(line.split()[:1] == ["fusion"] and line.endswith("all") for line in table)
 
-    # Swin's classifier was trained without the norm that the backbone puts before its map.
+    # As a backbone, Swin applies a norm to its feature map that the classifier does not have.
     _, rows = load(towers, "swin", image_size=48, output_loading_info=True)
     assert rows[[row["part"] for row in rows].index("vision_model")]["fresh"] == [
         "hidden_states_norms.stage2.bias",
@@ -220,7 +227,7 @@ def test_the_table_says_what_is_loaded_fresh_and_unused(towers, caplog):
 
 
 def test_every_parameter_gets_a_gradient(towers):
-    """Poolers, CLIP's last norm and DINOv2's mask token would not."""
+    """Pooling layers, CLIP's last norm and DINOv2's mask token would not, so the model must not have them."""
     for vision, text in (("clip", "clip"), ("vit", "distilbert"), ("dinov2", "roberta")):
         model = load(towers, vision, text, model_class=EpmVGForVisualGrounding, image_size=56)
         model.train()
@@ -230,16 +237,16 @@ def test_every_parameter_gets_a_gradient(towers):
         assert without == [], vision
 
 
-# What cannot be --------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "image_size", "told"),
+    ("kind", "image_size", "message"),
     [("resnet", 60, "image_size is 60, not a multiple of the 8 pixels .* take 56 or 64"),
      ("dinov2", 64, "the 14 pixels .* take 56 or 70"), ("clip", 30, "the 8 pixels"), ("detr", 20, "the 8 pixels")],
 )  # fmt: skip
-def test_a_canvas_that_the_cells_do_not_fill_is_refused(towers, kind, image_size, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_canvas_that_the_cells_do_not_fill_is_refused(towers, kind, image_size, message):
+    with pytest.raises(ValueError, match=message):
         load(towers, kind, image_size=image_size)
 
 
@@ -282,7 +289,7 @@ def test_missing_and_misshapen_tensors_are_refused(tmp_path, towers):
 
 
 def test_nothing_in_a_tower_is_executed(tmp_path, towers):
-    """Neither code beside the weights, nor pickled in them, nor an attention that the config names."""
+    """Neither pickled code in the weights, nor an attention implementation that the config names."""
     folder = tmp_path / "pickled"
     shutil.copytree(towers("bert", "text"), folder)
     (folder / "model.safetensors").unlink()
@@ -313,13 +320,13 @@ def test_a_tower_without_image_statistics_is_refused(tmp_path, towers):
     shutil.copytree(towers("resnet", "vision"), tmp_path / "bare")
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
     model = load(towers, image_size=32)
-    with pytest.raises(ValueError, match="no image processor that says mean and deviation"):
+    with pytest.raises(ValueError, match="no image processor, which would give the mean"):
         EpmVGProcessor.from_vision_text_pretrained(str(tmp_path / "bare"), towers("bert", "text"), model.config)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_tower_is_refused(tmp_path, towers):
     model = load(towers, image_size=32)
-    with pytest.raises(ValueError, match=r"tokens, but the tower embeds 40"):
+    with pytest.raises(ValueError, match="tokens, but the tower embeds only 40"):
         EpmVGProcessor.from_vision_text_pretrained(
             towers("resnet", "vision"), save_clip(tmp_path / "clip"), model.config
         )

@@ -34,13 +34,13 @@ def processor():
 
 @pytest.fixture
 def warnings_of_processor(caplog):
-    """Its warnings, each told once: forgets those told before."""
+    """Captures the warnings of the processor, also those that earlier tests have already made it log once."""
     type(logger).warning_once.cache_clear()
     caplog.set_level(logging.WARNING, logger=logger.name)
     return caplog
 
 
-# Images, expressions, boxes -> inputs
+# Inputs from images, expressions and boxes
 
 
 def test_one_of_each(processor):
@@ -48,6 +48,7 @@ def test_one_of_each(processor):
     assert set(inputs) == {*processor.model_input_names, "labels"}
     assert inputs.pixel_values.shape == (1, 3, 64, 64)
     assert inputs.original_sizes.tolist() == [[32, 64]]
+    assert inputs.letterbox.tolist() == [[64, 16, 0, 64]]
     assert inputs.input_ids.tolist() == [[2, 5, 6, 7, 3]]
     assert inputs.attention_mask.tolist() == [[1] * 5]
     assert inputs.image_index.tolist() == [0]
@@ -93,7 +94,7 @@ def test_kinds_of_boxes(processor, kind):
 def test_text_only_and_images_only(processor):
     assert set(processor(text=["the dog", "red"])) == {"input_ids", "attention_mask"}
     assert set(processor(text="the dog")) == {"input_ids", "attention_mask"}
-    assert set(processor(images=blank(9, 9))) == {"pixel_values", "pixel_mask", "original_sizes"}
+    assert set(processor(images=blank(9, 9))) == {"pixel_values", "pixel_mask", "original_sizes", "letterbox"}
 
 
 def test_padding(processor):
@@ -216,6 +217,43 @@ def test_round_trip(backend, size, pad_offset):
         assert (torch.stack([item["box"] for item in found]) - expected).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": 128},
+        {"pad_offset": 0.0},
+        {"pad_offset": 1.0, "size": 97},
+        {"placements": [(32, 0.75, 0.25), (61, 0.1, 0.9)]},
+        {"do_resize": False},
+    ],
+)
+@pytest.mark.parametrize("return_tensors", ["pt", "np", None])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_round_trip_with_settings_of_one_call(backend, return_tensors, settings):
+    processor = make_processor(backend)
+    images, text = [blank(40, 20), blank(33, 50)], [["dog", "red dog"], ["tree"]]
+    boxes = [[[0, 0, 40, 20], [3.5, 1.25, 39, 11]], [[1, 2, 33, 47.5]]]
+    inputs = processor(images=images, text=text, boxes=boxes, return_tensors=return_tensors, padding=True, **settings)
+    outputs = ModelOutput(pred_boxes=torch.as_tensor(inputs["labels"]))
+    for item, box in zip(processor.post_process_grounding(outputs, inputs), [*boxes[0], *boxes[1]], strict=True):
+        torch.testing.assert_close(item["box"], torch.tensor(box).float(), atol=1e-3, rtol=0)
+
+
+def test_round_trip_of_inputs_in_half_precision(processor):
+    """`letterbox` holds whole numbers, so a change of dtype cannot round them as it rounds pixels."""
+    inputs = processor(images=blank(641, 427), text="dog", boxes=[1, 2, 641, 427], size=1283, pad_offset=0.3)
+    outputs = ModelOutput(pred_boxes=inputs.pop("labels"))
+    (found,) = processor.post_process_grounding(outputs, inputs.to(torch.bfloat16))
+    torch.testing.assert_close(found["box"], torch.tensor([1.0, 2, 641, 427]), atol=1e-3, rtol=0)
+
+
+def test_target_sizes_go_by_the_settings_of_the_processor(processor):
+    inputs = processor(images=blank(40, 20), text="dog", boxes=[4, 2, 40, 20])
+    outputs = ModelOutput(pred_boxes=inputs.labels)
+    (found,) = processor.post_process_grounding(outputs, target_sizes=[(20, 40)])
+    torch.testing.assert_close(found["box"], torch.tensor([4.0, 2, 40, 20]))
+
+
 def test_post_process_of_one_expression_per_image(processor):
     inputs = processor(images=[blank(64, 32), blank(32, 64)], text=["dog", "tree"], boxes=[[0, 0, 9, 9]] * 2)
     outputs = ModelOutput(pred_boxes=inputs.pop("labels").to(torch.float64))
@@ -269,6 +307,7 @@ def test_labels_are_not_clipped(processor):
         ([["dog"], ["red"]], [[[0, 0, 9, 9]], []], r"`boxes\[1\]` has 0 items and `text\[1\]` has 1"),
         (["dog", "red"], [[0, 0, 9, 9], [0, 0, 9]], r"`boxes\[1\]` must be four numbers .* shape \(3,\)"),
         (["dog", "red"], [[0, 0, 9, float("nan")], [0, 0, 9, 9]], r"`boxes\[0\]` .* is not finite"),
+        ([["dog"], ["red"]], [[None], [[0, 0, float("inf"), 9]]], r"`boxes\[1\]\[0\]` .* is not finite"),
         (["dog", "red"], [[0, 0, 9, 9], [9, 0, 3, 9]], r"`boxes\[1\]` = \[9.0, 0.0, 3.0, 9.0\] is empty or inverted"),
         ([["dog"], ["red"]], [[[0, 0, 9, 9]], [[4, 4, 9, 4]]], r"`boxes\[1\]\[0\]` .* is empty or inverted"),
         (["dog", "red"], [[0, 0, 9, 9], [50, 0, 60, 9]], r"`boxes\[1\]` .* wholly outside .* 20 x 40 pixels"),
@@ -298,10 +337,16 @@ def test_errors_of_post_processing(processor):
         processor.post_process_grounding(outputs)
     with pytest.raises(ValueError, match="exactly one of `inputs` and `target_sizes`"):
         processor.post_process_grounding(outputs, inputs, target_sizes=[(9, 9)] * 3)
-    with pytest.raises(ValueError, match=r"each of the 3 predicted boxes, but the sizes have shape \(2, 2\)"):
+    with pytest.raises(ValueError, match="3 boxes were predicted, but `inputs` has 2 expressions"):
         processor.post_process_grounding(outputs, inputs)
-    with pytest.raises(ValueError, match=r"each of the 3 predicted boxes, but the sizes have shape \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"`target_sizes` must be .* each of the 3 predicted boxes, .* \(1, 2\)"):
         processor.post_process_grounding(outputs, target_sizes=[(9, 9)])
+    for name in ("letterbox", "original_sizes"):
+        without = {key: value for key, value in inputs.items() if key != name}
+        with pytest.raises(
+            ValueError, match=f"`inputs` has no `{name}`: pass what the processor returned.*target_siz"
+        ):
+            processor.post_process_grounding(outputs, without)
 
 
 # Saving
@@ -338,9 +383,20 @@ def test_save_and_load(registered, backend, tmp_path):
     assert loaded(**arguments).input_ids.shape == (2, 5)
 
 
-def test_a_box_may_be_none(processor):
+@pytest.mark.parametrize("no_box", [None, [float("nan")] * 4])
+def test_an_expression_may_have_no_box(processor, no_box):
     image = Image.new("RGB", (40, 30))
-    inputs = processor(images=[image, image], text=[["dog", "red"], ["man"]], boxes=[[[1, 2, 30, 20], None], [None]])
+    inputs = processor(
+        images=[image, image], text=[["dog", "red"], ["man"]], boxes=[[[1, 2, 30, 20], no_box], [no_box]]
+    )
     assert inputs["labels"].isnan().all(-1).tolist() == [False, True, True]
     whole = processor(images=image, text=["dog"], boxes=[[1, 2, 30, 20]])
     assert torch.equal(inputs["labels"][0], whole["labels"][0])
+
+
+def test_rows_of_nan_in_an_array_have_no_box(processor):
+    boxes = np.array([[1, 2, 30, 20], [np.nan] * 4], np.float32)
+    labels = processor(images=blank(40, 30), text=["dog", "red"], boxes=boxes)["labels"]
+    assert labels.isnan().all(-1).tolist() == [False, True]
+    nested = processor(images=[blank(40, 30)], text=[["dog", "red"]], boxes=[torch.from_numpy(boxes)])["labels"]
+    torch.testing.assert_close(nested, labels, equal_nan=True, atol=0, rtol=0)

@@ -1,0 +1,121 @@
+# Copyright 2026 The EpmVG HF authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The base class of the models."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_BACKBONE_MAPPING
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .card_mixin import ModelCardMixin
+from .configuration_epmvg import EpmVGConfig
+
+
+class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
+    """
+    The base class of [`EpmVGModel`] and [`EpmVGForVisualGrounding`]. It initialises new weights, loads and saves,
+    pushes to the Hub with a model card, and chooses among transformers' attention implementations.
+
+    Example:
+
+    ```python
+    >>> model.save_pretrained("outputs/mine")
+    >>> type(model).from_pretrained("outputs/mine").num_parameters() == model.num_parameters()
+    True
+    ```
+    """
+
+    config: EpmVGConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EpmVGEncoderLayer"]  # noqa: RUF012 (read by transformers, never changed)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # The loss is a mean over the expressions of one batch, and EpmVGTrainer weighs the batches that it accumulates. So
+    # the Trainer of transformers must not pass `num_items_in_batch` for the model to divide by.
+    accepts_loss_kwargs = False
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """
+        Sets the attention implementation, as in transformers. A single name also works when the backbone does not
+        support it, as a ResNet does not: it then applies to all other parts.
+
+        Args:
+            attn_implementation (`str` or `dict`): `"eager"`, `"sdpa"`, `"flash_attention_2"`, `"flex_attention"` and
+                so on, or one for each part: `""` for visual encoder and fusion transformer, `"backbone_config"` and
+                `"text_config"` for the towers.
+            allow_all_kernels (`bool`, *optional*, defaults to `False`): whether kernels of any author on the Hub may
+                be used.
+
+        Raises:
+            ValueError: there is no such implementation, or a part other than the backbone does not support it.
+            ImportError: the library of the implementation is not installed.
+
+        Example:
+
+        ```python
+        >>> model.set_attn_implementation("eager")
+        >>> outputs = model(**processor(images=image, text="the star"), output_attentions=True)
+        >>> outputs.attentions[0].shape  # [REG], 4 tokens of text, 64 visual tokens
+        torch.Size([1, 2, 69, 69])
+        ```
+        """
+        backbone_config = self.config.backbone_config
+        if isinstance(attn_implementation, str) and not supports_attention(backbone_config, attn_implementation):
+            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            # DETR and TransVG initialise their transformers with Xavier; the towers initialise themselves.
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def _loaded_from(self) -> str:
+        # With an adapter loaded, `name_or_path` is the base model's, whose card does not describe the adapter.
+        return "" if self._hf_peft_config_loaded else self.config.name_or_path
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        # If the code is shared along (see `register_for_hub`), both classes can load the folder, whichever of them was
+        # saved. If not, `auto_map` must go even if the model came from a folder with code: its files are not copied.
+        self.config.__dict__.pop("auto_map", None)
+        if self.is_remote_code():
+            self.config.auto_map = {
+                "AutoModel": "modeling_epmvg.EpmVGModel",
+                "AutoModelForZeroShotObjectDetection": "modeling_epmvg.EpmVGForVisualGrounding",
+            }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def supports_attention(backbone_config: PreTrainedConfig, name: str | None) -> bool:
+    """Whether a backbone has this attention implementation; a convolutional one only takes `"eager"` and `None`."""
+    backbone = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
+    if name == "sdpa":
+        return backbone._supports_sdpa
+    if name == "flex_attention":
+        return backbone._supports_flex_attn
+    return name in (None, "eager") or backbone._supports_flash_attn

@@ -1,0 +1,119 @@
+# Copyright 2026 The EpmVG HF authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the models return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class EpmVGModelOutput(ModelOutput):
+    """
+    What [`EpmVGModel`] returns for B images, N expressions of L tokens, and V visual tokens per image.
+
+    Args:
+        reg_state (`torch.FloatTensor` of shape `(N, d_model)`):
+            Last state of the `[REG]` token of each expression.
+        consistency_map (`torch.FloatTensor` of shape `(N, V)`):
+            How well every visual token fits the expression, as logits, row-major over the feature grid. Scores on
+            padding mean nothing: mask them with `visual_mask`.
+        similarity_map (`torch.FloatTensor` of shape `(N, V)`):
+            The part of `consistency_map` that is known before fusion: the similarity of the expression's mean text
+            token with every visual token. A teacher's patch-text map is distilled into it.
+        visual_tokens (`torch.FloatTensor` of shape `(B, V, d_model)`):
+            Visual tokens before fusion.
+        visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`):
+            1 where a visual token lies on the picture, 0 on padding. V is `grid_height * grid_width`.
+        text_tokens (`torch.FloatTensor` of shape `(N, L, d_model)`):
+            Text tokens before fusion.
+        image_embeds (`torch.FloatTensor` of shape `(B, teacher_projection_dim)`, *optional*):
+            Normalised image embedding in the teacher's space, taken before fusion; `None` if the model was given
+            `visual_tokens`.
+        text_embeds (`torch.FloatTensor` of shape `(N, teacher_projection_dim)`, *optional*):
+            Normalised expression embedding in the teacher's space, taken before fusion.
+        last_hidden_state (`torch.FloatTensor` of shape `(N, 1 + L + V, d_model)`):
+            Fused states of `[REG] . text . visual`.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            States of the fusion transformer, its input first.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Attention weights `(N, heads, 1 + L + V, 1 + L + V)` of the fusion transformer; empty unless the attention
+            implementation is `"eager"`.
+    """
+
+    reg_state: torch.FloatTensor | None = None
+    consistency_map: torch.FloatTensor | None = None
+    similarity_map: torch.FloatTensor | None = None
+    visual_tokens: torch.FloatTensor | None = None
+    visual_mask: torch.LongTensor | None = None
+    text_tokens: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class EpmVGImageFeatures(BaseModelOutputWithPooling):
+    """
+    What [`EpmVGModel.get_image_features`] returns for B images with V visual tokens each.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, V, d_model)`):
+            Visual tokens before fusion, row-major over the feature grid: `visual_tokens` of [`EpmVGModelOutput`].
+        pooler_output (`torch.FloatTensor` of shape `(B, teacher_projection_dim)`, *optional*):
+            Normalised image embedding in the teacher's space: `image_embeds` of [`EpmVGModelOutput`].
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            States of the visual encoder, its input first.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Attention weights `(B, heads, V, V)` of the visual encoder; empty unless the attention implementation is
+            `"eager"`.
+        visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`):
+            1 where a visual token lies on the picture, 0 on padding.
+    """
+
+    visual_mask: torch.LongTensor | None = None
+
+
+@dataclass
+class EpmVGGroundingOutput(ModelOutput):
+    """
+    What [`EpmVGForVisualGrounding`] returns for B images and N expressions.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Weighted sum of `loss_dict`, a mean over the expressions with a box; only with `labels`.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
+            The unweighted terms of the loss: `loss_bbox`, `loss_giou` and, with `box_head="map"`, `loss_map`.
+        pred_boxes (`torch.FloatTensor` of shape `(N, 4)`):
+            (cx, cy, w, h) in [0, 1] of the padded canvas. [`~EpmVGProcessor.post_process_grounding`] turns them into
+            pixels of the original image.
+        reg_state, consistency_map, similarity_map, visual_mask, image_embeds, text_embeds, hidden_states, attentions:
+            See [`EpmVGModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    reg_state: torch.FloatTensor | None = None
+    consistency_map: torch.FloatTensor | None = None
+    similarity_map: torch.FloatTensor | None = None
+    visual_mask: torch.LongTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
