@@ -1,4 +1,4 @@
-"""The command `epmvg`: what is in a folder of data, and which images must not be trained on."""
+"""The command `epmvg`: check the files of a benchmark, and list the images that must not be trained on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,11 +21,14 @@ DataDir = Annotated[Path, typer.Argument(help="Folder with the files.", exists=T
 def check_data(
     name: Annotated[str, typer.Argument(help="The benchmark, such as refcoco, gref_umd or flickr30k_entities.")],
     data_dir: DataDir,
-    split_by: Annotated[str | None, typer.Option(help="Which way to split it.")] = None,
+    split_by: Annotated[str | None, typer.Option(help="Which published way to split it, such as umd.")] = None,
     image_dir: Annotated[Path | None, typer.Option(help="Folder with the images.", exists=True)] = None,
-    source: Annotated[str | None, typer.Option(help="refer, index, parquet or official.")] = None,
+    source: Annotated[str | None, typer.Option(help="Which files to read: refer, index, parquet or official.")] = None,
 ) -> None:
-    """What a folder has of a benchmark, beside the official counts. Exit status 1 if a split is another."""
+    """
+    Compare what a folder has of a benchmark with the official counts. The exit status is 1 if any split differs from
+    them, or none is there.
+    """
     try:
         benchmark, implied = resolve_name(name)
         reports, absent = check_splits(benchmark, data_dir.resolve(), split_by or implied, image_dir, source)
@@ -33,7 +36,7 @@ def check_data(
         raise typer.BadParameter(str(error)) from error
     for reason in absent:
         typer.echo(f"not here: {reason}")
-    typer.echo(table(benchmark, reports))
+    typer.echo(_table(benchmark, reports))
     for report in reports:
         for problem in report.problems[:MAX_SHOWN]:
             typer.echo(f"{report.split}: {problem}")
@@ -45,8 +48,8 @@ def check_data(
         raise typer.Exit(1)
 
 
-def table(benchmark: Benchmark, reports: list[SplitReport]) -> str:
-    """A Markdown table, each count followed by the official one."""
+def _table(benchmark: Benchmark, reports: list[SplitReport]) -> str:
+    """A Markdown table in which the official count, if there is one, follows each count."""
     lines = [
         f"{benchmark.title}: found (official)",
         "",
@@ -66,7 +69,7 @@ def table(benchmark: Benchmark, reports: list[SplitReport]) -> str:
             f"{len(report.problems):,}",
             "unknown" if official is None else "yes" if report.is_official else "NO",
         ]
-        lines.append(f"| {report.split} | {report.files} | {' | '.join(counts)} |")
+        lines.append(f"| {report.split} | {report.source} | {' | '.join(counts)} |")
     return "\n".join(lines)
 
 
@@ -78,16 +81,20 @@ def _beside(found: int | None, official: int | None) -> str:
 @app.command()
 def exclude_images(
     data_dir: DataDir,
-    output: Annotated[Path | None, typer.Option(help="File for the ids; without it they are printed.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write the ids to, instead of printing them.")] = None,
 ) -> None:
     """
-    The COCO train2014 ids of every validation and test split of RefCOCO, RefCOCO+ and RefCOCOg below a folder, one per
-    line: a detector or CLIP trained without them has not seen what it is tested on.
+    List the COCO train2014 ids of every validation and test split of RefCOCO, RefCOCO+ and RefCOCOg in a folder, one
+    per line. A detector or CLIP that is trained without these images has not seen what the benchmarks test.
     """
     ids: set[str] = set()
     for name in COCO_BENCHMARKS:
         for split_by in BENCHMARKS[name].splits:
-            for split, images in held_out_images(BENCHMARKS[name], data_dir.resolve(), split_by).items():
+            try:
+                held_out = held_out_images(BENCHMARKS[name], data_dir.resolve(), split_by)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
+            for split, images in held_out.items():
                 typer.echo(f"{name} ({split_by}) {split}: {len(images):,} images", err=True)
                 ids |= images
     if not ids:

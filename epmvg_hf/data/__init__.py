@@ -1,5 +1,6 @@
 """
-Rows of image, expression and box from the files of the benchmarks, from your own files and from any dataset.
+Rows of image, expression and box: from the files of the benchmarks, from your own files, and from any dataset of the
+`datasets` library.
 
-May use `utils` and `model.letterbox`.
+These modules may import `utils` and `model.letterbox`.
 """

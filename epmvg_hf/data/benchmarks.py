@@ -1,4 +1,4 @@
-"""The benchmarks: what they are called, how they are split, what is in each split, and where their images lie."""
+"""The benchmarks: their names, their splits, the published counts of each split, and where their images are."""
 
 import re
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from pathlib import Path
 from .files.image_files import ImageFolders
 
 COCO_FOLDERS = (
-    "images/mscoco/images/train2014",  # refer API, whose folder data holds annotations and images
+    "images/mscoco/images/train2014",  # the refer API, whose folder "data" holds annotations and images
     "../images/mscoco/images/train2014",
     "data/images/mscoco/images/train2014",
     "other/images/mscoco/images/train2014",  # TransVG
@@ -30,7 +30,7 @@ FLICKR_FOLDERS = ("flickr30k_images", "flickr30k-images", "Flickr30k/flickr30k_i
 
 @dataclass(frozen=True)
 class Counts:
-    """What a split officially has; `None` where no count is published."""
+    """The published size of a split; `None` where no count is published."""
 
     expressions: int
     references: int | None
@@ -40,15 +40,18 @@ class Counts:
 @dataclass(frozen=True)
 class Benchmark:
     """
-    One benchmark.
+    One benchmark. Some have been split in several ways, each by the authors of another paper: `split_by` is the name
+    that the refer API gives to such a way ("unc", "google", "umd", "berkeley"), or "standard".
 
     Args:
-        name (`str`): as [`load_grounding_dataset`] and the cache know it.
-        title (`str`): as papers write it.
-        splits (`dict[str, tuple[str, ...]]`): the splits of each way to split it; the first way is the default.
-        image_folders (`tuple[str, ...]`): patterns of folders with images, in the order in which they count.
-        index_names (`dict[str, str]`): how the index files of TransVG name each way to split it.
-        counts (`dict[tuple[str, str], Counts]`): by way to split it and split.
+        name (`str`): The name that [`load_grounding_dataset`] takes and the cache uses.
+        title (`str`): The name as papers write it.
+        splits (`dict[str, tuple[str, ...]]`): The splits by `split_by`, of which the first is the default.
+        image_folders (`tuple[str, ...]`):
+            Patterns of folders that may hold the images. Where two have a file of the same name, the first one's is
+            used.
+        index_names (`dict[str, str]`): The names that TransVG's index files have, by `split_by`.
+        counts (`dict[tuple[str, str], Counts]`): The published counts by `split_by` and split.
     """
 
     name: str
@@ -60,19 +63,19 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SplitRequest:
     """
-    One split of a benchmark, to be found in a folder.
+    A request for one split of a benchmark, which readers answer if the data folder has files of their format.
 
     Args:
-        benchmark ([`Benchmark`]): the benchmark.
-        data_dir (`Path`): folder with its files.
-        split (`str`): full name of the split.
-        split_by (`str`): the way to split.
-        images ([`ImageFolders`]): where its images are.
+        benchmark ([`Benchmark`]): The benchmark.
+        data_dir (`Path`): The folder with its files.
+        split (`str`): The split, by its full name ("validation", not "val").
+        split_by (`str`): The way to split the benchmark.
+        images ([`ImageFolders`]): The image files.
         boxes (`str`, *optional*, defaults to `"union"`): `"union"` or `"any"`, see [`load_grounding_dataset`].
-        cache_dir (`str`, *optional*): where images that are no files yet are written, by default the cache of
-            `datasets`.
+        cache_dir (`str`, *optional*):
+            Where images that are stored inside other files are written. Defaults to the cache of `datasets`.
     """
 
     benchmark: Benchmark
@@ -84,7 +87,7 @@ class Wanted:
     cache_dir: str | None = None
 
     @classmethod
-    def check(
+    def resolve(
         cls,
         benchmark: Benchmark,
         data_dir: Path,
@@ -93,10 +96,19 @@ class Wanted:
         image_dir: Path | None = None,
         boxes: str = "union",
         cache_dir: str | None = None,
-    ) -> "Wanted":
+    ) -> "SplitRequest":
         """
-        From what a caller said: `split` may be "val", `split_by` defaults to the benchmark's first way, and images are
-        looked for in `image_dir`, or else in the usual folders below `data_dir`.
+        Checks the arguments of a caller and fills in their defaults.
+
+        Args:
+            benchmark ([`Benchmark`]): The benchmark.
+            data_dir (`Path`): The folder with its files.
+            split (`str`): The split, also "val" for "validation".
+            split_by (`str`, *optional*): The way to split the benchmark. Defaults to the benchmark's first.
+            image_dir (`Path`, *optional*):
+                The folder with the images. By default they are looked for in the usual folders below `data_dir`.
+            boxes (`str`, *optional*, defaults to `"union"`): See [`load_grounding_dataset`].
+            cache_dir (`str`, *optional*): See [`SplitRequest`].
 
         Raises:
             `ValueError`: The benchmark has no such way to split, split or boxes.
@@ -113,22 +125,22 @@ class Wanted:
             raise ValueError(f'boxes must be "union" or "any", not {boxes!r}.')
         if boxes == "any" and benchmark.name != "flickr30k_entities":
             raise ValueError(f'boxes must be "union" for {benchmark.title}, whose expressions have one box each.')
-        folders = [image_dir] if image_dir else sorted_matches(data_dir, benchmark.image_folders)
+        folders = [image_dir] if image_dir else _image_folders(data_dir, benchmark.image_folders)
         return cls(benchmark, data_dir, full, split_by, ImageFolders(folders), boxes, cache_dir)
 
 
 def full_split_name(split: str) -> str:
-    """What we call a split: "validation" for "val"; the others are called alike everywhere."""
+    """Replaces "val", as most files call that split, by the name that `datasets` uses: "validation"."""
     return "validation" if split == "val" else split
 
 
 def short_split_name(split: str) -> str:
-    """What most files call a split: "val" for "validation"; the others are called alike everywhere."""
+    """Replaces "validation" by "val", as most files call that split."""
     return "val" if split == "validation" else split
 
 
-def sorted_matches(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """What the patterns find below a folder, pattern by pattern; plain names whether they are there or not."""
+def _image_folders(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The folders that match the patterns, in their order; a pattern without `*` counts even if there is no folder."""
     found = []
     for pattern in patterns:
         found += sorted(folder.glob(pattern)) if "*" in pattern else [folder / pattern]
@@ -184,7 +196,7 @@ BENCHMARKS = {
         Benchmark(
             "referitgame",
             "ReferItGame",
-            # The first is that of the phrase grounding papers; the others are those of the refer API ("refclef").
+            # Papers on phrase grounding use the first; the others are those of the refer API ("refclef").
             {
                 "standard": ("train", "validation", "trainval", "test"),
                 "unc": ("train", "validation", "testA", "testB", "testC"),
@@ -214,7 +226,7 @@ BENCHMARKS = {
     )
 }
 
-# What else papers, the refer API and other repositories call them, and the way to split that the name implies.
+# Other names of the benchmarks in papers and repositories, and the way to split that a name implies.
 ALIASES = {
     "unc": ("refcoco", "unc"),
     "unc+": ("refcoco+", "unc"),
@@ -232,11 +244,18 @@ ALIASES = {
 
 def resolve_name(name: str) -> tuple[Benchmark, str | None]:
     """
-    The benchmark that a name means, and the way to split it if the name says that too: `"refcoco"`, `"RefCOCO+"`,
-    `"refcocoplus"`, `"refcocog_google"`, `"unc"`, `"gref_umd"`, ...
+    Finds the benchmark that a name means.
+
+    Args:
+        name (`str`):
+            A name that is in use, with or without the way to split: `"refcoco"`, `"RefCOCO+"`, `"refcocoplus"`,
+            `"refcocog_google"`, `"unc"`, `"gref_umd"`, ...
+
+    Returns:
+        `tuple[Benchmark, str or None]`: The benchmark, and the way to split if the name says it.
 
     Raises:
-        `ValueError`: No benchmark is called that.
+        `ValueError`: No benchmark has that name.
 
     Example:
 

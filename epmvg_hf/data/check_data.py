@@ -1,13 +1,13 @@
-"""What is in the files of a benchmark, beside what should be."""
+"""Compares what is in the files of a benchmark with what should be in them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from .benchmarks import Benchmark, Counts, Wanted
+from .benchmarks import Benchmark, Counts, SplitRequest
 from .builder import read_image
-from .loading import find_source, source_kinds
+from .loading import find_reader, readers_of
 from .readers.source import GroundingSource
 
 COCO_BENCHMARKS = ("refcoco", "refcoco+", "refcocog")
@@ -16,22 +16,22 @@ COCO_BENCHMARKS = ("refcoco", "refcoco+", "refcocog")
 @dataclass
 class SplitReport:
     """
-    What one split has.
+    What was found of one split.
 
     Args:
         split (`str`): full name of the split.
-        official ([`Counts`] or `None`): what it should have, if that is published.
-        files (`str`): the kind of files that were read.
-        expressions (`int`): usable rows.
-        references (`int` or `None`): distinct references among them, where the files number them.
-        image_ids (`set[str]`): images with usable rows.
-        missing_images (`int`): images of the split that are not there.
+        official ([`Counts`] or `None`): the published numbers, if there are any.
+        source (`str`): which kind of files was read, as [`load_grounding_dataset`] calls it.
+        expressions (`int`): how many rows can be used.
+        references (`int` or `None`): how many different references they belong to, where the files number them.
+        image_ids (`set[str]`): the images that they belong to.
+        missing_images (`int`): how many images of the split have no file.
         problems (`list[str]`): a sentence for each row or image that cannot be used.
     """
 
     split: str
     official: Counts | None
-    files: str = ""
+    source: str = ""
     expressions: int = 0
     references: int | None = None
     image_ids: set[str] = field(default_factory=set)
@@ -40,7 +40,7 @@ class SplitReport:
 
     @property
     def is_official(self) -> bool:
-        """Whether the numbers are the official ones, as far as those are known."""
+        """Whether all published numbers were found; if there are none, whether every row can be used."""
         if self.official is None:
             return not self.problems
         found = (self.expressions, self.references, len(self.image_ids))
@@ -56,17 +56,18 @@ def check_splits(
     source: str | None = None,
 ) -> tuple[list[SplitReport], list[str]]:
     """
-    Reads all annotations and the header of every image.
+    Reads all annotations and the header of every image, and counts what is in each split.
 
     Args:
         benchmark ([`Benchmark`]): the benchmark, see [`~benchmarks.resolve_name`].
         data_dir, split_by, image_dir, source: as in [`load_grounding_dataset`].
 
     Returns:
-        `tuple`: A report for each split whose files are there, and why the others could not be read.
+        `tuple[list[SplitReport], list[str]]`: A report for each split whose files are there, and for each of the
+        others a sentence that says which files were looked for.
 
     Raises:
-        `ValueError`: The benchmark has no such way to split it or kind of files.
+        `ValueError`: The benchmark has no such way to split it, or does not come in such files.
 
     Example:
 
@@ -81,48 +82,46 @@ def check_splits(
     ```
     """
     reports, absent = [], []
-    for split in splits_of(benchmark, split_by):
-        wanted = Wanted.check(benchmark, data_dir, split, split_by, image_dir)
+    for split in _splits_of(benchmark, split_by):
+        request = SplitRequest.resolve(benchmark, data_dir, split, split_by, image_dir)
         try:
-            found = find_source(wanted, source)
-            report = check_source(found, benchmark.counts.get((wanted.split_by, wanted.split)))
+            reader = find_reader(request, source)
+            report = _check_split(reader, benchmark.counts.get((request.split_by, request.split)))
         except FileNotFoundError as error:
             absent.append(str(error))
             continue
-        report.files = next(kind for kind, cls in source_kinds(benchmark).items() if type(found) is cls)
+        report.source = next(kind for kind, cls in readers_of(benchmark).items() if type(reader) is cls)
         reports.append(report)
     return reports, absent
 
 
-def splits_of(benchmark: Benchmark, split_by: str | None) -> tuple[str, ...]:
-    """The splits of one way to split it, or of the first."""
-    return benchmark.splits[Wanted.check(benchmark, Path(), "train", split_by).split_by]
+def _splits_of(benchmark: Benchmark, split_by: str | None) -> tuple[str, ...]:
+    return benchmark.splits[SplitRequest.resolve(benchmark, Path(), "train", split_by).split_by]
 
 
-def check_source(source: GroundingSource, official: Counts | None) -> SplitReport:
-    """The report of one split."""
-    report = SplitReport(source.split, official)
+def _check_split(reader: GroundingSource, official: Counts | None) -> SplitReport:
+    report = SplitReport(reader.split, official)
     try:
-        items, report.problems = source.list_images()
-    except ValueError as error:  # a file that cannot be read at all
+        items, report.problems = reader.list_images()
+    except ValueError as error:  # none of the rows can be read
         report.problems = [str(error)]
         return report
     references: set[str | None] = set()
     for item in items:
-        path, rows, problems = read_image(source, item)
+        path, rows, problems = read_image(reader, item)
         report.missing_images += path is None
         report.problems += problems
         report.expressions += len(rows)
         if rows:
-            report.image_ids.add(source.image_id_of(item))
-        # An object is referred to once in a benchmark, so where references have no ids those of objects will do.
+            report.image_ids.add(reader.image_id_of(item))
+        # A benchmark refers to an object only once, so the ids of objects stand in where references have none.
         references.update(row.get("ref_id") or row.get("ann_id") for row in rows)
     report.references = len(references - {None}) or None
     return report
 
 
 def overlaps(reports: list[SplitReport]) -> Iterator[tuple[str, str, int]]:
-    """Pairs of splits with images in common, and how many."""
+    """The pairs of splits that have images in common, and how many images that are."""
     for one, other in combinations(reports, 2):
         if common := len(one.image_ids & other.image_ids):
             yield one.split, other.split, common
@@ -130,17 +129,18 @@ def overlaps(reports: list[SplitReport]) -> Iterator[tuple[str, str, int]]:
 
 def held_out_images(benchmark: Benchmark, data_dir: Path, split_by: str | None = None) -> dict[str, set[str]]:
     """
-    The ids of the images in each split but "train" that is in the folder; for COCO's benchmarks those of train2014.
+    The ids of the images in each split other than "train", as far as the folder has them. For RefCOCO, RefCOCO+ and
+    RefCOCOg they are ids of COCO train2014.
 
     Args:
         benchmark ([`Benchmark`]): the benchmark, see [`~benchmarks.resolve_name`].
         data_dir, split_by: as in [`load_grounding_dataset`].
 
     Returns:
-        `dict[str, set[str]]`: ids by split.
+        `dict[str, set[str]]`: The ids for each split whose files are there.
 
     Raises:
-        `FileNotFoundError`: The folder has none of these splits.
+        `ValueError`: A file cannot be read. Leaving out its split without a word would let its images be trained on.
 
     Example:
 
@@ -154,12 +154,12 @@ def held_out_images(benchmark: Benchmark, data_dir: Path, split_by: str | None =
     ```
     """
     held_out = {}
-    for split in splits_of(benchmark, split_by):
+    for split in _splits_of(benchmark, split_by):
         if not split.startswith("train"):
             try:
-                source = find_source(Wanted.check(benchmark, data_dir, split, split_by))
-                items, _ = source.list_images()
-            except (FileNotFoundError, ValueError):
+                reader = find_reader(SplitRequest.resolve(benchmark, data_dir, split, split_by))
+                items, _ = reader.list_images()
+            except FileNotFoundError:
                 continue
-            held_out[split] = {source.image_id_of(item) for item in items}
+            held_out[split] = {reader.image_id_of(item) for item in items}
     return held_out

@@ -7,9 +7,9 @@ from typing import Any
 import datasets
 
 from .annotations import AnnotatedImage, place_rows
-from .box_formats import BOX_COLUMNS, check_columns, list_expressions, look_normalised, to_xyxy
+from .field_values import BOX_COLUMNS, check_columns, check_id, list_expressions, look_normalised, to_xyxy
 
-BATCH_ROWS = 64  # rows with images that are in memory at once
+SAMPLES_AT_ONCE = 64  # in memory, with their images
 
 
 def as_grounding_dataset(
@@ -18,8 +18,9 @@ def as_grounding_dataset(
     box_format: str = "xyxy",
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Any dataset with images, expressions and boxes as rows of image, image_id, expression and box, such as
-    [`EpmVGTrainer`] takes. A stream stays one: rows are made while iterating, and no image is written to the disk.
+    Turns any dataset with images, expressions and boxes into rows of image, image_id, expression and box, which is
+    what [`EpmVGTrainer`] takes. A stream stays a stream: its rows are made while iterating, and no image is written to
+    the disk.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -28,27 +29,28 @@ def as_grounding_dataset(
             - an image: of the feature `datasets.Image`, encoded bytes, or a path;
             - an expression (text), or a list of them, each of which becomes a row;
             - a box, four numbers in pixels, 0-based, of the image as displayed (after its EXIF orientation), or `None`
-              for expressions without box; with a list of expressions also a list of as many boxes.
+              for expressions without box; beside a list of expressions also a list of as many boxes.
         columns (`dict[str, str]`, *optional*):
-            What the dataset calls `image`, `image_id`, `expression` and `box`, where it is not that. A name with dots
-            looks into a column of objects: in a WebDataset, `{"image": "jpg", "expression": "json.expression", "box":
-            "json.box"}`. `{"box": None}` says that there are no boxes, for captions.
+            What the dataset calls `image`, `image_id`, `expression` and `box`, where the names differ. A name with
+            dots looks into a column of objects: in a WebDataset, `{"image": "jpg", "expression": "json.expression",
+            "box": "json.box"}`. `{"box": None}` says that there are no boxes, as with captions.
         box_format (`str`, *optional*, defaults to `"xyxy"`):
             `"xyxy"` (half-open: the whole image is `[0, 0, width, height]`) or `"xywh"` (corner, width and height).
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` with the columns image (decoded when read), image_id (`str`),
-        expression (`str`) and box (xyxy). Without a column for it, image_id is a digest of the image's bytes, or its
-        path if the dataset holds paths.
+        expression (`str`) and box (xyxy float pixels or `None`). If the dataset has no column of image ids, image_id
+        is a digest of the image's bytes, or its path where the dataset holds paths.
 
     Raises:
         `ValueError`: An argument is not valid, or a row cannot be used; a stream says so when that row is read. The
-            number of a row is counted from 0, by each worker of a data loader on its own.
+            error names the row, counted from 0. The workers of a data loader each count their own rows.
 
     Note:
-        In a WebDataset, write every number of a box with a point (1.0), or name its `features` to `load_dataset`:
-        `datasets` takes the types of JSON from the first samples, refuses whole numbers beside others there, and cuts
-        1.5 to 1 after whole numbers only. Here that is mended for streams, but comes too late for prepared data.
+        In a WebDataset, write every number of a box with a decimal point (1.0), or pass `features` to `load_dataset`.
+        `datasets` infers the types of JSON from the first samples: if they hold whole numbers only, it cuts a later
+        1.5 to 1, and it refuses a box that mixes whole numbers with others. For streams this function corrects the
+        inferred type before rows are read; in a prepared dataset the numbers are already cut.
 
     Example:
 
@@ -70,18 +72,18 @@ def as_grounding_dataset(
         raise ValueError(f'box_format must be "xyxy" or "xywh", not {box_format!r}.')
     features = dataset.features
     present = list(next(iter(dataset), {})) if features is None else list(features)
-    names = find_columns(present, features, columns)
+    names = _find_columns(present, features, columns)
     dataset = dataset.with_format(None)
     settings = {"names": names, "box_format": box_format}
     if isinstance(dataset, datasets.Dataset):
-        return convert_prepared(dataset, settings)
-    return convert_stream(dataset, present, settings)
+        return _convert_prepared(dataset, settings)
+    return _convert_stream(dataset, present, settings)
 
 
-def find_columns(
+def _find_columns(
     present: list[str], features: datasets.Features | None, columns: dict[str, str | None] | None
 ) -> dict[str, str | None]:
-    """What the dataset calls each of our columns, and `None` for what it has not and need not have."""
+    """What the dataset calls each of our columns; `None` for image_id or box where it has none."""
     names: dict[str, str | None] = {"image": "image", "image_id": None, "expression": "expression", "box": "box"}
     if "image_id" in present:
         names["image_id"] = "image_id"
@@ -91,10 +93,10 @@ def find_columns(
     for ours, theirs in names.items():
         if theirs is None and ours in ("image_id", "box"):
             continue
-        if theirs not in present and (ours == "image" or not has_field(present, features, theirs)):
+        if theirs not in present and (ours == "image" or not _has_field(present, features, theirs)):
             raise ValueError(
                 f"the dataset has no column {theirs!r} for {ours}, only {', '.join(present)}; columns says what it "
-                "calls ours."
+                "calls each of ours."
             )
     feature = None if features is None else features[names["image"]]
     if isinstance(feature, datasets.Value) and not feature.dtype.endswith(("string", "binary")):
@@ -102,8 +104,10 @@ def find_columns(
     return names
 
 
-def has_field(present: list[str], features: datasets.Features | None, name: str | None) -> bool:
-    """Whether a name with dots leads into a column, as far as its features are known."""
+def _has_field(present: list[str], features: datasets.Features | None, name: str | None) -> bool:
+    """
+    Whether there is a field of that name, in which dots lead into objects. Without features, only the column is known.
+    """
     if not isinstance(name, str):
         return False
     column, *fields = name.split(".")
@@ -117,14 +121,14 @@ def has_field(present: list[str], features: datasets.Features | None, name: str 
     return True
 
 
-def row_features() -> dict[str, Any]:
+def _row_features() -> dict[str, Any]:
     """The features of our columns but the image."""
     text = datasets.Value("string")
     return {"image_id": text, "expression": text, "box": datasets.List(datasets.Value("float32"), length=4)}
 
 
-def convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> datasets.Dataset:
-    """Rows beside the images as they are stored, which are copied only if an image has several rows."""
+def _convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> datasets.Dataset:
+    """Rows beside the column of images as it is stored. `datasets` copies images only where one has several rows."""
     image, image_id = settings["names"]["image"], settings["names"]["image_id"]
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows, expected at least one.")
@@ -135,14 +139,14 @@ def convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> dat
     if image_id is None:
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
     else:
-        dataset = dataset.remove_columns([image])  # not to be read
+        dataset = dataset.remove_columns([image])  # so that it is not read
     rows = dataset.map(
-        make_rows,
+        _make_rows,
         batched=True,
-        batch_size=BATCH_ROWS,
+        batch_size=SAMPLES_AT_ONCE,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=datasets.Features(row_features() | {"row": datasets.Value("int64")}),
+        features=datasets.Features(_row_features() | {"row": datasets.Value("int64")}),
         fn_kwargs=settings | {"keep": "row"},
     )
     if len(rows) != len(images):
@@ -150,60 +154,66 @@ def convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> dat
     return datasets.concatenate_datasets([images, rows.remove_columns("row")], split=dataset.split, axis=1)
 
 
-def convert_stream(
+def _convert_stream(
     dataset: datasets.IterableDataset, present: list[str], settings: dict[str, Any]
 ) -> datasets.IterableDataset:
     """Rows with their images, made while iterating."""
     if dataset.features is not None:
         dataset = dataset.decode(False)
-        dataset = dataset.cast(with_float_boxes(dataset.features, settings["names"]["box"]))
+        dataset = dataset.cast(_with_float_boxes(dataset.features, settings["names"]["box"]))
     rows = dataset.map(
-        make_rows,
+        _make_rows,
         batched=True,
-        batch_size=BATCH_ROWS,
+        batch_size=SAMPLES_AT_ONCE,
         with_indices=True,
         remove_columns=present,
         fn_kwargs=settings | {"keep": "image"},
     )
-    return rows.cast(datasets.Features({"image": datasets.Image(), **row_features()}))
+    return rows.cast(datasets.Features({"image": datasets.Image(), **_row_features()}))
 
 
-def with_float_boxes(features: datasets.Features, name: str | None) -> datasets.Features:
-    """The features, with floats where the boxes have integers, which `datasets` would cut later floats to."""
+def _with_float_boxes(features: datasets.Features, name: str | None) -> datasets.Features:
+    """The features, with floats in place of inferred integers in boxes: later floats would be cut to integers."""
     if name is None:
         return features
     if name in features:
-        return datasets.Features({**features, name: as_floats(features[name])})
+        return datasets.Features({**features, name: _as_floats(features[name])})
     column, _, rest = name.partition(".")
-    return datasets.Features({**features, column: dict(with_float_boxes(features[column], rest))})
+    return datasets.Features({**features, column: dict(_with_float_boxes(features[column], rest))})
 
 
-def as_floats(feature: Any) -> Any:
+def _as_floats(feature: Any) -> Any:
     """A feature of boxes with floats in place of integers."""
     if isinstance(feature, datasets.Value) and "int" in feature.dtype:
         return datasets.Value("float64")
     if isinstance(feature, datasets.List | datasets.LargeList):
-        return datasets.List(as_floats(feature.feature))
+        return datasets.List(_as_floats(feature.feature))
     return feature
 
 
-def make_rows(
+def _make_rows(
     batch: dict[str, list], indices: list[int], names: dict[str, str | None], box_format: str, keep: str
 ) -> dict[str, list]:
-    """Rows of some samples, for `map`; `keep` is "image", or "row" for the index of the sample in its place."""
+    """
+    The rows of a batch of samples, for `map`. `keep` says what each row has of its image: "image" itself, or in the
+    column "row" the index of its sample.
+    """
     rows: dict[str, list] = {keep: [], "image_id": [], "expression": [], "box": []}
     for position, index in enumerate(indices):
         where = f"row {index}"
         try:
-            image: dict[str, Any] = {}  # and is not asked for
-            if names["image"] in batch:
-                image, path = encode_image(batch[names["image"]][position])
+            image: dict[str, Any] = {}
+            if names["image"] in batch:  # not if the dataset has ids, as then nothing of the image is needed
+                image, path = _encode_image(batch[names["image"]][position])
                 where += f" ({path})" if path else ""
-            image_id = identify(image) if names["image_id"] is None else pick_id(batch, names["image_id"], position)
-            sample = read_sample(batch, position, names, box_format)
+            if names["image_id"] is None:
+                image_id = _identify(image)
+            else:
+                image_id = str(check_id(_pick_nested(batch, names["image_id"], position), "image_id"))
+            sample = _read_sample(batch, position, names, box_format)
         except ValueError as error:
             raise ValueError(f"{where}: {error}.") from error
-        # Without the image's size, which is not known before it is decoded.
+        # Images are not decoded here, so whether a box sticks out of its image stays unknown.
         listed = [{"where": where, "expression": expression, "box": box} for expression, box in sample]
         placed, problems = place_rows(AnnotatedImage("", image_id, None, listed), None)
         if problems:
@@ -213,20 +223,19 @@ def make_rows(
             rows["image_id"].append(image_id)
             rows["expression"].append(row["expression"])
             rows["box"].append(row["box"])
-    # One such box may be meant; whole numbers are not normalised.
-    if look_normalised(rows["box"]) and any(value % 1 for box in rows["box"] if box for value in box):
+    if look_normalised(rows["box"]):
         raise ValueError(f"row {indices[0]} and those after it: every box lies within [0, 1], expected pixels.")
     return rows
 
 
-def read_sample(
+def _read_sample(
     batch: dict[str, list], position: int, names: dict[str, str | None], box_format: str
 ) -> list[tuple[str, list[float] | None]]:
-    """Expressions and boxes of a sample."""
-    assert names["expression"] is not None  # only image_id and box may be
-    value = pick_nested(batch, names["expression"], position)
+    """The expressions of a sample, each with its box."""
+    assert names["expression"] is not None  # for mypy: only image_id and box may be
+    value = _pick_nested(batch, names["expression"], position)
     expressions = list_expressions(value)
-    box = None if names["box"] is None else pick_nested(batch, names["box"], position)
+    box = None if names["box"] is None else _pick_nested(batch, names["box"], position)
     boxes = [box] * len(expressions)
     if isinstance(value, list) and isinstance(box, list) and box and isinstance(box[0], list | None):
         if len(box) != len(expressions):
@@ -235,8 +244,8 @@ def read_sample(
     return [(expression, to_xyxy(box, box_format)) for expression, box in zip(expressions, boxes, strict=True)]
 
 
-def pick_nested(batch: dict[str, list], name: str, position: int) -> Any:
-    """The value of a sample, in a column or by a name with dots below it; a `ValueError` if it is not there."""
+def _pick_nested(batch: dict[str, list], name: str, position: int) -> Any:
+    """The value of a sample in a column, or in the field below it that a name with dots leads to."""
     if name in batch:
         return batch[name][position]
     column, *fields = name.split(".")
@@ -248,27 +257,19 @@ def pick_nested(batch: dict[str, list], name: str, position: int) -> Any:
     return value
 
 
-def pick_id(batch: dict[str, list], name: str, position: int) -> str:
-    """The id of a sample's image, as text; a `ValueError` if it is neither a number nor text."""
-    value = pick_nested(batch, name, position)
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"the image_id is {reprlib.repr(value)}, expected a number or text")
-    return str(value)
-
-
-def encode_image(value: Any) -> tuple[dict[str, Any], str | None]:
-    """An image as `datasets` stores it, whatever form it comes in, and its path for error messages."""
+def _encode_image(value: Any) -> tuple[dict[str, Any], str | None]:
+    """An image in the form in which `datasets` stores it, and its path for error messages."""
     try:
         image = value if isinstance(value, dict | None) else datasets.Image().encode_example(value)
-    except (AttributeError, TypeError):  # what it says of a number
+    except (AttributeError, TypeError):  # raised by `datasets` for values such as numbers
         raise ValueError(f"the image is {reprlib.repr(value)}, expected an image, its bytes or its path") from None
     content, path = (image or {}).get("bytes"), (image or {}).get("path")
     if not (content or path):
         raise ValueError("there is no image")
-    # A path beside bytes is that of another machine; where it exists here too, `datasets` would read that file.
+    # A path beside bytes comes from another machine. If it exists here too, `datasets` would read that other file.
     return {"bytes": content, "path": None if content else path}, path
 
 
-def identify(image: dict[str, Any]) -> str:
-    """An id for an image that has none: its path, or else a digest of its bytes."""
+def _identify(image: dict[str, Any]) -> str:
+    """An id for an image without one: its path, or else a digest of its bytes."""
     return image["path"] or hashlib.sha256(image["bytes"]).hexdigest()[:32]

@@ -1,27 +1,68 @@
-"""Rows of expressions seen image by image."""
+"""Rows of expressions grouped by the image that they are about, so that each image needs one visual pass."""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
 
 if TYPE_CHECKING:
     import datasets
 
 
+@dataclass
+class ImageGroup:
+    """
+    An image and n expressions about it.
+
+    Args:
+        image (`PIL.Image.Image` or `None`): the decoded image; `None` if the dataset keeps rows without image files.
+        image_id (`str`): what the dataset calls the image.
+        expressions (`list[str]`): the expressions.
+        boxes (`np.ndarray` of shape `(n, 4)` or `None`):
+            float32 boxes, xyxy in pixels of the image, 0-based and half-open. A row of NaN means that the expression
+            has no box. `None` if the dataset has no column of boxes.
+        row_indices (`list[int]`): the dataset's row of each expression; empty if the rows are not numbered.
+        index (`int` or `None`): the number of this image among the images of the dataset, if those are known.
+    """
+
+    image: Image.Image | None
+    image_id: Any
+    expressions: list[str]
+    boxes: np.ndarray | None
+    row_indices: list[int]
+    index: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.expressions)
+
+    def select(self, positions: Sequence[int]) -> "ImageGroup":
+        """The same image with the expressions at these positions only."""
+        return replace(
+            self,
+            expressions=[self.expressions[position] for position in positions],
+            boxes=None if self.boxes is None else self.boxes[list(positions)],
+            row_indices=[self.row_indices[position] for position in positions] if self.row_indices else [],
+        )
+
+
 class ImageGroups(Dataset):
     """
-    A dataset of expressions seen image by image: its length counts images, and fetching some images gives the rows
-    of all their expressions, each image decoded once. A batch of b images so needs b visual passes. A `box` that is
-    `None` means that the expression has none: it takes part in distillation only.
+    A dataset of expressions seen image by image: its length counts images, and each item is an [`ImageGroup`], whose
+    image is decoded once however many expressions it has.
 
     Args:
         dataset (`datasets.Dataset`):
-            One row per expression with `image`, `image_id`, `expression` and, unless boxes are to be predicted only,
-            `box`. Rows of one image share its `image_id`.
+            One row per expression with `image`, `image_id`, `expression` and, unless boxes are only to be predicted,
+            `box`. Rows of one image share its `image_id`. The box `None` says that an expression has none; such rows
+            only take part in distillation.
+
+    Attributes:
+        groups (`list[list[int]]`): for each image the indices of its rows.
 
     Raises:
         ValueError: the dataset lacks a column.
@@ -34,8 +75,8 @@ class ImageGroups(Dataset):
     >>> groups = ImageGroups(dataset)
     >>> len(dataset), len(groups)
     (32, 4)
-    >>> [row["expression"] for row in groups.__getitems__([3])][:2]
-    ['red star', 'the lowest red circle']
+    >>> groups[3].expressions[:2], groups[3].boxes.shape
+    (['red star', 'the lowest red circle'], (8, 4))
     ```
     """
 
@@ -56,35 +97,30 @@ class ImageGroups(Dataset):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """
-        The rows of the images at `indices`, for PyTorch's batch fetching; `row_index` is the row in the dataset,
-        `group` the index of its image.
-        """
-        return [row for index in indices for row in self._rows_of(index)]
-
-    def _rows_of(self, group: int) -> list[dict[str, Any]]:
-        row_indices = self.groups[group]
-        image = self.images[row_indices[0]]["image"]
+    def __getitem__(self, index: int) -> ImageGroup:
+        row_indices = self.groups[index]
         columns = self.rows[row_indices]
-        values = zip(*columns.values(), strict=True)
-        return [
-            {"image": image, "row_index": row_index, "group": group, **dict(zip(columns, row, strict=True))}
-            for row_index, row in zip(row_indices, values, strict=True)
-        ]
+        return ImageGroup(
+            image=self.images[row_indices[0]]["image"],
+            image_id=columns["image_id"][0],
+            expressions=columns["expression"],
+            boxes=boxes_to_array(columns["box"]) if "box" in columns else None,
+            row_indices=row_indices,
+            index=index,
+        )
 
 
 class CaptionedGroups(Dataset):
     """
-    Labelled images, and `ratio` captioned images for each of them, as one dataset of [`ImageGroups`]. An epoch shows
-    every labelled image once; the captioned ones take turns, in an order of their own, and go on where the epoch
-    before stopped. Rows of captioned images have the box `None`.
+    Labelled images, and `ratio` captioned images for each of them, as one dataset of [`ImageGroup`]s. An epoch shows
+    every labelled image once. The captioned images take turns in an order of their own, and each epoch goes on where
+    the one before stopped. Their expressions have no boxes.
 
     Args:
-        labelled (`ImageGroups`): images with boxes.
-        captioned (`ImageGroups`): images with expressions or sentences; boxes, if there are any, are not read.
-        ratio (`float`): captioned images for each labelled image.
-        seed (`int`): sets the order of the captioned images.
+        labelled ([`ImageGroups`]): images with boxes.
+        captioned ([`ImageGroups`]): images with expressions or sentences; if they have boxes, those are not read.
+        ratio (`float`): how many captioned images there are for each labelled image.
+        seed (`int`): decides the order of the captioned images.
 
     Raises:
         ValueError: there is no captioned image.
@@ -92,12 +128,13 @@ class CaptionedGroups(Dataset):
     Example:
 
     ```python
-    >>> from epmvg_hf.data.image_groups import CaptionedGroups, ImageGroups
+    >>> from epmvg_hf import ImageGroups
+    >>> from epmvg_hf.data.image_groups import CaptionedGroups
 
     >>> captions = dataset.remove_columns("box")
     >>> groups = CaptionedGroups(ImageGroups(dataset), ImageGroups(captions), ratio=0.5, seed=0)
-    >>> len(groups), groups.__getitems__([5])[0]["box"]  # 4 labelled and 2 captioned images
-    (6, None)
+    >>> len(groups), groups[5].boxes[0]  # 4 labelled and 2 captioned images
+    (6, array([nan, nan, nan, nan], dtype=float32))
     ```
     """
 
@@ -107,30 +144,76 @@ class CaptionedGroups(Dataset):
         self.labelled, self.captioned = labelled, captioned
         self.num_captioned = max(1, round(ratio * len(labelled)))
         self.order = np.random.default_rng(seed).permutation(len(captioned)).tolist()
-        # In shared memory, for workers of a data loader that live longer than an epoch.
+        # The workers of a data loader may live longer than an epoch, so they must see the number change.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch decides whose turn it is. [`EpmVGTrainer`] calls this; accelerate does so on one process only."""
+        """
+        Sets the epoch, which decides whose turn it is. [`EpmVGTrainer`] calls this itself, because accelerate passes
+        the epoch on to the dataset on one process only.
+        """
         self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.labelled) + self.num_captioned
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows of the images at `indices`; `group` counts labelled images first, then captioned ones."""
-        first_captioned = len(self.labelled)
-        rows = self.labelled.__getitems__([index for index in indices if index < first_captioned])
-        turns = [self.epoch.item() * self.num_captioned + index - first_captioned for index in indices]
-        groups = [
-            self.order[turn % len(self.order)] for turn, i in zip(turns, indices, strict=True) if i >= first_captioned
-        ]
-        for row in self.captioned.__getitems__(groups):
-            # The two sets may give the same id to different images.
-            changes = {
-                "image_id": ("captioned", row["image_id"]),
-                "group": first_captioned + row["group"],
-                "box": None,
-            }
-            rows.append({**row, **changes})
-        return rows
+    def __getitem__(self, index: int) -> ImageGroup:
+        """The image at `index`; its own `index` counts the labelled images first, then all captioned ones."""
+        if index < len(self.labelled):
+            return self.labelled[index]
+        turn = self.epoch.item() * self.num_captioned + index - len(self.labelled)
+        captioned_index = self.order[turn % len(self.order)]
+        group = self.captioned[captioned_index]
+        no_boxes = np.full((len(group), 4), np.nan, np.float32)
+        return replace(group, boxes=no_boxes, index=len(self.labelled) + captioned_index)
+
+
+def group_rows(rows: list[dict[str, Any]]) -> list[ImageGroup]:
+    """
+    Groups rows that come one by one, as those of a stream do. [`ImageGroups`] does this for a whole dataset.
+
+    Args:
+        rows (`list[dict]`): rows with `image`, `image_id` and `expression`, all or none of them with `box` and with
+            `row_index`.
+
+    Returns:
+        `list[ImageGroup]`: one for each `image_id`, in the order of their first rows.
+    """
+    by_image = defaultdict(list)
+    for row in rows:
+        by_image[row["image_id"]].append(row)
+    return [
+        ImageGroup(
+            image=group[0]["image"],
+            image_id=image_id,
+            expressions=[row["expression"] for row in group],
+            boxes=boxes_to_array([row["box"] for row in group]) if "box" in group[0] else None,
+            row_indices=[row["row_index"] for row in group] if "row_index" in group[0] else [],
+        )
+        for image_id, group in by_image.items()
+    ]
+
+
+def boxes_to_array(boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
+    """Boxes as a float32 array `(n, 4)`: this is where "no box", `None` in a dataset, becomes a row of NaN."""
+    return np.array([[np.nan] * 4 if box is None else box for box in boxes], np.float32).reshape(-1, 4)
+
+
+def number_rows(dataset: "datasets.IterableDataset", reader: int, readers: int) -> "datasets.IterableDataset":
+    """
+    A stream whose rows have a `row_index` that no other reader of the same dataset gives to a row of its own.
+
+    Args:
+        dataset (`datasets.IterableDataset`): the stream.
+        reader (`int`): the number of this process among those that read shards of their own.
+        readers (`int`): how many such processes there are; 1 if all of them read the same rows.
+    """
+    return dataset.map(_number_row, with_indices=True, fn_kwargs={"reader": reader, "readers": readers})
+
+
+def _number_row(row: dict[str, Any], index: int, reader: int, readers: int) -> dict[str, int]:
+    """Every process, and every worker of a data loader, counts its own rows from 0: interleaved, none collide."""
+    worker = get_worker_info()
+    if worker is not None:
+        reader, readers = reader * worker.num_workers + worker.id, readers * worker.num_workers
+    return {"row_index": index * readers + reader}

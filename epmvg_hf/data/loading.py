@@ -1,4 +1,4 @@
-"""One call that gives any of the benchmarks, or data of one's own, as rows of image, expression and box."""
+"""One function that loads any of the benchmarks, or your own data, as rows of image, expression and box."""
 
 import os
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils import needs_extra
-from .benchmarks import Benchmark, Wanted, full_split_name, resolve_name
+from .benchmarks import Benchmark, SplitRequest, full_split_name, resolve_name
 
 if TYPE_CHECKING:
     import datasets
@@ -34,16 +34,18 @@ def load_grounding_dataset(
     columns: dict[str, str] | None = None,
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """
-    Loads one split of a visual grounding benchmark, one row per expression. Nothing is downloaded, and nothing in a
-    file is executed. The rows of one image are consecutive.
+    Loads one split of a visual grounding benchmark, or of your own data, with one row per expression. The rows of one
+    image are consecutive. Nothing is downloaded, and nothing in a file is executed.
 
     Args:
         name (`str`):
-            `"refcoco"`, `"refcoco+"`, `"refcocog"`, `"referitgame"`, `"flickr30k_entities"`, `"custom"` (data of your
-            own, see [`~custom.CustomData`]) or `"shapes"` (drawn scenes, made on the spot). Other usual names are
-            understood, also with the way to split: `"refcocoplus"`, `"refcocog_google"`, `"unc"`, `"gref_umd"`, ...
+            `"refcoco"`, `"refcoco+"`, `"refcocog"`, `"referitgame"`, `"flickr30k_entities"`, `"custom"` (your own
+            data, see [`~custom.CustomData`]) or `"shapes"` (scenes that are drawn on the spot). Other common names are
+            understood as well, and so are names that include the way to split: `"refcocoplus"`, `"refcocog_google"`,
+            `"unc"`, `"gref_umd"`, ...
         data_dir (`str` or `os.PathLike`, *optional*):
-            Folder with the benchmark's files, in the layout of any of the `source`s. Not for `"shapes"`.
+            Folder with the benchmark's files, in the layout of any `source` below. Required, except for `"shapes"`,
+            which has no files.
         split (`str`, *optional*, defaults to `"train"`):
             `"train"`, `"validation"` (or `"val"`), `"test"`, and where the benchmark has them `"testA"`, `"testB"`,
             `"testC"`, `"trainval"`; for `"shapes"` also `"test_composition"`; for `"custom"` any name.
@@ -51,58 +53,62 @@ def load_grounding_dataset(
             Which of several published ways to split a benchmark: `"unc"` or `"google"` for RefCOCO, `"umd"` or
             `"google"` for RefCOCOg, `"standard"`, `"unc"` or `"berkeley"` for ReferItGame. The first is the default.
         missing_images (`str`, *optional*, defaults to `"error"`):
-            What to do about images that are not there: `"error"`, `"skip"` (leave out their rows) or `"keep"` (rows
-            whose image is `None`). Not for `"shapes"`.
+            What to do if the files of some images are missing: `"error"`, `"skip"` (leave out their rows) or `"keep"`
+            (give their rows with `None` as image). Not for `"shapes"`.
         streaming (`bool`, *optional*, defaults to `False`):
-            Whether to make rows while iterating, with nothing written to the cache (but for images that lie in
-            parquet files, each of which is written there once).
+            Whether to make rows while iterating instead of preparing all of them in the cache first. Only images that
+            are inside parquet files are written to the cache even so.
         seed (`int`, *optional*, defaults to 0):
             Seed of the scenes. Only for `"shapes"`.
         num_images (`int`, *optional*):
             Number of scenes. Only for `"shapes"`.
         num_proc (`int`, *optional*):
-            Number of processes that prepare the rows. Without effect when streaming.
+            Number of processes that prepare the rows. Has no effect when streaming.
         cache_dir (`str`, *optional*):
             Where prepared rows are kept. Defaults to the cache of `datasets`.
         errors (`str`, *optional*, defaults to `"raise"`):
-            What to do about annotations and images that cannot be used: `"raise"`, or `"skip"`, which leaves them out
-            and logs what it left out. Not for `"shapes"`.
+            What to do about annotations and images that cannot be used: `"raise"` an error for the first of them, or
+            `"skip"` them and log what was left out. Not for `"shapes"`.
         exclude (`Iterable[str or int]` or `os.PathLike`, *optional*):
-            Ids of images to leave out, or a file of them, as `epmvg exclude-images` writes it. Not for `"shapes"`.
+            Ids of images to leave out, or a file of such ids as `epmvg exclude-images` writes it. Not for `"shapes"`.
         image_dir (`str` or `os.PathLike`, *optional*):
             Folder with the images, if they are not in one of the usual places below `data_dir`. Not for `"shapes"`.
         source (`str`, *optional*):
-            Which files to read, if `data_dir` has several kinds: `"refer"` (the refer API's pickles and
+            Which kind of files to read, if `data_dir` has several: `"refer"` (the refer API's pickles and
             `instances.json`), `"index"` (the `.pth` files of TransVG and its successors), `"parquet"` (files of
             `lmms-lab/RefCOCO` or `jxu124/refcoco`) or `"official"` (JSON files of ReferItGame, XML and text of
             Flickr30K Entities). By default the first kind that is there.
         boxes (`str`, *optional*, defaults to `"union"`):
-            For Flickr30K Entities, `"any"` adds the column `boxes` with each box of the phrase.
+            For Flickr30K Entities, `"any"` adds the column `boxes` with each annotated box of the phrase.
         box_format (`str`, *optional*):
-            `"xyxy"` or `"xywh"`, in pixels. Only for `"custom"`, which needs it for JSONL and CSV.
+            `"xyxy"` or `"xywh"`, in pixels. Only for `"custom"`, where JSONL and CSV files require it.
         columns (`dict[str, str]`, *optional*):
-            What your columns `image`, `expression` and `box` are called. Only for `"custom"`.
+            What your file calls `image`, `expression` and `box`. Only for `"custom"`.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` with the columns
         - **image** -- the image, decoded to `PIL.Image.Image` when the row is read.
         - **image_id** (`str`) -- the same for all expressions of one image.
-        - **expression** (`str`) -- what the box is to be found by.
-        - **box** (`list[float]`) -- `[xmin, ymin, xmax, ymax]` in pixels of the original image (the one in this row),
-          0-based and half-open: the whole image is `[0, 0, width, height]`.
+        - **expression** (`str`) -- the text that describes the object to find.
+        - **box** (`list[float]`) -- `[xmin, ymin, xmax, ymax]` in pixels of the image in this row, 0-based and
+          half-open: the whole image is `[0, 0, width, height]`. `None` for a row of `"custom"` data without box.
 
-        and those of the benchmark. For the RefCOCO family and ReferItGame, as far as the source has them
-        - **ref_id** (`str`), **ann_id** (`str`), **sent_id** (`str`) -- reference, object and sentence.
+        and further columns that depend on the benchmark. For the RefCOCO family and ReferItGame, as far as the source
+        has them
+        - **ref_id** (`str`), **ann_id** (`str`), **sent_id** (`str`) -- ids of the reference, object and sentence.
 
         For `"flickr30k_entities"`
-        - **sentence** (`str`), **sentence_id** (`int`) -- the sentence the expression is a phrase of, one of 0 to 4.
-        - **chain_id** (`str`) -- the thing meant; phrases of several sentences may mean the same.
+        - **sentence** (`str`), **sentence_id** (`int`) -- the sentence that the phrase is from, one of 0 to 4.
+        - **chain_id** (`str`) -- the entity that the phrase means; phrases of several sentences may share it.
         - **phrase_types** (`list[str]`) -- such as `["people"]`.
         - **num_boxes** (`int`) -- the number of annotated boxes; `box` is the smallest box around them.
 
         For `"shapes"`
         - **kind** (`str`) -- what singles the object out, such as `"attribute"` or `"relation"`.
         - **objects** (`list[dict]`) -- every object of the scene.
+
+        For `"custom"`
+        - **source_row** (`str`) -- the line of your file, or the id of the COCO annotation.
 
     Raises:
         `ValueError`: A name, split or other argument is not valid for the benchmark, or a file has invalid content.
@@ -130,66 +136,69 @@ def load_grounding_dataset(
     if isinstance(exclude, os.PathLike):
         exclude = Path(exclude).read_text(encoding="utf-8").split()
     exclude = frozenset(str(image_id) for image_id in exclude)
-    scenes = {"seed": seed or None, "num_images": num_images}
-    own = {"box_format": box_format, "columns": columns}
-    kinds = {"split_by": split_by, "source": source, "boxes": None if boxes == "union" else boxes}
+
+    # Arguments that only apply to some of the names, `None` where they are left at their default.
+    for_shapes = {"seed": seed or None, "num_images": num_images}
+    for_custom = {"box_format": box_format, "columns": columns}
+    for_benchmarks = {"split_by": split_by, "source": source, "boxes": None if boxes == "union" else boxes}
+
     if name == "shapes":
-        files = {
+        for_files = {
             "data_dir": data_dir,
             "missing_images": None if missing_images == "error" else missing_images,
             "errors": None if errors == "raise" else errors,
             "exclude": exclude or None,
             "image_dir": image_dir,
         }
-        _refuse(name, "seed and num_images", **files, **own, **kinds)
+        _refuse(name, "seed and num_images", **for_files, **for_custom, **for_benchmarks)
         from .shapes import load_shapes
 
         return load_shapes(full_split_name(split), seed, num_images, streaming, num_proc, cache_dir)
 
     from .builder import open_source
-    from .readers.source import GroundingSource
 
-    found: GroundingSource
-    images = None if image_dir is None else _folder(image_dir, name, "image_dir")
+    reader: GroundingSource
+    images = None if image_dir is None else _find_folder(image_dir, name, "image_dir")
     if name == "custom":
-        _refuse(name, "data_dir, image_dir, box_format and columns", **scenes, **kinds)
+        _refuse(name, "data_dir, image_dir, box_format and columns", **for_shapes, **for_benchmarks)
         from .readers.custom import CustomData
 
-        found = CustomData(_folder(data_dir, name), split, images, box_format, columns)
+        reader = CustomData(_find_folder(data_dir, name), split, images, box_format, columns)
     else:
         benchmark, implied = resolve_name(name)
-        _refuse(name, "data_dir, split_by, image_dir and source", **scenes, **own)
+        _refuse(name, "data_dir, split_by, image_dir and source", **for_shapes, **for_custom)
         if split_by not in (None, implied) and implied is not None:
             raise ValueError(f"name {name!r} means the split by {implied}, but split_by is {split_by!r}.")
-        folder = _folder(data_dir, name)
-        wanted = Wanted.check(benchmark, folder, split, split_by or implied, images, boxes, cache_dir)
-        found = find_source(wanted, source)
-    return open_source(found, missing_images, errors, exclude, streaming, num_proc, cache_dir)
+        folder = _find_folder(data_dir, name)
+        request = SplitRequest.resolve(benchmark, folder, split, split_by or implied, images, boxes, cache_dir)
+        reader = find_reader(request, source)
+    return open_source(reader, missing_images, errors, exclude, streaming, num_proc, cache_dir)
 
 
-def find_source(wanted: Wanted, source: str | None = None) -> "GroundingSource":
+def find_reader(request: SplitRequest, source: str | None = None) -> "GroundingSource":
     """
-    The files of one split: of the first kind that is in the data folder, or of the kind that `source` names.
+    The reader of one split: for the first kind of files that is in the data folder, or for the kind that `source`
+    names.
 
     Raises:
         `FileNotFoundError`: None of the files is there; the message lists what was looked for.
         `ValueError`: The benchmark has no such kind of files.
     """
-    kinds = source_kinds(wanted.benchmark)
-    if source is not None and source not in kinds:
-        raise ValueError(f"source of {wanted.benchmark.title} must be one of {', '.join(kinds)}, not {source!r}.")
-    chosen = list(kinds.values()) if source is None else [kinds[source]]
-    for kind in chosen:
-        if (found := kind.find(wanted)) is not None:
+    readers = readers_of(request.benchmark)
+    if source is not None and source not in readers:
+        raise ValueError(f"source of {request.benchmark.title} must be one of {', '.join(readers)}, not {source!r}.")
+    chosen = list(readers.values()) if source is None else [readers[source]]
+    for reader in chosen:
+        if (found := reader.find(request)) is not None:
             return found
-    places = "; or ".join(kind.looks_for(wanted) for kind in chosen)
+    places = "; or ".join(reader.looks_for(request) for reader in chosen)
     raise FileNotFoundError(
-        f"no files of the {wanted.split} split of {wanted.benchmark.title} in {wanted.data_dir}, expected {places}."
+        f"no files of the {request.split} split of {request.benchmark.title} in {request.data_dir}, expected {places}."
     )
 
 
-def source_kinds(benchmark: Benchmark) -> dict[str, type["GroundingSource"]]:
-    """The kinds of files that a benchmark comes in, in the order in which they are looked for."""
+def readers_of(benchmark: Benchmark) -> dict[str, type["GroundingSource"]]:
+    """The reader for each kind of files that a benchmark comes in, in the order in which the kinds are looked for."""
     from .readers.flickr30k_entities import Flickr30kEntities
     from .readers.hub_parquet import HubParquet
     from .readers.refer_api import ReferFiles
@@ -203,7 +212,7 @@ def source_kinds(benchmark: Benchmark) -> dict[str, type["GroundingSource"]]:
     return {"refer": ReferFiles, "index": IndexFile, "parquet": HubParquet}
 
 
-def _folder(path: str | os.PathLike | None, name: str, argument: str = "data_dir") -> Path:
+def _find_folder(path: str | os.PathLike | None, name: str, argument: str = "data_dir") -> Path:
     if path is None:
         raise ValueError(f'{argument} is needed for "{name}": the folder with its annotations and images.')
     folder = Path(path).expanduser().resolve()

@@ -1,6 +1,6 @@
-"""The embedded benchmark `shapes`: drawn scenes of coloured shapes and expressions that each name exactly one object.
+"""The built-in benchmark `shapes`: drawn scenes of coloured shapes, with expressions that each name exactly one object.
 
-Every scene is a function of (seed, split, index) alone: nothing is downloaded, any scene can be redrawn by itself.
+A scene depends on nothing but (seed, split, index), so nothing has to be downloaded and any scene can be drawn again.
 Boxes are `(left, top, right, bottom)` in pixels, 0-based and half-open: `right` and `bottom` are one past the object.
 """
 
@@ -16,10 +16,10 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Raise it with any change to what is drawn or said: it is part of the path of the cached data.
+# Raise this number with any change to the pictures or expressions: cached data is looked up by it.
 GENERATOR_VERSION = "1.0.0"
 
-# Split -> (id that enters the random seed, default number of images).
+# For each split, the id that enters the random seed and the default number of images.
 SPLITS = {"train": (0, 12_000), "validation": (1, 500), "test": (2, 1_000), "test_composition": (3, 500)}
 
 COLORS = {
@@ -32,30 +32,32 @@ COLORS = {
     "cyan": (40, 200, 220),
     "gray": (130, 130, 130),
 }
-# Never drawn outside `test_composition`. One pair per shape and at most one per colour: the other splits still show
-# every shape in seven colours or more and every colour in five shapes or more.
+# Pairs that only `test_composition` shows, so that it tests whether a model can combine a colour and a shape that it has
+# only seen apart. There is one pair per shape and at most one per colour: the other splits still show every shape in
+# seven colours and every colour in at least five shapes.
 _HELD_OUT = "red triangle, green star, blue circle, yellow cross, purple square, cyan diamond"
 HELD_OUT_PAIRS = tuple((color, shape) for color, shape in map(str.split, _HELD_OUT.split(", ")))
 
-# Size word -> smallest and largest width in pixels. The gap between the classes keeps the words unambiguous.
+# For each size word, the smallest and largest width in pixels. The gap between the two keeps the words unambiguous.
 SIZES = {"small": (15, 18), "large": (28, 36)}
 
 LONG_SIDE, MIN_SHORT_SIDE = 128, 96
 MIN_OBJECTS, MAX_OBJECTS = 3, 7
 OBJECT_GAP = 4  # pixels left free between two boxes
 PLACEMENT_ATTEMPTS = 30
-MIN_ALPHA = 32  # fainter edge pixels are not drawn, so that a tight box ends at pixels one can see
+MIN_ALPHA = 32  # edge pixels fainter than this are not drawn, so that a tight box ends at pixels one can see
 
-# By how many pixels both edges of one box must lead those of another for "further left" and the like to be said.
+# An object is called further left (or right, ...) than another only if both edges of its box lead by this many pixels.
 DIRECTION_MARGIN = 6
-# By how many pixels, between box centres, the closest object must lead: enough for unequal outlines to agree.
+# An object is called the closest only if its box centre is closer than that of the second closest by this many pixels.
+# With this margin, measuring from the outlines of objects of different shapes gives the same answer.
 DISTANCE_MARGIN = 20
 
 KINDS = ("attribute", "size", "extreme", "ordinal", "relation")
 MAX_EXPRESSIONS = 8
-BARE_SHARE = 0.25  # of the expressions go without the leading "the"
+BARE_SHARE = 0.25  # the share of expressions without the leading "the"
 GENERIC_NOUNS = ("object", "shape", "one")
-# Direction -> (the opposite one, words for the last object that way, words for lying that way of another object).
+# For each direction the opposite one, words for the object furthest in it, and words for its side of another object.
 DIRECTIONS = {
     "left": ("right", ("leftmost",), ("left of", "to the left of")),
     "right": ("left", ("rightmost",), ("right of", "to the right of")),
@@ -67,7 +69,7 @@ IMAGES_PER_SHARD = 50
 
 _TURNS = [2 * math.pi * i / 40 for i in range(40)]
 _RADII = [0.526, 0.22] * 5  # a five-pointed star of outer radius 0.526 is 1 wide
-# Outlines, 1 wide and up to 1 high.
+# Outlines as polygons, 1 wide and up to 1 high.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": [(0.5 + 0.5 * math.cos(turn), 0.5 + 0.5 * math.sin(turn)) for turn in _TURNS],
     "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
@@ -83,13 +85,13 @@ SHAPES = tuple(OUTLINES)
 
 RGB = tuple[int, int, int]
 Box = tuple[int, int, int, int]
-Pair = tuple[str | None, str | None]  # colour and shape; `None` stands for any
+Pair = tuple[str | None, str | None]  # colour and shape, where `None` means any
 Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """One object; `extent` is its width in pixels before rasterising, `box` the tight box of its drawn pixels."""
+    """One object. `extent` is its width in pixels before it is drawn, `box` the tight box around its drawn pixels."""
 
     shape: str
     color: str
@@ -100,7 +102,7 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class Expression:
-    """A text of one of the `KINDS` that denotes exactly one object, number `target` of its scene."""
+    """A text, of one of the `KINDS`, that denotes object number `target` of its scene and no other."""
 
     kind: str
     text: str
@@ -109,7 +111,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn on a canvas, in pixels, and said about it; `background` is the RGB of its top and bottom row."""
+    """A picture and its expressions. `background` is the RGB of the top and bottom rows, with a gradient in between."""
 
     width: int
     height: int
@@ -120,7 +122,7 @@ class Scene:
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
     """
-    Makes scene number `index` of a split (a key of `SPLITS`): the same one for the same three arguments.
+    Makes scene number `index` of a split (a key of `SPLITS`). The same three arguments always give the same scene.
 
     Example:
 
@@ -170,7 +172,7 @@ def render(scene: Scene) -> Image.Image:
 @cache
 def _shape_mask(shape: str, extent: int) -> Image.Image:
     """The anti-aliased mask of a shape, cropped to the pixels it changes."""
-    scale, length = 8, 8 * extent  # drawn larger and reduced: that smooths the edges
+    scale, length = 8, 8 * extent  # drawing larger and then reducing smooths the edges
     canvas = Image.new("L", (length, length))
     outline = [(x * (length - 1), y * (length - 1)) for x, y in OUTLINES[shape]]
     ImageDraw.Draw(canvas).polygon(outline, fill=255)
@@ -179,7 +181,7 @@ def _shape_mask(shape: str, extent: int) -> Image.Image:
 
 
 def _draw_background(rng: Rng) -> tuple[RGB, RGB]:
-    """A light or a dark background, far from every object colour in brightness."""
+    """Draws a background that is lighter or darker than every object colour by a wide margin."""
     low, high = (222, 250) if rng.random() < 0.5 else (8, 36)
     top, bottom = rng.integers(low, high, size=(2, 3)).tolist()
     return tuple(top), tuple(bottom)
@@ -187,9 +189,11 @@ def _draw_background(rng: Rng) -> tuple[RGB, RGB]:
 
 def _draw_pairs(held_out: bool, rng: Rng) -> list[tuple[str, str]]:
     """
-    Draws the (colour, shape) pair of each object, from few colours and shapes so that objects share them.
-    With `held_out` they are the colours and shapes of two or three held-out pairs; the first object and about half of
-    the others are such a pair, the rest recombine them.
+    Draws the (colour, shape) pair of each object. Only a few colours and shapes are used in a scene, so that objects
+    share them and expressions need more than one word.
+
+    With `held_out`, the colours and shapes are those of two or three held-out pairs. The first object and about half of
+    the others are such a pair; the rest recombine their colours and shapes.
     """
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS, endpoint=True))
     if held_out:
@@ -205,7 +209,7 @@ def _draw_pairs(held_out: bool, rng: Rng) -> list[tuple[str, str]]:
 
 
 def _place_objects(width: int, height: int, pairs: list[tuple[str, str]], rng: Rng) -> tuple[ShapeObject, ...]:
-    """Gives each pair a size and a free place on the canvas; a pair that finds none is left out."""
+    """Gives each pair a size and a free place on the canvas. A pair for which there is no place is left out."""
     objects: list[ShapeObject] = []
     for color, shape in pairs:
         size = "small" if rng.random() < 0.5 else "large"
@@ -222,14 +226,14 @@ def _place_objects(width: int, height: int, pairs: list[tuple[str, str]], rng: R
 
 
 def _gaps(a: Box, b: Box) -> dict[str, int]:
-    """Free pixels between two boxes for each direction in which `a` may lie from `b`, negative where it does not."""
+    """For each direction, the free pixels between two boxes if `a` lies that way of `b`, and a negative number if not."""
     return {"left": b[0] - a[2], "right": a[0] - b[2], "top": b[1] - a[3], "bottom": a[1] - b[3]}
 
 
 def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) -> dict[str, list[Expression]]:
     """
-    Finds every expression, yet without its article, that denotes one object by a safe margin. With `held_out`, only
-    those that name both the colour and the shape of a held-out pair.
+    Finds all expressions, without an article so far, that denote one object beyond doubt. With `held_out`, only those
+    that name both the colour and the shape of a held-out pair.
     """
     groups: dict[Pair, set[int]] = defaultdict(set)
     for i, item in enumerate(objects):
@@ -237,7 +241,7 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
             groups[color, shape].add(i)
     subjects = {pair: members for pair, members in groups.items() if not held_out or pair in HELD_OUT_PAIRS}
 
-    # One wording per scene: two expressions never differ in a synonym alone.
+    # A scene uses one of several synonyms throughout, so that no two of its expressions say the same.
     generic = _shuffled(GENERIC_NOUNS, rng)[0]
     extreme_words = {direction: _shuffled(words, rng)[0] for direction, (_, words, _) in DIRECTIONS.items()}
     relation_words = {direction: _shuffled(words, rng)[0] for direction, (_, _, words) in DIRECTIONS.items()}
@@ -255,7 +259,7 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
         if len(members) == 1:
             add("attribute", noun, *members)
             continue
-        # The noun alone leaves a choice: a size or a place has to be said.
+        # Several objects fit the noun, so it takes a size or a place to single one out.
         for size in SIZES:
             matching = [i for i in members if objects[i].size == size]
             if len(matching) == 1:
@@ -264,7 +268,7 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
             for i in members:
                 ahead, behind = members & beyond[direction][i], members & beyond[opposite][i]
                 if len(ahead) + len(behind) != len(members) - 1:
-                    continue  # too level with another one for a clear rank
+                    continue  # another object is about as far in this direction, so the rank is unclear
                 if not ahead:
                     add("extreme", f"{extreme_words[direction]} {noun}", i)
                 elif len(ahead) in ORDINALS:
@@ -287,7 +291,7 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
 
 
 def _beyond(objects: Sequence[ShapeObject]) -> dict[str, list[set[int]]]:
-    """For each direction and object, the objects clearly further in that direction, whichever edge one looks at."""
+    """For each direction and object, the other objects that lie clearly further in it by both of their edges."""
     boxes = [item.box for item in objects]
 
     def leading(box: Box, edge: int, sign: int) -> set[int]:
@@ -299,7 +303,7 @@ def _beyond(objects: Sequence[ShapeObject]) -> dict[str, list[set[int]]]:
 
 
 def _references(groups: dict[Pair, set[int]], nouns: dict[Pair, str], rng: Rng) -> dict[int, str]:
-    """One noun for each object that a colour, a shape or both single out."""
+    """One noun for each object that can be singled out by its colour, its shape or both."""
     choices: dict[int, list[str]] = defaultdict(list)
     for pair, members in groups.items():
         if len(members) == 1:
@@ -308,7 +312,10 @@ def _references(groups: dict[Pair, set[int]], nouns: dict[Pair, str], rng: Rng) 
 
 
 def _choose_expressions(found: dict[str, list[Expression]], rng: Rng) -> tuple[Expression, ...]:
-    """Chooses up to `MAX_EXPRESSIONS`, kinds in turn and the least named object first."""
+    """
+    Chooses up to `MAX_EXPRESSIONS`. The kinds take turns, and each time the object with the fewest expressions so far
+    gets one, so that a scene shows all kinds and names many of its objects.
+    """
     pools = [_shuffled(found[kind], rng) for kind in _shuffled(KINDS, rng)]
     times_named: Counter[int] = Counter()
     chosen: list[Expression] = []
@@ -328,7 +335,7 @@ def _shuffled(items: Sequence, rng: Rng) -> list:
 
 @dataclass
 class ShapesConfig(datasets.BuilderConfig):
-    """Configuration of `Shapes`: the one split to prepare, the seed and the number of images (`None`: as `SPLITS`)."""
+    """The split to prepare, the seed, and the number of images, which by default is that of `SPLITS`."""
 
     split: str = "train"
     seed: int = 0
@@ -346,13 +353,13 @@ class ShapesConfig(datasets.BuilderConfig):
             raise ValueError(f"`seed` must be a non-negative integer, got {self.seed!r}.")
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        # Names the cache by what is drawn, with the defaults filled in: a changed default is a different folder.
+        # Defaults are part of the name of the cache folder: when one changes, the old data is not taken for the new.
         drawn = {"split": self.split, "seed": self.seed, "num_images": self.num_images}
         return super().create_config_id({**config_kwargs, **drawn}, custom_features)
 
 
 class Shapes(datasets.GeneratorBasedBuilder):
-    """Builds one split of the benchmark: one row per expression, the rows of an image one after the other."""
+    """Prepares one split of the benchmark with one row per expression. The rows of one image are consecutive."""
 
     BUILDER_CONFIG_CLASS = ShapesConfig
     VERSION = datasets.Version(GENERATOR_VERSION)
@@ -371,7 +378,7 @@ class Shapes(datasets.GeneratorBasedBuilder):
         return datasets.DatasetInfo(description=__doc__, features=datasets.Features(columns))
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        # A list is what `datasets` can share out over processes and data loader workers.
+        # `datasets` divides lists among processes and among the workers of a data loader.
         indices = range(self.config.num_images)
         shards = [indices[i : i + IMAGES_PER_SHARD] for i in indices[::IMAGES_PER_SHARD]]
         return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"index_ranges": shards})]
@@ -402,22 +409,25 @@ def load_shapes(
     cache_dir: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Builds one split of the benchmark and returns it.
+    Draws one split of the benchmark.
 
     Args:
-        split (`str`): A key of `SPLITS`; `"test_composition"` is about (colour, shape) pairs the others never show.
-        seed (`int`, *optional*, defaults to 0): Seed of the benchmark. Scenes of two seeds or splits are unrelated.
-        num_images (`int`, *optional*): Number of images, by default as in `SPLITS`; fewer are a prefix of more.
-        streaming (`bool`, *optional*, defaults to `False`): Whether to draw while iterating, with no file written.
-        num_proc (`int`, *optional*): Number of processes that draw. Without effect when streaming.
-        cache_dir (`str`, *optional*): Where the prepared data is kept. Defaults to the cache of `datasets`.
+        split (`str`):
+            A key of `SPLITS`. `"test_composition"` is about (colour, shape) pairs that the other splits never show.
+        seed (`int`, *optional*, defaults to 0): Scenes of different seeds, and of different splits, are unrelated.
+        num_images (`int`, *optional*):
+            Number of images, by default that of `SPLITS`. A smaller number gives the first images of a larger one.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to draw scenes while iterating, without writing a file.
+        num_proc (`int`, *optional*): Number of processes that draw. Has no effect when streaming.
+        cache_dir (`str`, *optional*): Where the drawn scenes are kept. Defaults to the cache of `datasets`.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: One row per expression with the columns `image`, `image_id`,
-        `expression`, `box` (float pixels), `kind` (one of `KINDS`) and `objects` (every object of the scene).
+        `expression`, `box` (xyxy float pixels), `kind` (one of `KINDS`) and `objects` (every object of the scene).
 
     Raises:
-        `ValueError`: There is no such split, or a number is not one.
+        `ValueError`: There is no such split, or `seed` or `num_images` is out of range.
 
     Example:
 

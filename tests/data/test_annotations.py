@@ -1,4 +1,4 @@
-"""Tests of placing boxes in the pixels of the image as stored, or saying why they cannot be."""
+"""Tests of checking rows, and of scaling and cutting their boxes to the image file."""
 
 import math
 
@@ -19,7 +19,7 @@ def annotated(*boxes, size=None, expression="a dog", **columns) -> AnnotatedImag
 
 
 def place(box, size=None, stored=(40, 20), **columns):
-    """The box as placed, after making sure that nothing is wrong with it."""
+    """The box as scaled and cut, after making sure that nothing is wrong with it."""
     (row,), problems = place_rows(annotated(box, size=size, **columns), stored)
     assert problems == []
     return row["box"]
@@ -178,7 +178,7 @@ def test_turned_images():
 
 
 @pytest.mark.parametrize(("size", "stored"), [((40, 40), (40, 39)), ((40, 20), (40, 35)), ((40, 39), (39, 40))])
-def test_images_of_which_nobody_can_tell_are_not_turned(size, stored):
+def test_images_that_are_almost_square_are_not_taken_for_turned_ones(size, stored):
     assert place([0, 0, *size], size, stored) == [0, 0, *stored]
 
 

@@ -1,11 +1,11 @@
-"""Tests of what the benchmarks are called, how they are split and where their images lie."""
+"""Tests of the names of the benchmarks, their splits and the folders of their images."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from epmvg_hf.data.benchmarks import ALIASES, BENCHMARKS, Counts, Wanted, resolve_name
+from epmvg_hf.data.benchmarks import ALIASES, BENCHMARKS, Counts, SplitRequest, resolve_name
 
 NAMES = {
     "refcoco": ("refcoco", None),
@@ -89,14 +89,14 @@ def test_unknown_names(name):
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=BENCHMARKS)
-def test_every_split_can_be_wanted(benchmark):
+def test_every_split_can_be_requested(benchmark):
     first = next(iter(benchmark.splits))
     for split_by, splits in benchmark.splits.items():
         for split in splits:
-            wanted = Wanted.check(benchmark, Path("x"), split, split_by)
-            assert (wanted.split, wanted.split_by, wanted.boxes) == (split, split_by, "union")
-        assert Wanted.check(benchmark, Path("x"), "val", split_by).split == "validation"
-    assert Wanted.check(benchmark, Path("x"), "train").split_by == first
+            request = SplitRequest.resolve(benchmark, Path("x"), split, split_by)
+            assert (request.split, request.split_by, request.boxes) == (split, split_by, "union")
+        assert SplitRequest.resolve(benchmark, Path("x"), "val", split_by).split == "validation"
+    assert SplitRequest.resolve(benchmark, Path("x"), "train").split_by == first
     assert set(benchmark.counts) <= {(way, split) for way, splits in benchmark.splits.items() for split in splits}
     assert set(benchmark.index_names) <= set(benchmark.splits)
 
@@ -124,9 +124,9 @@ def test_every_split_can_be_wanted(benchmark):
         ("refcocog", {"boxes": "any"}, 'boxes must be "union" for RefCOCOg, whose expressions have one box each.'),
     ],
 )
-def test_what_cannot_be_wanted(name, arguments, message):
+def test_what_cannot_be_requested(name, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        Wanted.check(BENCHMARKS[name], Path("x"), **{"split": "train", **arguments})
+        SplitRequest.resolve(BENCHMARKS[name], Path("x"), **{"split": "train", **arguments})
 
 
 # Counts
@@ -161,7 +161,7 @@ def test_counts_add_up(name, split_by, splits, total):
 def test_images_are_found_where_others_keep_them(tmp_path, name, folder):
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / "7.jpg").touch()
-    images = Wanted.check(BENCHMARKS[name], tmp_path, "train").images
+    images = SplitRequest.resolve(BENCHMARKS[name], tmp_path, "train").images
     assert images.find("7.jpg") == str(tmp_path / folder / "7.jpg")
     assert str(tmp_path / folder) in images.describe()
 
@@ -170,7 +170,7 @@ def test_image_dir_is_the_only_place(tmp_path):
     for folder in ("train2014", "mine"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{folder}.jpg").touch()
-    images = Wanted.check(BENCHMARKS["refcoco"], tmp_path, "train", image_dir=tmp_path / "mine").images
+    images = SplitRequest.resolve(BENCHMARKS["refcoco"], tmp_path, "train", image_dir=tmp_path / "mine").images
     assert images.find("mine.jpg") and images.find("train2014.jpg") is None
     assert images.describe() == str(tmp_path / "mine")
 
@@ -179,5 +179,5 @@ def test_the_first_of_several_places_counts(tmp_path):
     for number in ("00", "01"):
         (tmp_path / "saiapr_tc-12" / number / "images").mkdir(parents=True)
         (tmp_path / "saiapr_tc-12" / number / "images" / "7.jpg").touch()
-    images = Wanted.check(BENCHMARKS["referitgame"], tmp_path, "train").images
+    images = SplitRequest.resolve(BENCHMARKS["referitgame"], tmp_path, "train").images
     assert images.find("7.jpg") == str(tmp_path / "saiapr_tc-12" / "00" / "images" / "7.jpg")

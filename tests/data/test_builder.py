@@ -1,4 +1,4 @@
-"""Tests of making rows from a source of annotations, on a source of a few lines."""
+"""Tests of preparing rows from a source of annotations, on a source of a few lines."""
 
 import json
 import logging
@@ -27,10 +27,10 @@ class Source(GroundingSource):
 
     name = "tiny"
 
-    def __init__(self, root: Path, split: str = "train", turned: bool = False, meeting: Path | None = None):
+    def __init__(self, root: Path, split: str = "train", exif_oriented: bool = False, meeting: Path | None = None):
         self.file, self.split, self.images = root / "a.json", split, ImageRoot(root)
         self.columns = {"process": datasets.Value("int64"), "note": datasets.Value("string")}
-        self.turned, self.meeting = turned, meeting
+        self.exif_oriented, self.meeting = exif_oriented, meeting
 
     def fingerprint(self) -> str:
         return digest_files([self.file])
@@ -153,13 +153,13 @@ def test_streaming_goes_image_by_image(root):
     assert sorted(rows(dataset.shuffle(seed=1)), key=str) == sorted(rows(dataset), key=str)
 
 
-def test_boxes_of_turned_images(root):
+def test_images_with_an_exif_orientation(root):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 40)).save(root / "b.jpg", exif=exif)
     with pytest.raises(ValueError, match=r"b\.jpg has EXIF orientation 6"):
         open_source(Source(root))
-    assert rows(open_source(Source(root, turned=True)))[-1] == ((40, 20), "b", "it", [0, 0, 40, 20])
+    assert rows(open_source(Source(root, exif_oriented=True)))[-1] == ((40, 20), "b", "it", [0, 0, 40, 20])
 
 
 def test_source_is_sent_to_other_processes(root):
@@ -331,7 +331,7 @@ def test_excluded_images(root, streaming):
 
 def test_prepared_rows_are_opened_again(root, monkeypatch):
     expected = rows(open_source(Source(root)))
-    monkeypatch.setattr(GroundingBuilder, "_generate_examples", None)
+    monkeypatch.setattr(GroundingBuilder, "_generate_tables", None)
     assert rows(open_source(Source(root))) == rows(open_source(Source(root), num_proc=2)) == expected
 
 
@@ -375,13 +375,3 @@ def test_sources_of_one_name_do_not_share_a_cache(tmp_path):
 def test_cache_dir(root, tmp_path):
     dataset = open_source(Source(root), cache_dir=str(tmp_path / "own"))
     assert Path(dataset.cache_files[0]["filename"]).is_relative_to(tmp_path / "own" / "tiny" / "train-error-raise")
-
-
-def test_opening_many_prepared_rows(tmp_path):
-    images = {name: [[f"{name} {number}", [0, 0, 5, 5]] for number in range(10_000)] for name in ("a.jpg", "b.jpg")}
-    root = write(tmp_path / "data", images)
-    times = [time.perf_counter()]
-    for _ in range(2):
-        assert len(open_source(Source(root))) == 20_000
-        times.append(time.perf_counter())
-    print(f"20,000 rows: prepared in {times[1] - times[0]:.2f} s, opened again in {times[2] - times[1]:.3f} s")

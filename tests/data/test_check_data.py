@@ -88,6 +88,9 @@ def test_excluded_images_are_those_of_validation_and_test(folder, tmp_path):
         load_grounding_dataset("refcoco", folder, exclude=tmp_path / "ids.txt")
     code, output = run("exclude-images", tmp_path / "train2014")
     assert code == 1 and "no validation or test split" in output
+    (tmp_path / "refcoco" / "refs(unc).p").write_bytes(b"broken")
+    code, output = run("exclude-images", folder)
+    assert code == 2 and "Error" in output
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs the real annotations")

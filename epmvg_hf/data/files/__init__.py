@@ -1,5 +1,5 @@
 """
-Reading files of unknown origin: images, JSON, parquet and pickles. Nothing in a file is executed.
+Readers for files of unknown origin: images, JSON, parquet and pickles. Nothing in a file is ever executed.
 
-Uses nothing outside this folder.
+These modules import nothing from outside this folder.
 """

@@ -1,4 +1,4 @@
-"""Image files of unknown origin: found by name below a folder, measured and checked without being decoded."""
+"""Finds image files of unknown origin by name, and reads their sizes without decoding them."""
 
 import os
 import reprlib
@@ -9,19 +9,21 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
-MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own default, beyond which it warns of decompression bombs
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow warns of decompression bombs beyond this number
 
-# What files of unknown origin may be. Pillow knows more formats; for EPS it would run Ghostscript.
+# Pillow reads many more formats, but runs another program for some of them (Ghostscript for EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 class ImageFolders:
     """
-    The image files in some folders, by name. Where two folders have a file of one name, the first folder's counts.
-    Folders that are not there have no files.
+    The image files that lie directly in some folders, looked up by file name.
+
+    The folders are listed once, because asking the file system for each of COCO's 82,783 images takes much longer.
 
     Args:
-        folders (`Iterable[Path]`): the folders, whose own folders are not looked into.
+        folders (`Iterable[Path]`): The folders; those that do not exist count as empty. If several have a file of the
+            same name, the first one's is used.
     """
 
     def __init__(self, folders: Iterable[Path]):
@@ -31,29 +33,29 @@ class ImageFolders:
             self.paths.update(list_files(folder))
 
     def find(self, name: str) -> str | None:
-        """The path of a file, if it is there. Only exact names are: no name leads out of the folders."""
+        """The path of a file, or `None`. As only listed names are found, no name can lead out of the folders."""
         return self.paths.get(name)
 
     def describe(self) -> str:
-        """The places, for error messages."""
+        """Names the folders, for error messages."""
         places = [str(folder) for folder in self.folders]
         return places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
 
 
 class ImageRoot:
     """
-    A folder in which images are named by relative paths, as in data of one's own.
+    A folder in which images are named by relative paths, as users do in their own data.
 
     Args:
-        root (`Path`): the folder.
+        root (`Path`): The folder.
     """
 
     def __init__(self, root: Path):
         self.root = root
 
     def find(self, name: str) -> str | None:
-        """The path of a file, if it is there; a `ValueError` if the name would lead out of the folder."""
-        path = PureWindowsPath(name)  # takes both slashes, and knows drives
+        """The path of a file, or `None`; a `ValueError` if the name would lead out of the folder."""
+        path = PureWindowsPath(name)  # understands both kinds of slashes, and drive letters
         if not path.parts or path.anchor or ".." in path.parts or "\0" in name:
             raise ValueError(
                 f"the image {reprlib.repr(name)} is not a path within {self.root}, expected a relative one."
@@ -61,16 +63,16 @@ class ImageRoot:
         found = self.root.joinpath(*path.parts)
         try:
             return str(found) if found.is_file() else None
-        except OSError as error:  # such as a name that is too long
+        except OSError as error:  # for instance because the name is too long
             raise ValueError(f"the image {reprlib.repr(name)} cannot be looked for: {error.strerror}.") from error
 
     def describe(self) -> str:
-        """The place, for error messages."""
+        """Names the folder, for error messages."""
         return str(self.root)
 
 
 def list_files(folder: Path) -> dict[str, str]:
-    """Name and path of the files of a folder; none if there is no such folder."""
+    """The paths of a folder's files by name, empty if there is no such folder."""
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
@@ -78,26 +80,31 @@ def list_files(folder: Path) -> dict[str, str]:
 
 
 def file_statuses(paths: Iterable[str]) -> str:
-    """Changes when any of the files does, by size or time of change; for fingerprints."""
+    """Path, size and time of change of each file: a text that changes when any of them does, for fingerprints."""
     lines = []
     for path in sorted(paths):
-        status = os.stat(path)  # noqa: PTH116 (Path takes three times as long, and COCO has 82,783 images)
+        status = os.stat(path)  # noqa: PTH116 (Path.stat takes three times as long, and COCO has 82,783 images)
         lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n")
     return "".join(lines)
 
 
-def measure_image(path: str, turned: bool = False) -> tuple[int, int]:
+def measure_image(path: str, exif_oriented: bool = False) -> tuple[int, int]:
     """
-    Width and height of an image in pixels, from its header, after making sure that it can be decoded as it is meant.
+    Reads the size of an image from its header, after checking that the image can be decoded to its end.
 
     Args:
-        path (`str`): the file.
-        turned (`bool`, *optional*, defaults to `False`):
-            What to do about an EXIF orientation, which `datasets` applies when it decodes an image: give the size of
-            the turned image (`True`), or refuse the file because its boxes are those of the stored pixels (`False`).
+        path (`str`): The file.
+        exif_oriented (`bool`, *optional*, defaults to `False`):
+            Whether boxes are for the image after its EXIF orientation is applied, which `datasets` does when it
+            decodes an image. If so, the size is the one after that; if not, an image whose EXIF orientation turns or
+            mirrors it is refused, because its boxes would no longer fit.
+
+    Returns:
+        `tuple[int, int]`: Width and height in pixels.
 
     Raises:
-        `ValueError`: The file is no image, ends too early, or has more than `MAX_IMAGE_PIXELS` pixels.
+        `ValueError`: The file is not an image, ends too early, has more than `MAX_IMAGE_PIXELS` pixels, or has an
+            EXIF orientation although `exif_oriented` is `False`.
     """
     try:
         image = Image.open(path, formats=FORMATS)
@@ -112,7 +119,7 @@ def measure_image(path: str, turned: bool = False) -> tuple[int, int]:
             raise ValueError(f"{path} has {width} x {height} pixels, more than the {MAX_IMAGE_PIXELS:,} accepted.")
         try:
             complete = _is_complete(path, image.format)
-            # Pillow's own for PNG decodes the image, to look for EXIF behind its pixels.
+            # For a PNG, Pillow's own getexif decodes the image to look for EXIF behind the pixels.
             exif = Image.Image.getexif(image) if complete else image.getexif()
             orientation = exif.get(ExifTags.Base.Orientation, 1)
             if not complete:
@@ -121,19 +128,19 @@ def measure_image(path: str, turned: bool = False) -> tuple[int, int]:
             raise ValueError(f"{path} cannot be decoded to its end: {error}.") from error
         width, height = image.size
     if orientation in range(2, 9):
-        if not turned:
+        if not exif_oriented:
             raise ValueError(f"{path} has EXIF orientation {orientation}, expected an image stored upright.")
-        if orientation >= 5 and image.format != "TIFF":  # a quarter turn, which Pillow itself makes for TIFF
+        if orientation >= 5 and image.format != "TIFF":  # a quarter turn; Pillow has already applied that of a TIFF
             width, height = height, width
     return width, height
 
 
 def _is_complete(path: str, kind: str | None) -> bool:
-    """Whether all of a JPEG or PNG is there and its EXIF known from its header. If not, decoding it will tell."""
+    """Whether a JPEG or PNG certainly has all its pixels and no EXIF behind them; if unsure, it must be decoded."""
     with Path(path).open("rb") as file:
         if kind == "PNG":
             return _has_all_chunks(file)
-        if kind == "JPEG":  # within its pixels, FF is never followed by D9
+        if kind == "JPEG":  # the end marker FF D9 never occurs among the pixels
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 16))
             return file.read().rstrip(b"\0\n").endswith(b"\xff\xd9")
@@ -141,7 +148,7 @@ def _is_complete(path: str, kind: str | None) -> bool:
 
 
 def _has_all_chunks(file: BinaryIO) -> bool:
-    """Whether a PNG goes on to its last chunk, with nothing but pixels between the first of them and that."""
+    """Whether a PNG has its last chunk, and only pixels between the first chunk of pixels and that one."""
     file.seek(8)
     pixels = False
     while len(header := file.read(8)) == 8:
@@ -149,5 +156,5 @@ def _has_all_chunks(file: BinaryIO) -> bool:
         if pixels and name != b"IDAT":
             return name == b"IEND"
         pixels = name == b"IDAT"
-        file.seek(length + 4, os.SEEK_CUR)  # past the content and its checksum
+        file.seek(length + 4, os.SEEK_CUR)  # skips the content and its checksum
     return False

@@ -1,4 +1,4 @@
-"""JSON files of unknown origin."""
+"""Reads JSON files of unknown origin."""
 
 import json
 from collections.abc import Callable
@@ -13,16 +13,20 @@ def read_json(
     object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
     """
-    What is in a JSON file.
+    Reads a JSON file.
 
     Args:
-        path (`Path`): the file, in UTF-8.
-        max_bytes (`int`): what it may have.
-        edit (`Callable`, *optional*): makes of its bytes those that are parsed.
-        object_pairs_hook (`Callable`, *optional*): as in `json.loads`.
+        path (`Path`): The file, in UTF-8 with or without a byte order mark.
+        max_bytes (`int`): How large the file may be.
+        edit (`Callable`, *optional*): Changes the file's bytes before they are parsed, for instance to drop large
+            parts that nobody needs.
+        object_pairs_hook (`Callable`, *optional*): As in `json.loads`.
+
+    Returns:
+        The value in the file.
 
     Raises:
-        `ValueError`: The file is larger, or no JSON in UTF-8.
+        `ValueError`: The file is larger than `max_bytes`, or is not JSON in UTF-8.
     """
     size = path.stat().st_size
     if size > max_bytes:

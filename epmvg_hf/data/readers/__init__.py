@@ -1,5 +1,5 @@
 """
-One module for each format of annotation files, and the interface that they share.
+One module for each format of annotation files, and the interface that they share (`source`).
 
-May use the other modules of `data`, its `files`, `utils` and `model.letterbox`.
+These modules may import the other modules of `data`, its `files`, `utils` and `model.letterbox`.
 """

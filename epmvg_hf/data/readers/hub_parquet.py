@@ -1,363 +1,246 @@
-"""The RefCOCO family from parquet files of the Hub: one row per referred object, with several expressions.
+"""
+The RefCOCO family from parquet files of the Hub: one row per referred object, with several expressions.
 
-* `lmms-lab/RefCOCO`, `lmms-lab/RefCOCOplus` and `lmms-lab/RefCOCOg` have the image of each object inside, `bbox` as
-  xywh float pixels of it, the expressions as `answer` and the id of COCO's annotation as `question_id`. Their "val" of
-  RefCOCO and RefCOCOg holds the validation splits of two ways to split, one after the other.
-* `jxu124/refcoco`, `jxu124/refcocoplus` and `jxu124/refcocog` have the refer API's fields and no images. `raw_anns` is
-  COCO's annotation as JSON, with xywh float pixels; the convention of `bbox` is not documented, so it is checked.
-  Their "test" is testA where there is one.
+* `lmms-lab/RefCOCO`, `lmms-lab/RefCOCOplus` and `lmms-lab/RefCOCOg` hold the image of each object. `bbox` is xywh in
+  float pixels of that image, `answer` lists the expressions, and `question_id` is the id of COCO's annotation. Their
+  "val" of RefCOCO and RefCOCOg holds the validation splits of two ways to split, one after the other.
+* `jxu124/refcoco`, `jxu124/refcocoplus` and `jxu124/refcocog` have the fields of the refer API and no images.
+  `raw_anns` is COCO's annotation as JSON, with a box of xywh float pixels. Nothing documents whether `bbox` is xywh or
+  xyxy, so it is only compared with that box. Their "test" is testA where the benchmark has a testA.
 """
 
 import hashlib
-import json
+import itertools
 import re
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..annotations import AnnotatedImage, is_box
-from ..benchmarks import Counts, Wanted, short_split_name
-from ..files.image_files import ImageRoot, file_statuses, list_files
-from ..files.parquet_files import image_folder, read_rows, write_images
+from ..annotations import AnnotatedImage
+from ..benchmarks import Counts, SplitRequest, short_split_name
+from ..field_values import list_expressions, parse_json_object, to_xyxy
+from ..files.image_files import ImageFolders, file_statuses
+from ..files.parquet_files import read_parquet, write_image_files
 from .source import GroundingSource
 
-# What the folder of a downloaded repository is called: lmms-lab's, jxu124's.
+# How lmms-lab and jxu124 call their repositories, and so the folders that one downloads.
 REPOSITORIES = {
     "refcoco": ("RefCOCO", "refcoco"),
     "refcoco+": ("RefCOCOplus", "refcocoplus"),
     "refcocog": ("RefCOCOg", "refcocog"),
 }
-FILE_NAMES = {
-    "train": ("train",),
-    "validation": ("val", "validation"),
-    "test": ("test",),
-    "testA": ("testA", "test"),
-    "testB": ("testB",),
-}
+FILE_NAMES = {"validation": ("val", "validation"), "testA": ("testA", "test")}  # other splits have one name
+FILE_NAME = re.compile(r"(COCO_(?:train|val)2014_([0-9]{12}))(?:_[0-9]+)?\.jpg")
+
+TEXT, NUMBERS = pa.string(), pa.list_(pa.float64())
+LMMS_COLUMNS = pa.schema({"question_id": TEXT, "answer": pa.list_(TEXT), "bbox": NUMBERS, "file_name": TEXT})
+LMMS_IMAGES = pa.schema({"file_name": TEXT, "image": pa.struct({"bytes": pa.binary(), "path": TEXT})})
+JXU_TEXTS = ["ref_id", "ann_id", "image_id", "file_name", "split", "raw_anns", "raw_image_info"]
+SENTENCES = pa.list_(pa.struct({"sent": TEXT, "sent_id": TEXT}))
+JXU_COLUMNS = pa.schema({**dict.fromkeys(JXU_TEXTS, TEXT), "sentences": SENTENCES, "bbox": NUMBERS})
+
 # Rows of lmms-lab's "val" where it holds two ways to split: unc's 3,811 or umd's 2,573 objects and google's 5,000.
 MIXED_ROWS = {"refcoco": 8_811, "refcocog": 7_573}
 
-LMMS_COLUMNS = ["question_id", "answer", "bbox", "file_name"]  # and the image, which is read apart
-JXU_COLUMNS = ["ref_id", "ann_id", "image_id", "file_name", "split", "sentences", "bbox", "raw_anns", "raw_image_info"]
-
-# Bounds on files of unknown origin.
-MAX_IMAGES_GROWTH = 10  # how much larger than the parquet files all images may be; photos are compressed already
-MAX_EXPRESSIONS = 1_000  # of one object
-MAX_JSON_CHARACTERS = 2**22
-
-BOX_TOLERANCE = 0.02  # pixels
-FILE_NAME = re.compile(r"(COCO_(?:train|val)2014_[0-9]{12})(?:_[0-9]+)?\.jpg")
+MAX_IMAGES_GROWTH = 10  # how many times larger than the parquet files the images may be; photos hardly compress
+BOX_TOLERANCE = 0.02  # pixels, for rounding
 
 
 class HubParquet(GroundingSource):
     """
-    One split from local parquet files. Images that are inside them are written once each, at the first opening, to
-    `<cache_dir>/epmvg_hf-images/<digest>/`, and rows point to those files.
+    One split from local parquet files. Expressions are `answer` as it is, or `sent`, the refer API's cleaned text.
+    lmms-lab's files do not say which benchmark of the family they are of, so the request has to be right about it.
 
-    Expressions are `answer` as it is, or `sent`, the cleaned text of the refer API. Which benchmark of the family
-    lmms-lab's files are of is not written in them: the caller says it.
+    Images inside the files are written once each to `<cache_dir>/epmvg_hf-parquet-images/<digest>/` when the files are
+    first opened. The rows of one image then share one file: a cache of rows with their images inside, as
+    `datasets.load_dataset("parquet")` makes it, would hold an image again for each of its objects.
 
     Args:
-        wanted ([`Wanted`]): the split, and where images are that are not in the files.
+        request ([`SplitRequest`]): the split, where images are that are not in the files, and the folder of the cache.
         files (`list[Path]`): the parquet files of the split, in order.
-        cache_dir (`str`, *optional*): where images are written. Defaults to the cache of `datasets`.
 
     Raises:
-        `ValueError`: A file is no parquet file or has other columns; when rows are made, also if its boxes are of no
-            known convention or its two ways to split cannot be told apart.
+        `ValueError`: A file is no parquet file or has other columns; when rows are made, also if its two ways to split
+            cannot be told apart.
     """
 
-    def __init__(self, wanted: Wanted, files: list[Path], cache_dir: str | None = None):
-        self.wanted, self.name, self.split = wanted, wanted.benchmark.name, wanted.split
+    columns = dict.fromkeys(("ref_id", "ann_id", "sent_id"), datasets.Value("string"))
+
+    def __init__(self, request: SplitRequest, files: list[Path]):
+        self.request, self.name, self.split = request, request.benchmark.name, request.split
         self.files = [path.resolve() for path in files]
-        self.has_images = has_images(self.files[0])
-        self.folder = image_folder(self.files, cache_dir)
-        self.images = ImageRoot(self.folder) if self.has_images else wanted.images
-        string = datasets.Value("string")
-        self.columns = {"ref_id": string, "ann_id": string, "sent_id": string}
+        self.has_images = _has_images(files[0])
 
     @classmethod
-    def find(cls, wanted: Wanted) -> "HubParquet | None":
-        if wanted.benchmark.name not in REPOSITORIES:
-            return None
-        for folder in folders_of(wanted):
-            for name in FILE_NAMES[wanted.split]:
-                files = find_files(folder, name)
-                if files and is_split(wanted, name, has_images(files[0])):
-                    return cls(wanted, files, wanted.cache_dir)
+    def find(cls, request: SplitRequest) -> "HubParquet | None":
+        repositories = REPOSITORIES.get(request.benchmark.name, ())
+        folders = [f"{name}/{part}" for name in (".", *repositories) for part in (".", "data")] if repositories else []
+        for folder, name in itertools.product(folders, _file_names(request.split)):
+            files = _find_parts(request.data_dir / folder, name)
+            if files and _holds_split(request, name, _has_images(files[0])):
+                return cls(request, files)
         return None
 
     @classmethod
-    def looks_for(cls, wanted: Wanted) -> str:
-        names = " or ".join(f"{name}-*.parquet" for name in FILE_NAMES.get(wanted.split, (wanted.split,)))
-        lmms, jxu = REPOSITORIES.get(wanted.benchmark.name, ("RefCOCO", "refcoco"))
+    def looks_for(cls, request: SplitRequest) -> str:
+        names = " or ".join(f"{name}-*.parquet" for name in _file_names(request.split))
+        lmms, jxu = REPOSITORIES[request.benchmark.name]
         return f"{names} of lmms-lab/{lmms} or jxu124/{jxu} (there or in data, {lmms}/data or {jxu}/data)"
 
+    @cached_property
+    def images(self) -> ImageFolders:
+        """The image files. Writes those that are inside the parquet files, unless they are in the cache."""
+        if not self.has_images:
+            return self.request.images
+        digest = hashlib.sha256(file_statuses(map(str, self.files)).encode()).hexdigest()[:32]
+        root = Path(self.request.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser().resolve()
+        folder = root / "epmvg_hf-parquet-images" / digest
+        if not folder.is_dir():
+            max_bytes = MAX_IMAGES_GROWTH * sum(path.stat().st_size for path in self.files)
+            write_image_files(folder, _read_images(self.files), max_bytes)
+        return ImageFolders([folder])
+
     def fingerprint(self) -> str:
-        """
-        Changes when a file does, by size or time of change. As this is asked for at every opening, it also writes the
-        images that are not in the cache (any more): prepared rows point to them.
-        """
-        images = ""
-        if self.has_images:
-            self._write_images(self._read_objects())
-        else:
-            rows = (row for path in self.files for _, row in read_rows(path, ["file_name"]))
-            matches = (FILE_NAME.fullmatch(str(row["file_name"])) for row in rows)
-            names = {f"{match[1]}.jpg" for match in matches if match}
-            images = file_statuses(path for name in names if (path := self.images.find(name)))
-        parts = f"{self.wanted.split_by}\n{self.images.describe()}\n{file_statuses(map(str, self.files))}\n{images}"
-        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+        statuses = file_statuses([*map(str, self.files), *self.images.paths.values()])
+        return hashlib.sha256(f"{self.request.split_by}\n{statuses}".encode()).hexdigest()[:32]
 
     def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
-        objects = self._read_objects()
-        unusable = self._write_images(objects) if self.has_images else {}
-        problems = [found for found in objects if isinstance(found, str)] + list(unusable.values())
+        objects = list(self._read_objects())
+        if self.has_images and self.split == "validation" and len(objects) == MIXED_ROWS.get(self.name):
+            objects = _separate_ways(objects, self.request, self.files[0].parent)
         images: dict[str, AnnotatedImage] = {}
-        for found in objects:
-            if not isinstance(found, str) and found.name not in unusable:
-                image = AnnotatedImage(found.name, image_id_in(found.name), found.size, [])
-                images.setdefault(found.name, image).rows.extend(found.rows)
-        return list(images.values()), problems
+        for item in objects:
+            if not isinstance(item, str):
+                image = images.setdefault(item.name, AnnotatedImage(item.name, item.image_id, item.size, []))
+                image.rows.extend(item.rows)
+        return list(images.values()), [item for item in objects if isinstance(item, str)]
 
-    def _read_objects(self) -> list["ReferredObject | str"]:
-        """The rows of the files that are of the split, or what is wrong with them."""
-        if not self.has_images:
-            return [found for path in self.files for found in read_jxu(path, self.split)]
-        objects = [found for path in self.files for found in read_lmms(path)]
-        if self.split == "validation" and len(objects) == MIXED_ROWS.get(self.name):
-            return separate(objects, self.wanted, self.files[0].parent)
-        return objects
+    def path_of(self, item: AnnotatedImage) -> str | None:
+        path = super().path_of(item)
+        if path is None and self.has_images:
+            raise ValueError(f"{item.rows[0]['where']}: there is no image in that row, expected its bytes.")
+        return path
 
-    def _write_images(self, objects: list["ReferredObject | str"]) -> dict[str, str]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        there = list_files(self.folder)
-        rows: dict[str, tuple[Path, int]] = {}
-        for found in objects:
-            if not isinstance(found, str) and found.name not in there:
-                rows.setdefault(found.name, (found.path, found.number))
-        return write_images(rows, self.folder, MAX_IMAGES_GROWTH * sum(path.stat().st_size for path in self.files))
+    def _read_objects(self) -> Iterator[AnnotatedImage | str]:
+        """Each row as an image with one object, or a sentence if it cannot be used."""
+        columns, parse_row = (LMMS_COLUMNS, _parse_lmms) if self.has_images else (JXU_COLUMNS, self._parse_jxu)
+        for path in self.files:
+            for number, row in enumerate(read_parquet(path, columns)):
+                where = f"{path}, row {number}"
+                try:
+                    yield parse_row(row, where)
+                except ValueError as error:
+                    yield f"{where}: {error}."
 
-
-@dataclass
-class ReferredObject:
-    """
-    One row of a file.
-
-    Args:
-        path (`Path`): the file.
-        number (`int`): of the row in it, from 0.
-        name (`str`): of the image file.
-        size (`tuple[int, int]` or `None`): see [`AnnotatedImage`].
-        rows (`list[dict[str, Any]]`): see [`AnnotatedImage`].
-    """
-
-    path: Path
-    number: int
-    name: str
-    size: tuple[int, int] | None
-    rows: list[dict[str, Any]]
+    def _parse_jxu(self, row: dict[str, Any], where: str) -> AnnotatedImage:
+        name, image_id = _parse_file_name(row["file_name"])
+        if (row["image_id"], row["split"]) != (image_id, short_split_name(self.split)):
+            found = f"image_id {row['image_id']} and split {reprlib.repr(row['split'])}"
+            raise ValueError(f"{found} do not belong to {row['file_name']} of the {self.split} split")
+        raw = _parse_json(row, "raw_anns").get("bbox") or []
+        box, bbox = to_xyxy(raw, "xywh"), row["bbox"] or []
+        if not any(np.allclose(box, each, rtol=0, atol=BOX_TOLERANCE) for each in (to_xyxy(bbox, "xywh"), bbox)):
+            raise ValueError(f"bbox is {bbox}, expected {raw} (xywh, as in raw_anns) or {box} (xyxy)")
+        image = _parse_json(row, "raw_image_info")
+        ids = {"where": where, "box": box, "ref_id": row["ref_id"], "ann_id": row["ann_id"]}
+        sentences = [sentence or {} for sentence in list_expressions(row["sentences"])]
+        rows = [{"expression": each.get("sent"), "sent_id": each.get("sent_id"), **ids} for each in sentences]
+        return AnnotatedImage(name, image_id, (image.get("width"), image.get("height")), rows)
 
 
 # Which files
 
 
-def folders_of(wanted: Wanted) -> list[Path]:
-    """The folders that the files of a benchmark may be in."""
-    names = REPOSITORIES[wanted.benchmark.name]
-    return [wanted.data_dir / part for name in (".", *names) for part in (name, f"{name}/data")]
+def _file_names(split: str) -> tuple[str, ...]:
+    return FILE_NAMES.get(split, (split,))
 
 
-def find_files(folder: Path, name: str) -> list[Path]:
-    """`<name>.parquet` or the parts `<name>-00000-of-00004.parquet`, which older uploads give a hash as well."""
-    found = {}
-    for file_name in list_files(folder):
-        match = re.fullmatch(rf"{name}(?:-([0-9]{{5}})-of-([0-9]{{5}})(?:-[0-9a-f]{{16}})?)?\.parquet", file_name)
-        if match:
-            found[file_name] = match[1] and (int(match[1]), int(match[2]))
-    parts = sorted((part, file_name) for file_name, part in found.items() if part)
-    if not parts:
-        return [folder / file_name for file_name in found]
-    count = parts[0][0][1]
-    if [part for part, _ in parts] != [(number, count) for number in range(count)]:
-        names = ", ".join(file_name for _, file_name in parts[:8])
-        raise ValueError(f"{folder} has {names} of {name}, expected each of {count} parts once.")
-    return [folder / file_name for _, file_name in parts]
+def _find_parts(folder: Path, name: str) -> list[Path]:
+    """`<name>.parquet`, or the parts `<name>-00000-of-00004.parquet`, whose names end in a hash in older uploads."""
+    parts = sorted(folder.glob(f"{name}-*-of-*.parquet"))
+    expected = [f"{name}-{number:05}-of-{len(parts):05}" for number in range(len(parts))]
+    if [part.name[: len(start)] for part, start in zip(parts, expected, strict=True)] != expected:
+        names = ", ".join(part.name for part in parts[:8])
+        raise ValueError(f"{folder} has {names} of {name}, expected each part exactly once.")
+    return parts or [path for path in [folder / f"{name}.parquet"] if path.is_file()]
 
 
-def has_images(path: Path) -> bool:
-    """Whether a file has lmms-lab's columns, or else jxu124's."""
+def _has_images(path: Path) -> bool:
+    """Whether a file is one of lmms-lab, with images, or else one of jxu124."""
     try:
-        schema = pq.read_schema(path)
+        return "image" in pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {str(error).strip()}.") from error
-    if {"image", *LMMS_COLUMNS} <= set(schema.names):
-        return True
-    if set(JXU_COLUMNS) <= set(schema.names):
-        return False
-    raise ValueError(
-        f"{path} has the columns {', '.join(schema.names)[:300]}, expected those of lmms-lab "
-        f"({', '.join(LMMS_COLUMNS)}, image) or of jxu124 ({', '.join(JXU_COLUMNS)})."
-    )
 
 
-def is_split(wanted: Wanted, name: str, of_lmms: bool) -> bool:
-    """Whether files of that name are of the wanted split: "test" means testA for jxu124 and google's for lmms-lab."""
-    if of_lmms:
-        return name != "test" or wanted.split == "test"
-    return wanted.split_by == next(iter(wanted.benchmark.splits))
+def _holds_split(request: SplitRequest, name: str, has_images: bool) -> bool:
+    """Whether files of that name are of the split: lmms-lab's "test" is that of google, jxu124's is testA."""
+    if has_images:
+        return name != "test" or request.split == "test"
+    return request.split_by == next(iter(request.benchmark.splits))  # jxu124 has no other way to split
 
 
 # What is in them
 
 
-def read_lmms(path: Path) -> Iterator[ReferredObject | str]:
-    """The objects in a file of lmms-lab, or a sentence for a row that cannot be used."""
-    for number, row in read_rows(path, LMMS_COLUMNS):
-        where = f"{path}, row {number}"
-        try:
-            x, y, width, height = read_numbers(row["bbox"], "bbox")
-            box, ids = [x, y, x + width, y + height], {"ref_id": None, "ann_id": as_id(row["question_id"])}
-            rows = [
-                {"where": where, "expression": expression, "box": box, **ids, "sent_id": None}
-                for expression in read_list(row["answer"], "answer")
-            ]
-            yield ReferredObject(path, number, read_name(row["file_name"]), None, rows)
-        except ValueError as error:
-            yield f"{where}: {error}"
+def _read_images(files: list[Path]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each image once, although every row has an image."""
+    seen = set()
+    for row in itertools.chain.from_iterable(read_parquet(path, LMMS_IMAGES) for path in files):
+        match, content = FILE_NAME.fullmatch(row["file_name"] or ""), (row["image"] or {}).get("bytes")
+        if match and content and match[1] not in seen:
+            seen.add(match[1])
+            yield f"{match[1]}.jpg", content
 
 
-def read_jxu(path: Path, split: str) -> Iterator[ReferredObject | str]:
-    """The objects of a split in a file of jxu124, or a sentence for a row that cannot be used."""
-    conventions = {"xywh", "xyxy"}  # which `bbox` may still have
-    for number, row in read_rows(path, JXU_COLUMNS):
-        where = f"{path}, row {number}"
-        try:
-            bbox, raw = (
-                read_numbers(row["bbox"], "bbox"),
-                read_numbers(read_json(row, "raw_anns").get("bbox"), "raw_anns"),
-            )
-            x, y, width, height = raw
-            box = [x, y, x + width, y + height]
-            name = read_name(row["file_name"])
-            if image_id_in(name) != as_id(row["image_id"]):
-                raise ValueError(f"file_name {row['file_name']!r} is not of image_id {row['image_id']!r}.")
-            if row["split"] != short_split_name(split):
-                raise ValueError(f"split is {reprlib.repr(row['split'])}, expected that of the {split} split.")
-            size = read_size(read_json(row, "raw_image_info"))
-            rows = [
-                {
-                    "where": where,
-                    "expression": sentence.get("sent"),
-                    "box": box,
-                    "ref_id": as_id(row["ref_id"]),
-                    "ann_id": as_id(row["ann_id"]),
-                    "sent_id": as_id(sentence.get("sent_id")),
-                }
-                for sentence in read_list(row["sentences"], "sentences", dict)
-            ]
-        except ValueError as error:
-            yield f"{where}: {error}"
-            continue
-        conventions &= {kind for kind, box_as in (("xywh", raw), ("xyxy", box)) if are_close(bbox, box_as)}
-        if not conventions:
-            raise ValueError(
-                f"{where}: bbox is {bbox}, expected in all rows {raw} (xywh, as in raw_anns) or in all {box} (xyxy)."
-            )
-        yield ReferredObject(path, number, name, size, rows)
+def _parse_lmms(row: dict[str, Any], where: str) -> AnnotatedImage:
+    name, image_id = _parse_file_name(row["file_name"])
+    same = {"where": where, "box": to_xyxy(row["bbox"] or [], "xywh"), "ann_id": row["question_id"]}
+    rows = [{"expression": expression, **same} for expression in list_expressions(row["answer"])]
+    return AnnotatedImage(name, image_id, None, rows)
 
 
-def separate(objects: list[ReferredObject | str], wanted: Wanted, folder: Path) -> list[ReferredObject | str]:
+def _parse_file_name(file_name: str | None) -> tuple[str, str]:
     """
-    The rows of one of the two ways to split that lmms-lab's "val" holds. No column tells which, so a run of rows at
-    its beginning or end is taken for a way only if it has the official numbers of objects, expressions and images.
+    Name and id of an image: `COCO_train2014_000000581857_16.jpg` is object 16 of `COCO_train2014_000000581857.jpg`,
+    whose id is `"581857"`. As no other names are understood, none leads out of a folder.
     """
-    for way in wanted.benchmark.splits:
-        counts = wanted.benchmark.counts.get((way, wanted.split))
-        if counts is None or counts.references is None:
-            continue
-        size = counts.references
-        for run, rest in ((objects[:size], objects[size:]), (objects[-size:], objects[:-size])):
-            if count(run) == counts:
-                return run if way == wanted.split_by else rest
-    ways = " and ".join(wanted.benchmark.splits)
-    raise ValueError(
-        f"{folder} has {len(objects):,} rows of the {wanted.split} splits of {ways} together, expected the official "
-        "numbers of objects, expressions and images in its first or last rows, to tell them apart."
-    )
-
-
-def count(objects: list[ReferredObject | str]) -> Counts:
-    """How many expressions, objects and images there are; a row that cannot be used counts as an object."""
-    usable = [found for found in objects if not isinstance(found, str)]
-    return Counts(sum(len(found.rows) for found in usable), len(objects), len({found.name for found in usable}))
-
-
-def read_name(file_name: Any) -> str:
-    """
-    The image of a `file_name`, which is the refer API's: `COCO_train2014_000000581857_16.jpg` is object 16 of
-    `COCO_train2014_000000581857.jpg`. No other names are understood, so it never leads out of a folder.
-    """
-    match = FILE_NAME.fullmatch(file_name) if isinstance(file_name, str) else None
+    match = FILE_NAME.fullmatch(file_name or "")
     if match is None:
-        raise ValueError(
-            f"file_name is {reprlib.repr(file_name)}, expected one as COCO_train2014_000000581857_16.jpg."
-        )
-    return f"{match[1]}.jpg"
+        raise ValueError(f"file_name is {reprlib.repr(file_name)}, expected one as COCO_train2014_000000581857_16.jpg")
+    return f"{match[1]}.jpg", str(int(match[2]))
 
 
-def image_id_in(name: str) -> str:
-    """COCO's number of an image, which is the refer API's too: `"581857"` for `COCO_train2014_000000581857.jpg`."""
-    return str(int(name.removesuffix(".jpg").rpartition("_")[2]))
-
-
-def read_numbers(values: Any, column: str) -> list[float]:
-    """Four numbers of pixels; a `ValueError` if it is anything else."""
-    if not is_box(values):
-        raise ValueError(f"{column} has the box {reprlib.repr(values)}, expected 4 finite numbers.")
-    return [float(value) for value in values]
-
-
-def read_list(values: Any, column: str, kind: type = object) -> list[Any]:
-    """A list that is not empty, with items of one kind; a `ValueError` if it is anything else, or too long."""
-    if not isinstance(values, list) or not values or not all(isinstance(value, kind) for value in values):
-        raise ValueError(f"{column} is {reprlib.repr(values)}, expected a list of expressions.")
-    if len(values) > MAX_EXPRESSIONS:
-        raise ValueError(f"{column} has {len(values):,} expressions, expected at most {MAX_EXPRESSIONS:,}.")
-    return values
-
-
-def read_json(row: dict[str, Any], column: str) -> dict[str, Any]:
-    """The JSON object in a column; a `ValueError` if it holds anything else, or too much."""
-    text = row[column]
+def _parse_json(row: dict[str, Any], column: str) -> dict[str, Any]:
     try:
-        found = json.loads(text) if isinstance(text, str) and len(text) <= MAX_JSON_CHARACTERS else None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{column} is {reprlib.repr(str(text))}, expected a JSON object.")
-    return found
+        return parse_json_object(row[column] or "")
+    except ValueError as error:
+        raise ValueError(f"{column} is {error}") from error
 
 
-def read_size(info: dict[str, Any]) -> tuple[int, int]:
-    """Width and height in pixels; a `ValueError` if they are no sizes of an image."""
-    width, height = info.get("width"), info.get("height")
-    if not (type(width) is int and type(height) is int and 0 < width < 100_000 and 0 < height < 100_000):
-        raise ValueError(f"raw_image_info has the width and height {reprlib.repr((width, height))}, expected pixels.")
-    return width, height
-
-
-def as_id(value: Any) -> str | None:
-    """An id as text."""
-    return None if value is None else str(value)
-
-
-def are_close(box: list[float], other: list[float]) -> bool:
-    """Whether two boxes are the same but for rounding."""
-    return all(abs(one - two) <= BOX_TOLERANCE for one, two in zip(box, other, strict=True))
+def _separate_ways(
+    objects: list[AnnotatedImage | str], request: SplitRequest, folder: Path
+) -> list[AnnotatedImage | str]:
+    """
+    The rows of one of the two ways to split that lmms-lab's "val" holds. No column tells them apart, so the first or
+    last rows are taken for a way only if they have its official numbers of objects, expressions and images. A row that
+    cannot be used counts as an object.
+    """
+    known, other = request.benchmark.splits  # the first is the one whose numbers are published
+    official = request.benchmark.counts[known, request.split]
+    size = official.references
+    for run, rest in ((objects[:size], objects[size:]), (objects[-size:], objects[:-size])):
+        usable = [item for item in run if not isinstance(item, str)]
+        if official == Counts(sum(len(item.rows) for item in usable), size, len({item.name for item in usable})):
+            return run if request.split_by == known else rest
+    raise ValueError(
+        f"{folder} has {len(objects):,} rows of the {request.split} splits of {known} and {other} together, expected "
+        "the official numbers of objects, expressions and images in its first or last rows, to tell them apart."
+    )

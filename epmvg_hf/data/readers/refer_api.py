@@ -1,17 +1,15 @@
-"""The files of the refer API: RefCOCO, RefCOCO+, RefCOCOg and ReferItGame ("refclef"), one row per sentence.
+"""
+RefCOCO, RefCOCO+, RefCOCOg and ReferItGame ("refclef") from the files of the refer API (lichengunc/refer on GitHub),
+one row per sentence.
 
-The format (https://github.com/lichengunc/refer) has two files. `refs(<split_by>).p` is a pickled list of references:
-an annotation, its split, and the sentences that single the annotated object out. `instances.json` has images and
-annotations as COCO has them, with boxes `[x, y, width, height]` in pixels, counted from 0 and not rounded.
+There are two files. `refs(<split_by>).p` is a pickled list of references: an annotation, its split, and the sentences
+that single the annotated object out. `instances.json` has images and annotations as COCO has them, with boxes
+`[x, y, width, height]` in pixels, counted from 0 and not rounded.
 """
 
-import gc
 import pickle
 import re
 import reprlib
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import datasets
 
 from ..annotations import AnnotatedImage, is_box
-from ..benchmarks import Wanted, short_split_name
+from ..benchmarks import SplitRequest, short_split_name
 from ..files.image_files import ImageFolders, file_statuses
 from ..files.json_files import read_json
 from ..files.safe_pickle import read_pickle
@@ -27,40 +25,29 @@ from .source import GroundingSource, digest_files
 
 FOLDERS = {"refcoco": "refcoco", "refcoco+": "refcoco+", "refcocog": "refcocog", "referitgame": "refclef"}
 
-MAX_JSON_BYTES = 2**30  # a bound on files of unknown origin; those of RefCOCO have some 120 MB
+MAX_JSON_BYTES = 2**30  # a bound on files of unknown origin; RefCOCO's has about 120 MB
 
-# Outlines of objects, most of instances.json. Its quotes make it a key: within a string they would be escaped.
-POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[][0-9.,eE+\s-]*\]')
+# The outlines of objects, which are not needed but make up most of instances.json. Dropping them before the file is
+# parsed saves 4 of 5 seconds and 600 of 850 MB. Within a text, these quotes would be escaped, so this is always a key.
+_OUTLINES = re.compile(rb'"segmentation"\s*:\s*\[[][0-9.,eE+\s-]*\]')
 
-ID, STRING, LIST = (int, str), (str,), (list,)
-EXPECTED: dict[tuple[type, ...], str] = {ID: "an integer or a string", STRING: "a string", LIST: "a list"}
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Python's garbage collector would go through a million new objects again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+_ID, _STRING, _LIST = (int, str), (str,), (list,)
+_EXPECTED: dict[tuple[type, ...], str] = {_ID: "an integer or a string", _STRING: "a string", _LIST: "a list"}
 
 
 class ReferFiles(GroundingSource):
     """
-    One split from the refer API's files. A row is one sentence: `expression` is its `sent`, the cleaned text that the
-    API's users take.
+    One split from the refer API's files. A row is one sentence, with `sent` as its expression: the cleaned text that
+    users of the API train and evaluate on.
 
-    The API's own `getRefIds(split="test")` also gives testA, testB and testC; here a split is that split alone.
+    The API's own `getRefIds(split="test")` also returns testA, testB and testC. Here a split is that split alone.
 
     Args:
-        name (`str`): of the benchmark.
-        folder (`Path`): the folder with `refs(<split_by>).p` and `instances.json`.
+        name (`str`): The benchmark.
+        folder (`Path`): The folder with `refs(<split_by>).p` and `instances.json`.
         split (`str`): `"train"`, `"validation"`, `"test"`, `"testA"`, `"testB"` or `"testC"`.
         split_by (`str`): `"unc"`, `"google"`, `"umd"` or `"berkeley"`.
-        images ([`ImageFolders`]): the images, under the file names in `instances.json`.
+        images ([`ImageFolders`]): The images, under the file names in `instances.json`.
 
     Raises:
         `FileNotFoundError`: One of the two files is missing.
@@ -77,198 +64,195 @@ class ReferFiles(GroundingSource):
         self.columns = {column: datasets.Value("string") for column in ("ref_id", "ann_id", "sent_id")}
 
     @classmethod
-    def find(cls, wanted: Wanted) -> "ReferFiles | None":
-        name, data_dir = wanted.benchmark.name, wanted.data_dir
-        if wanted.split_by == "standard":  # the way of ReferItGame that the refer API does not have
+    def find(cls, request: SplitRequest) -> "ReferFiles | None":
+        name, data_dir = request.benchmark.name, request.data_dir
+        if request.split_by == "standard":  # ReferItGame's split for phrase grounding, which the refer API lacks
             return None
         places = [data_dir / FOLDERS[name], data_dir / "data" / FOLDERS[name]]
-        if data_dir.name not in set(FOLDERS.values()) - {FOLDERS[name]}:  # RefCOCO+ has a refs(unc).p as RefCOCO has
+        # The folder itself may hold the files, unless its name says that they are of another benchmark: RefCOCO and
+        # RefCOCO+ both have a refs(unc).p.
+        if data_dir.name not in set(FOLDERS.values()) - {FOLDERS[name]}:
             places.append(data_dir)
         for folder in places:
-            if (folder / f"refs({wanted.split_by}).p").is_file():
-                return cls(name, folder, wanted.split, wanted.split_by, wanted.images)
+            if (folder / f"refs({request.split_by}).p").is_file():
+                return cls(name, folder, request.split, request.split_by, request.images)
         return None
 
     @classmethod
-    def looks_for(cls, wanted: Wanted) -> str:
-        folder = FOLDERS[wanted.benchmark.name]
-        if wanted.split_by == "standard":
+    def looks_for(cls, request: SplitRequest) -> str:
+        folder = FOLDERS[request.benchmark.name]
+        if request.split_by == "standard":
             return f'(for split_by="unc" or "berkeley" only) {folder}/refs(<split_by>).p and instances.json'
-        return f"{folder}/refs({wanted.split_by}).p and instances.json"
+        return f"{folder}/refs({request.split_by}).p and instances.json"
 
     def fingerprint(self) -> str:
-        """Digest of both files, and of what is known of all images without opening one."""
+        """A digest of both files, and of the sizes and times of change of all images."""
         return digest_files([self.refs_path, self.instances_path], file_statuses(self.images.paths.values()))
 
-    @collector_paused()
     def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
         digest = digest_files([self.refs_path, self.instances_path])
-        splits, problems = read_splits(self.name, self.refs_path, self.instances_path, digest)
-        wanted = short_split_name(self.split)
-        if wanted not in splits and not problems:
+        splits, problems = _read_splits(self.name, self.refs_path, self.instances_path, digest)
+        split = short_split_name(self.split)
+        if split not in splits and not problems:
             raise FileNotFoundError(
-                f"{self.refs_path} has no reference of the split {wanted!r}, only of {', '.join(sorted(splits))}."
+                f"{self.refs_path} has no reference of the split {split!r}, only of {', '.join(sorted(splits))}."
             )
-        images, more = pickle.loads(splits[wanted]) if wanted in splits else ([], [])
-        return images, problems + more
+        images, problems_of_split = pickle.loads(splits[split]) if split in splits else ([], [])
+        return images, problems + problems_of_split
 
 
-@lru_cache(maxsize=1)  # reading is most of the time that it takes to prepare the few rows of val, testA and testB
-def read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) -> tuple[dict[str, bytes], list[str]]:
+@lru_cache(maxsize=1)
+def _read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) -> tuple[dict[str, bytes], list[str]]:
     """
-    What is in the files, of which the last ones are remembered.
+    Reads all splits. The result for the last files is kept, because all splits are in the same files and reading them
+    takes longer than preparing the rows of any split but train.
 
     Args:
-        name (`str`): of the benchmark.
-        refs_path, instances_path (`Path`): the files.
-        digest (`str`): of their content: they are read again when that is another.
+        name (`str`): The benchmark.
+        refs_path, instances_path (`Path`): The files.
+        digest (`str`): A digest of both files, so that changed files are read again.
 
     Returns:
-        `tuple`: By split, a list of [`AnnotatedImage`] and one of what is wrong with its references; and what is wrong
-        whatever the split. Those lists are pickled, by this process for itself, which makes 23 MB of RefCOCO. As
-        objects they would keep 370 MB from being used again, most of it gaps between them.
+        `tuple`: For each split, a pickle of its list of [`AnnotatedImage`] and of a sentence for each entry that
+        cannot be used; and a sentence for each such entry that belongs to no split or to all. It is safe to load
+        these pickles, as this process has made them. Kept as objects, the splits of RefCOCO would take 180 MB more
+        memory for as long as the process lives.
     """
-    images, annotations, problems = read_instances(instances_path)
+    images, annotations, problems = _read_instances(instances_path)
     splits: dict[str, tuple[dict[str, AnnotatedImage], list[str]]] = {}
-    known: defaultdict[str, dict[str, set[str]]] = defaultdict(lambda: {"ref_id": set(), "sent_id": set()})  # by split
-    for number, ref in enumerate(read_refs(refs_path)):
+    known_ids: set[tuple[str, str, str]] = set()  # split, name of the id, id
+    for number, ref in enumerate(_read_refs(refs_path)):
         where = f"{refs_path}, reference [{number}]"
         try:
-            split = field_of(ref, "split", STRING, where)
+            split = _field(ref, "split", _STRING, where)
         except ValueError as error:
             problems.append(str(error))
             continue
         found, problems_of_split = splits.setdefault(split, ({}, []))
         try:
-            image = listed(ref, "image_id", images, where, instances_path)
-            annotation = listed(ref, "ann_id", annotations, where, instances_path)
-            file_name = identify_image(ref, annotation, image, where, instances_path)
-            # ReferItGame's other formats know an image by its name only.
-            image_id = PurePosixPath(file_name).stem if name == "referitgame" else str(ref["image_id"])
+            image = _entry_named_by(ref, "image_id", images, where, instances_path)
+            annotation = _entry_named_by(ref, "ann_id", annotations, where, instances_path)
+            file_name = _file_name(ref, annotation, image, where, instances_path)
             shared = {
-                "box": read_box(annotation, f"{where}: annotation {ref['ann_id']} in {instances_path}"),
-                "ref_id": new_id_of(ref, "ref_id", known[split], where),
+                "box": _read_box(annotation, f"{where}: annotation {ref['ann_id']} in {instances_path}"),
+                "ref_id": _new_id(ref, "ref_id", split, known_ids, where),
                 "ann_id": str(ref["ann_id"]),
             }
-            sentences = field_of(ref, "sentences", LIST, where)
+            sentences = _field(ref, "sentences", _LIST, where)
+            if not sentences:
+                raise ValueError(f"{where} has no sentences, expected at least one.")
         except ValueError as error:
             problems_of_split.append(str(error))
             continue
-        rows, bad_sentences = read_sentences(sentences, known[split], where)
-        problems_of_split += bad_sentences
-        if rows:
-            # No size, so that boxes are never scaled: they are in pixels of the original image, which is the one
-            # that everybody has, and the sizes in instances.json may be placeholders of a conversion.
-            target = found.setdefault(image_id, AnnotatedImage(file_name, image_id, None, []))
-            target.rows += [row | shared for row in rows]
-    return {split: pickle.dumps((list(found.values()), more)) for split, (found, more) in splits.items()}, problems
+        # The other formats of ReferItGame know an image by the name of its file only.
+        image_id = PurePosixPath(file_name).stem if name == "referitgame" else str(ref["image_id"])
+        for index, sentence in enumerate(sentences):
+            place = f"{where}, sentence [{index}]"
+            try:
+                expression = _field(sentence, "sent", _STRING, place)
+                sent_id = _new_id(sentence, "sent_id", split, known_ids, place)
+            except ValueError as error:
+                problems_of_split.append(str(error))
+                continue
+            # The image gets no size, so that boxes are never scaled: everybody has COCO's original images, and the
+            # sizes in instances.json may be placeholders of a conversion.
+            rows = found.setdefault(image_id, AnnotatedImage(file_name, image_id, None, [])).rows
+            rows.append({"where": place, "expression": expression, "sent_id": sent_id, **shared})
+    pickles = {split: pickle.dumps((list(found.values()), more)) for split, (found, more) in splits.items()}
+    return pickles, problems
 
 
-def read_refs(path: Path) -> list[Any]:
-    """The references; a `ValueError` if the file has no list of them."""
+def _read_refs(path: Path) -> list[Any]:
     refs = read_pickle(path)
     if type(refs) is not list or not refs:
         raise ValueError(f"{path} holds {reprlib.repr(refs)}, expected a list of references.")
     return refs
 
 
-def identify_image(ref: dict, annotation: dict, image: dict, where: str, path: Path) -> str:
-    """The name of the image file; the `file_name` of a reference is that of no file."""
-    owner = id_of(annotation, "image_id", f"{where}: annotation {ref['ann_id']} in {path}")
+def _read_instances(path: Path) -> tuple[dict[str, dict], dict[str, dict], list[str]]:
+    """Images and annotations by id, not checked any further, and a sentence for each that has no id of its own."""
+    instances = read_json(path, MAX_JSON_BYTES, edit=partial(_OUTLINES.sub, b'"segmentation":[]'))
+    problems: list[str] = []
+    images, annotations = (
+        _by_id(_field(instances, f"{kind}s", _LIST, str(path)), f"{path}, {kind}", problems)
+        for kind in ("image", "annotation")
+    )
+    return images, annotations, problems
+
+
+def _by_id(entries: list, what: str, problems: list[str]) -> dict[str, dict]:
+    """Entries by their id. Of several with the same id, the first counts and the others are problems."""
+    found: dict[str, dict] = {}
+    for number, entry in enumerate(entries):
+        where = f"{what} [{number}]"
+        try:
+            key = _id(entry, "id", where)
+            if key in found:
+                shown = reprlib.repr(entry["id"])
+                raise ValueError(f"{where} has the id {shown} of one before it, expected each id once.")
+            found[key] = entry
+        except ValueError as error:
+            problems.append(str(error))
+    return found
+
+
+def _entry_named_by(ref: dict, name: str, entries: dict[str, dict], where: str, path: Path) -> dict:
+    """The image or annotation that a reference names by its id."""
+    key = _id(ref, name, where)
+    if key not in entries:
+        raise ValueError(f"{where} has the {name} {reprlib.repr(ref[name])}, expected one that is in {path}.")
+    return entries[key]
+
+
+def _file_name(ref: dict, annotation: dict, image: dict, where: str, path: Path) -> str:
+    """The name of the image's file, which is not the `file_name` of a reference: no file is called that."""
+    owner = _id(annotation, "image_id", f"{where}: annotation {ref['ann_id']} in {path}")
     if owner != str(ref["image_id"]):
         raise ValueError(
             f"{where} is of the image {ref['image_id']}, but its annotation {ref['ann_id']} in "
             f"{path} is of the image {owner}, expected the same."
         )
     entry = f"{where}: image {owner} in {path}"
-    # ReferItGame's may be in folders, as in "00/images/25.jpg". Ours are found by the last part.
-    name = PurePosixPath(field_of(image, "file_name", STRING, entry)).name
+    # ReferItGame's names may begin with folders, as "00/images/25.jpg", but images are looked up by file name.
+    name = PurePosixPath(_field(image, "file_name", _STRING, entry)).name
     if not name:
         raise ValueError(f"{entry} has no name in its file_name, expected that of an image file.")
     return name
 
 
-def read_instances(path: Path) -> tuple[dict[str, dict], dict[str, dict], list[str]]:
-    """Images and annotations by id, not checked any further, and what is wrong with those without own id."""
-    # Without the outlines, which are not used, this takes a fifth of the time and of the memory.
-    instances = read_json(path, MAX_JSON_BYTES, partial(POLYGONS.sub, b'"segmentation":[]'))
-    images, problems = by_id(field_of(instances, "images", LIST, str(path)), f"{path}, image")
-    annotations, more = by_id(field_of(instances, "annotations", LIST, str(path)), f"{path}, annotation")
-    return images, annotations, problems + more
-
-
-def by_id(entries: list, what: str) -> tuple[dict[str, dict], list[str]]:
-    """Entries by their id, and what is wrong with the others. Of several with one id the first counts."""
-    found, problems = {}, []
-    for number, entry in enumerate(entries):
-        where = f"{what} [{number}]"
-        try:
-            key = id_of(entry, "id", where)
-            if key in found:
-                raise ValueError(
-                    f"{where} has the id {reprlib.repr(entry['id'])} of one before it, expected each id once."
-                )
-            found[key] = entry
-        except ValueError as error:
-            problems.append(str(error))
-    return found, problems
-
-
-def read_sentences(sentences: list, known: dict[str, set[str]], where: str) -> tuple[list[dict], list[str]]:
-    """Rows with what each sentence of a reference has of its own, and what is wrong with the other sentences."""
-    if not sentences:
-        return [], [f"{where} has no sentences, expected at least one."]
-    rows, problems = [], []
-    for number, sentence in enumerate(sentences):
-        place = f"{where}, sentence [{number}]"
-        try:
-            expression = field_of(sentence, "sent", STRING, place)
-            sent_id = new_id_of(sentence, "sent_id", known, place)
-            rows.append({"where": place, "expression": expression, "sent_id": sent_id})
-        except ValueError as error:
-            problems.append(str(error))
-    return rows, problems
-
-
-def read_box(annotation: dict, where: str) -> list[float]:
-    """xyxy float pixels, 0-based and half-open, as COCO's boxes are: `x + width` is where the object ends."""
-    bbox = field_of(annotation, "bbox", LIST, where)
+def _read_box(annotation: dict, where: str) -> list[float]:
+    """
+    The box of an annotation as xyxy float pixels, 0-based and half-open. COCO's boxes are half-open already:
+    `x + width` is where the object ends.
+    """
+    bbox = _field(annotation, "bbox", _LIST, where)
     if not is_box(bbox):
         raise ValueError(f"{where} has {reprlib.repr(bbox)} as bbox, expected [x, y, width, height] in pixels.")
     x, y, width, height = bbox
     return [x, y, x + width, y + height]
 
 
-def listed(ref: dict, name: str, entries: dict[str, dict], where: str, path: Path) -> dict:
-    """The image or annotation that a reference names."""
-    key = id_of(ref, name, where)
-    if key not in entries:
-        raise ValueError(f"{where} has the {name} {reprlib.repr(ref[name])}, expected one that is in {path}.")
-    return entries[key]
-
-
-def new_id_of(entry: Any, name: str, known: dict[str, set[str]], where: str) -> str:
-    """An id that no entry before had. It is known from now on."""
-    key = id_of(entry, name, where)
-    if key in known[name]:
+def _new_id(entry: Any, name: str, split: str, known_ids: set[tuple[str, str, str]], where: str) -> str:
+    """An id, which is added to the known ones; a `ValueError` if an entry of the same split has it already."""
+    key = _id(entry, name, where)
+    if (split, name, key) in known_ids:
         raise ValueError(
             f"{where} has the {name} {reprlib.repr(entry[name])} of one before it, expected each {name} once."
         )
-    known[name].add(key)
+    known_ids.add((split, name, key))
     return key
 
 
-def id_of(entry: Any, name: str, where: str) -> str:
-    """An id as text; a `ValueError` if it is missing, or neither an integer nor a string."""
-    return str(field_of(entry, name, ID, where))
+def _id(entry: Any, name: str, where: str) -> str:
+    return str(_field(entry, name, _ID, where))
 
 
-def field_of(entry: Any, name: str, kinds: tuple[type, ...], where: str) -> Any:
-    """A field of a dict; a `ValueError` if it is not there or of another type (`True` is no integer)."""
+def _field(entry: Any, name: str, kinds: tuple[type, ...], where: str) -> Any:
+    """A field of a dict; a `ValueError` if it is missing or of another type (`True` is not taken for an integer)."""
     if type(entry) is not dict:
         raise ValueError(f"{where} is {reprlib.repr(entry)}, expected a dict.")
     if name not in entry:
-        raise ValueError(f"{where} has no {name}, expected {EXPECTED[kinds]}.")
+        raise ValueError(f"{where} has no {name}, expected {_EXPECTED[kinds]}.")
     if type(entry[name]) not in kinds:
-        raise ValueError(f"{where} has {reprlib.repr(entry[name])} as {name}, expected {EXPECTED[kinds]}.")
+        raise ValueError(f"{where} has {reprlib.repr(entry[name])} as {name}, expected {_EXPECTED[kinds]}.")
     return entry[name]

@@ -1,4 +1,4 @@
-"""Tests of finding image files by name, and of measuring them with little trust."""
+"""Tests of finding image files by name, and of reading the sizes of files that may be damaged or hostile."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ def draw(path: Path, size: tuple[int, int] = (40, 20), **options) -> Path:
     return path
 
 
-def turned(path: Path, orientation: int, **options) -> Path:
+def draw_oriented(path: Path, orientation: int, **options) -> Path:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return draw(path, exif=exif, **options)
@@ -168,7 +168,7 @@ def test_truncated_body(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_file_that_ends_anywhere_is_accepted_if_it_decodes(tmp_path, kind, progressive):
-    path = turned(tmp_path / f"a.{kind}", 1, progressive=progressive)
+    path = draw_oriented(tmp_path / f"a.{kind}", 1, progressive=progressive)
     data = path.read_bytes()
     accepted = set()
     for end in [*range(0, len(data), 97), *range(len(data) - 20, len(data) + 1)]:
@@ -217,10 +217,10 @@ def test_claimed_size_beyond_what_pillow_opens(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_claimed_size_beyond_what_we_accept(tmp_path, monkeypatch):
+def test_claimed_size_beyond_what_is_accepted(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(png(10_000, 10_000, chunk(b"IDAT")))
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)  # also that no EXIF is looked for before
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)  # nor is EXIF looked for before
     with pytest.raises(ValueError, match=r"a\.png has 10000 x 10000 pixels, more than the 89,478,485 accepted"):
         measure_image(str(path))
 
@@ -241,10 +241,10 @@ def test_limit(tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_size_is_that_of_the_row(tmp_path, kind, orientation):
-    path = str(turned(tmp_path / f"a.{kind}", orientation))
+    path = str(draw_oriented(tmp_path / f"a.{kind}", orientation))
     decoded = datasets.Image().decode_example({"path": path, "bytes": None})
     assert decoded.size == ((20, 40) if orientation >= 5 else (40, 20))
-    assert measure_image(path, turned=True) == decoded.size
+    assert measure_image(path, exif_oriented=True) == decoded.size
     if orientation == 1:
         assert measure_image(path) == (40, 20)
     else:
@@ -254,18 +254,18 @@ def test_size_is_that_of_the_row(tmp_path, kind, orientation):
 
 
 def test_exif_behind_the_pixels_of_a_png(tmp_path):
-    path = turned(tmp_path / "a.png", 6)
+    path = draw_oriented(tmp_path / "a.png", 6)
     data = path.read_bytes()
     start = data.index(b"eXIf") - 4
     end = start + 12 + struct.unpack(">I", data[start : start + 4])[0]
     path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
     assert datasets.Image().decode_example({"path": str(path), "bytes": None}).size == (20, 40)
-    assert measure_image(str(path), turned=True) == (20, 40)
+    assert measure_image(str(path), exif_oriented=True) == (20, 40)
     with pytest.raises(ValueError, match="EXIF orientation 6"):
         measure_image(str(path))
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_orientations_without_meaning(tmp_path, orientation):
-    path = str(turned(tmp_path / "a.jpg", orientation))
-    assert measure_image(path) == measure_image(path, turned=True) == (40, 20)
+    path = str(draw_oriented(tmp_path / "a.jpg", orientation))
+    assert measure_image(path) == measure_image(path, exif_oriented=True) == (40, 20)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from epmvg_hf.data.benchmarks import BENCHMARKS, Counts, Wanted
+from epmvg_hf.data.benchmarks import BENCHMARKS, Counts, SplitRequest
 from epmvg_hf.data.builder import GroundingBuilder, open_source
-from epmvg_hf.data.files import parquet_files
 from epmvg_hf.data.readers import hub_parquet
 from epmvg_hf.data.readers.hub_parquet import HubParquet
 
@@ -159,12 +159,17 @@ def write_jxu(
     return root
 
 
-def find(data_dir, split="val", split_by=None, benchmark=BENCHMARKS["refcoco"]) -> HubParquet | None:
-    return HubParquet.find(Wanted.check(benchmark, Path(data_dir).resolve(), split, split_by))
+def request(data_dir, split="val", split_by=None, benchmark=BENCHMARKS["refcoco"], cache_dir=None) -> SplitRequest:
+    return SplitRequest.resolve(benchmark, data_dir, split, split_by, cache_dir=cache_dir)
 
 
-def load(data_dir, split="val", missing_images="error", split_by=None, benchmark=BENCHMARKS["refcoco"], **options):
-    return open_source(find(data_dir, split, split_by, benchmark), missing_images, **options)
+def is_found(data_dir, split="val", split_by=None) -> bool:
+    return HubParquet.find(request(data_dir, split, split_by)) is not None
+
+
+def load(data_dir, split="val", split_by=None, benchmark=BENCHMARKS["refcoco"], cache_dir=None, **options):
+    source = HubParquet.find(request(data_dir, split, split_by, benchmark, cache_dir))
+    return open_source(source, cache_dir=cache_dir, **options)
 
 
 def rows(dataset) -> list[tuple]:
@@ -187,32 +192,19 @@ def test_lmms_rows(tmp_path):
     assert dataset[0]["image"].getpixel((5, 5))[0] > 200 and dataset[3]["image"].getpixel((5, 5))[2] > 200
 
 
-def test_lmms_images_are_written_once(tmp_path, monkeypatch):
-    written = []
-    write_file = parquet_files.write_file
-    monkeypatch.setattr(
-        parquet_files, "write_file", lambda path, content: written.append(path) or write_file(path, content)
-    )
-    found = paths(load(write_lmms(tmp_path)))
-    assert len(set(found)) == 2 and found[0] == found[1] == found[2]
-    assert [path.name for path in written] == [NAMES["11"], NAMES["22"]]
-    folder = written[0].parent
-    assert found[0] == str(folder / NAMES["11"]) and folder.parent.name == "epmvg_hf-images"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {NAMES[key]: IMAGES[key] for key in IMAGES}
-    assert len(load(tmp_path)) == 4 and len(written) == 2
+def test_lmms_images_are_written_once(tmp_path):
+    load(write_lmms(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    (folder,) = (tmp_path / "cache" / "epmvg_hf-parquet-images").iterdir()
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in written} == {NAMES[key]: IMAGES[key] for key in IMAGES}
+    again = load(tmp_path / "data", cache_dir=str(tmp_path / "cache"))
+    assert paths(again) == [str(folder / NAMES[row[0]]) for row in ROWS]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
-def test_lmms_images_in_another_cache(tmp_path):
-    wanted = Wanted.check(BENCHMARKS["refcoco"], write_lmms(tmp_path / "data"), "val")
-    source = HubParquet(wanted, find(tmp_path / "data").files, str(tmp_path / "cache"))
-    assert rows(open_source(source)) == ROWS
-    assert paths(open_source(source))[0].startswith(f"{tmp_path}/cache/epmvg_hf-images/")
-
-
-def test_lmms_images_that_were_deleted_are_written_again(tmp_path, monkeypatch):
+def test_lmms_images_that_were_deleted_are_written_again(tmp_path):
     dataset = load(write_lmms(tmp_path))
-    Path(paths(dataset)[0]).unlink()
-    monkeypatch.setattr(GroundingBuilder, "_generate_examples", None)  # so nothing is prepared again
+    shutil.rmtree(Path(paths(dataset)[0]).parent)
     again = load(tmp_path)
     assert rows(again) == ROWS and again[0]["image"].size == (40, 20)
 
@@ -230,8 +222,8 @@ def test_lmms_splits(tmp_path):
     assert [load(tmp_path, split)[0]["expression"] for split in ("testA", "testB")] == ["in testA", "in testB"]
     assert load(tmp_path, "test", split_by="google")[0]["expression"] == "in google's test"
     (tmp_path / "data" / "testA-00000-of-00001.parquet").unlink()
-    assert find(tmp_path, "testA") is None  # jxu124's "test" would be that, lmms-lab's is not
-    assert find(tmp_path, "train") is None and find(tmp_path, "val") is None
+    assert not is_found(tmp_path, "testA")  # jxu124's "test" would be that, lmms-lab's is not
+    assert not is_found(tmp_path, "train") and not is_found(tmp_path, "val")
 
 
 @pytest.fixture
@@ -247,10 +239,10 @@ def test_lmms_rows_of_two_ways_to_split_are_separated(mixed, tmp_path):
     assert rows(load(root, benchmark=benchmark)) == [ROWS[0], ROWS[1], ROWS[3]]
     assert rows(load(root, split_by="google", benchmark=benchmark)) == [ROWS[2]]
 
-    last = replace(benchmark, counts={("google", "validation"): Counts(2, 2, 2)})
-    cache = str(tmp_path / "cache")  # the prepared rows are the same while files and code are
-    assert rows(load(root, split_by="google", benchmark=last, cache_dir=cache)) == [ROWS[3], ROWS[2]]
-    assert rows(load(root, benchmark=last, cache_dir=cache)) == ROWS[:2]
+    last = replace(benchmark, counts={("unc", "validation"): Counts(2, 2, 2)})  # the last two rows are unc's
+    cache = str(tmp_path / "cache")  # rows prepared in the first one would be taken, as neither files nor code changed
+    assert rows(load(root, benchmark=last, cache_dir=cache)) == [ROWS[3], ROWS[2]]
+    assert rows(load(root, split_by="google", benchmark=last, cache_dir=cache)) == ROWS[:2]
 
 
 @pytest.mark.parametrize("counts", [Counts(4, 2, 2), Counts(3, 2, 1), Counts(3, 1, 2)])
@@ -292,29 +284,17 @@ def test_jxu_boxes_may_be_rounded(tmp_path):
     assert rows(load(write_jxu(tmp_path, changed=1, xyxy=False))) == ROWS  # [0, 0, 30, 10] is the same in both
 
 
-@pytest.mark.parametrize(
-    ("changed", "bbox", "row"),
-    [(0, [1.5, 2, 11.5, 7.5], 0), (2, [20, 3.25, 20, 16.75], 2), (0, [1.5, 2, 10, 5], 2)],
-)
-def test_jxu_boxes_of_neither_convention(tmp_path, changed, bbox, row):
-    write_jxu(tmp_path, changed=changed, bbox=bbox)
-    message = (
-        rf"ca37aa2\.parquet, row {row}: bbox is \[.*\], expected in all rows \[.*\] \(xywh, as in raw_anns\) or in "
-    )
-    for errors in ("raise", "skip"):
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path, errors=errors)
-
-
 def test_jxu_splits(tmp_path):
     write_jxu(tmp_path, "data/test-00000-of-00001-82af0c1b600890ac.parquet", file_split="testA")
     assert rows(load(tmp_path, "testA")) == ROWS
-    assert find(tmp_path, "test", "google") is None  # theirs are unc's splits, and umd's of RefCOCOg
+    assert not is_found(tmp_path, "test", "google")  # theirs are unc's splits, and umd's of RefCOCOg
     write_jxu(tmp_path, "data/train-00000-of-00001.parquet", file_split="train")
     assert rows(load(tmp_path, "train")) == ROWS
     write_jxu(tmp_path, "data/test-00000-of-00001-82af0c1b600890ac.parquet", file_split="test")
     assert rows(load(tmp_path, "test", benchmark=BENCHMARKS["refcocog"])) == ROWS
-    with pytest.raises(ValueError, match=r"row 0: split is 'test', expected that of the testA split\. \(2 more such"):
+    with pytest.raises(
+        ValueError, match=r"row 0: image_id 11 and split 'test' do not belong .* of the testA split\. \(2 more"
+    ):
         load(tmp_path, "testA")
 
 
@@ -350,7 +330,7 @@ def test_parts_are_read_in_order(tmp_path, make_row):
     assert rows(load(tmp_path)) == ROWS
     (tmp_path / "val-00001-of-00003.parquet").unlink()
     with pytest.raises(
-        ValueError, match=r"val-00000-of-00003\.parquet, val-00002-of-.* expected each of 3 parts once"
+        ValueError, match=r"val-00000-of-00003\.parquet, val-00002-of-.* expected each part exactly once"
     ):
         load(tmp_path)
 
@@ -358,7 +338,7 @@ def test_parts_are_read_in_order(tmp_path, make_row):
 def test_two_uploads_of_a_part(tmp_path):
     write_jxu(tmp_path, "data/train-00000-of-00001-94431d5f4bd5b93f.parquet", file_split="train")
     write_jxu(tmp_path, "data/train-00000-of-00001-381ef1aeb196febd.parquet", file_split="train")
-    with pytest.raises(ValueError, match="expected each of 1 parts once"):
+    with pytest.raises(ValueError, match="expected each part exactly once"):
         load(tmp_path, "train")
 
 
@@ -399,13 +379,13 @@ def test_edited_images_are_seen(tmp_path):
 @pytest.mark.parametrize("write", WRITERS)
 def test_unchanged_data_is_prepared_once(tmp_path, write, monkeypatch):
     load(write(tmp_path))
-    monkeypatch.setattr(GroundingBuilder, "_generate_examples", None)
+    monkeypatch.setattr(GroundingBuilder, "_generate_tables", None)
     assert rows(load(tmp_path)) == ROWS
 
 
 def test_other_benchmarks_are_not_found(tmp_path):
-    assert find(write_lmms(tmp_path), "val", benchmark=BENCHMARKS["flickr30k_entities"]) is None
-    assert HubParquet.looks_for(Wanted.check(BENCHMARKS["refcoco+"], tmp_path, "testA")) == (
+    assert HubParquet.find(request(write_lmms(tmp_path), benchmark=BENCHMARKS["flickr30k_entities"])) is None
+    assert HubParquet.looks_for(request(tmp_path, "testA", benchmark=BENCHMARKS["refcoco+"])) == (
         "testA-*.parquet or test-*.parquet of lmms-lab/RefCOCOplus or jxu124/refcocoplus (there or in data, "
         "RefCOCOplus/data or refcocoplus/data)"
     )
@@ -419,69 +399,64 @@ BAD_NAME += ["COCO_train2014_000000000011_0.jpg\n", "COCO_train2014_00000000001\
 
 # (values of the first row, what is wrong with it)
 BOTH_PROBLEMS = [
-    *(({"bbox": value}, "row 0: bbox has the box ") for value in BAD_BOX),
+    *(({"bbox": value}, "row 0: the box is ") for value in BAD_BOX),
     *(({"file_name": value}, "row 0: file_name is ") for value in BAD_NAME),
 ]
 LMMS_PROBLEMS = [
     *BOTH_PROBLEMS,
-    ({"bbox": [1, 2, 0, 5]}, "row 0: the box [1, 2, 1, 7] is empty or inverted"),
+    ({"bbox": [1, 2, 0, 5]}, "row 0: the box [1.0, 2.0, 0.0, 5.0] is empty, expected x, y, width"),
     ({"bbox": [-9, 2, 12, 5]}, "row 0: the box [-9, 2, 3, 7] starts outside the image"),
-    ({"answer": None}, "row 0: answer is None, expected a list of expressions"),
-    ({"answer": []}, "row 0: answer is [], expected a list of expressions"),
+    ({"answer": None}, "row 0: the expression is None, expected words"),
+    ({"answer": []}, "row 0: the expression is [], expected words"),
     ({"answer": ["Red box", ""]}, "row 0: the expression is '', expected words"),
     ({"answer": ["Red box", None]}, "row 0: the expression is None, expected words"),
-    ({"answer": ["a"] * 1001}, "row 0: answer has 1,001 expressions, expected at most 1,000"),
 ]
 JXU_PROBLEMS = [
     *BOTH_PROBLEMS,
-    ({"image_id": 22}, "row 0: file_name 'COCO_train2014_000000000011_0.jpg' is not of image_id 22"),
-    ({"image_id": None}, "is not of image_id None"),
-    ({"split": "train"}, "row 0: split is 'train', expected that of the validation split"),
-    ({"sentences": None}, "row 0: sentences is None, expected a list of expressions"),
-    ({"sentences": [None]}, "row 0: sentences is [None], expected a list of expressions"),
+    ({"bbox": [1.5, 2, 11.5, 7.5]}, "row 0: bbox is [1.5, 2.0, 11.5, 7.5], expected [1.5, 2, 10, 5] (xywh, as in raw"),
+    ({"bbox": [1.5, 2, 10.1, 5]}, "expected [1.5, 2, 10, 5] (xywh, as in raw_anns) or [1.5, 2.0, 11.5, 7.0] (xyxy)"),
+    ({"image_id": 22}, "row 0: image_id 22 and split 'val' do not belong to COCO_train2014_000000000011_0.jpg of the"),
+    ({"image_id": None}, "row 0: image_id None and split 'val' do not belong to"),
+    ({"split": "train"}, "row 0: image_id 11 and split 'train' do not belong to "),
+    ({"sentences": None}, "row 0: the expression is None, expected words"),
+    ({"sentences": []}, "row 0: the expression is [], expected words"),
+    ({"sentences": [None]}, "row 0: the expression is None, expected words"),
     ({"sentences": [{"raw": "A", "sent": " "}]}, "row 0: the expression is ' ', expected words"),
     ({"sentences": [{"raw": "A"}]}, "row 0: the expression is None, expected words"),
-    ({"raw_anns": None}, "row 0: raw_anns is 'None', expected a JSON object"),
-    ({"raw_anns": "[]"}, "row 0: raw_anns is '[]', expected a JSON object"),
-    ({"raw_anns": "{'bbox': []}"}, "row 0: raw_anns is \"{'bbox': []}\", expected a JSON object"),
-    ({"raw_anns": "[" * 100_000}, "row 0: raw_anns is '[[[["),
-    ({"raw_anns": "{}"}, "row 0: raw_anns has the box None, expected 4 finite numbers"),
-    ({"raw_anns": '{"bbox": [1, 2, 3, true]}'}, "row 0: raw_anns has the box [1, 2, 3, True]"),
-    ({"raw_anns": '{"bbox": [1, 2, 3, Infinity]}'}, "row 0: raw_anns has the box [1, 2, 3, inf]"),
-    ({"raw_anns": '{"bbox": [1, 2, 3, ' + "9" * 400 + "]}"}, "row 0: raw_anns has the box [1, 2, 3, 999"),
-    ({"raw_image_info": "{}"}, "row 0: raw_image_info has the width and height (None, None), expected pixels"),
-    ({"raw_image_info": '{"width": 40, "height": 0}'}, "raw_image_info has the width and height (40, 0)"),
-    ({"raw_image_info": '{"width": 40, "height": 20.5}'}, "raw_image_info has the width and height (40, 20.5)"),
+    ({"raw_anns": None}, "row 0: raw_anns is not valid JSON (Expecting value at character 1)"),
+    ({"raw_anns": "[]"}, "row 0: raw_anns is not a JSON object but []"),
+    ({"raw_anns": "{'bbox': []}"}, "row 0: raw_anns is not valid JSON ("),
+    ({"raw_anns": "[" * 100_000}, "row 0: raw_anns is not usable JSON ("),
+    ({"raw_anns": "{}"}, "row 0: the box is [], expected 4 finite numbers"),
+    ({"raw_anns": '{"bbox": [1, 2, 3, true]}'}, "row 0: the box is [1, 2, 3, True]"),
+    ({"raw_anns": '{"bbox": [1, 2, 3, Infinity]}'}, "row 0: the box is [1, 2, 3, inf]"),
+    ({"raw_anns": '{"bbox": [1, 2, 3, ' + "9" * 400 + "]}"}, "row 0: the box is [1, 2, 3, 999"),
+    ({"raw_image_info": "3"}, "row 0: raw_image_info is not a JSON object but 3"),
+    ({"raw_image_info": "{}"}, f"row 0: the size of {NAMES['11']} is (None, None), expected its width and height"),
+    ({"raw_image_info": '{"width": 40, "height": 0}'}, f"row 0: the size of {NAMES['11']} is (40, 0)"),
 ]
 
 
-def check_problem(root: Path, message: str) -> list[tuple]:
-    """The problem is raised, also when streaming, or left out; the rows that are left."""
+@pytest.mark.parametrize(
+    ("write", "changes", "message"),
+    [(write_lmms, *problem) for problem in LMMS_PROBLEMS] + [(write_jxu, *problem) for problem in JXU_PROBLEMS],
+)
+def test_problems_are_raised_or_left_out(tmp_path, write, changes, message):
+    write(tmp_path, **changes)
     for streaming in (False, True):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
-            list(load(root, streaming=streaming))
-        assert str(root) in str(error.value) and "\n" not in str(error.value)
-    return rows(load(root, errors="skip"))
-
-
-@pytest.mark.parametrize(("changes", "message"), LMMS_PROBLEMS)
-def test_lmms_problems(tmp_path, changes, message):
-    left = check_problem(write_lmms(tmp_path, **changes), message)
-    assert sorted(left) in (ROWS[2:], [ROWS[0], *ROWS[2:]])
-
-
-@pytest.mark.parametrize(("changes", "message"), JXU_PROBLEMS)
-def test_jxu_problems(tmp_path, changes, message):
-    left = check_problem(write_jxu(tmp_path, **changes), message)
-    assert sorted(left) in (ROWS[2:], [ROWS[0], *ROWS[2:]])
+            list(load(tmp_path, streaming=streaming))
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    # What is left are the other rows, and of the first one the other sentence if that can be used; a size counts for
+    # the whole image.
+    left = ROWS[3:] if "the size of" in message else ROWS[2:]
+    assert sorted(rows(load(tmp_path, errors="skip"))) in (left, [ROWS[0], *left])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "row 0: there is no image, expected its bytes"),
-        (b"", "row 0: there is no image, expected its bytes"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0", "row 0: the image starts with b'%!PS-Ado', expected a JPEG or PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", f"{NAMES['11']} has no readable image header"),
         (IMAGES["11"][:100], f"{NAMES['11']} has no readable image header"),
         (b"\xff\xd8\xff" + bytes(9), f"{NAMES['11']} has no readable image header"),
         (encode("red", (20, 10)), "row 2: the box [20, 3.25, 40, 20] is not within the "),
@@ -495,54 +470,50 @@ def test_lmms_image_problems(tmp_path, content, message):
     assert rows(load(tmp_path, errors="skip")) == ROWS[3:]  # no object of that image is left
 
 
-def test_lmms_no_image_struct(tmp_path):
-    write_lmms(tmp_path, image=None)
-    assert rows(load(tmp_path, errors="skip")) == ROWS[3:]
+@pytest.mark.parametrize("image", [None, {"bytes": None, "path": "/etc/passwd"}, {"bytes": b"", "path": None}])
+def test_lmms_rows_without_image(tmp_path, image):
+    assert rows(load(write_lmms(tmp_path, image=image))) == ROWS  # the image of object 0 is also that of object 2
+    write_lmms(tmp_path, changed=1, image=image)
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"val.*\.parquet, row 1: there is no image in that row"):
+            list(load(tmp_path, streaming=streaming))
+    assert rows(load(tmp_path, errors="skip")) == ROWS[:3]
 
 
-def test_lmms_huge_images(tmp_path, monkeypatch):
-    write_lmms(tmp_path)
-    monkeypatch.setattr(parquet_files, "MAX_IMAGE_BYTES", 100)
-    with pytest.raises(ValueError, match=r"row 0: the image has \d+ bytes, expected at most 100"):
-        load(tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(hub_parquet, "MAX_IMAGES_GROWTH", 0)
-    with pytest.raises(ValueError, match=r"row 0: the images up to here have \d+ bytes, expected at most 0 "):
-        load(tmp_path, errors="skip")
-
-
-def test_lmms_image_of_another_type(tmp_path):
-    table = pa.Table.from_pylist([lmms_row(*OBJECTS[0])], LMMS_SCHEMA)
-    pq.write_table(table.set_column(1, "image", pa.array([b"\xff\xd8\xff"])), tmp_path / "val.parquet")
-    with pytest.raises(ValueError, match=r"val\.parquet has the type binary of images, expected bytes and path"):
-        load(tmp_path)
+def test_lmms_images_much_larger_than_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_parquet, "MAX_IMAGES_GROWTH", 0.01)
+    with pytest.raises(ValueError, match=rf"the images up to {NAMES['11']} have \d+ bytes, expected at most \d+"):
+        load(write_lmms(tmp_path), errors="skip")
 
 
 def test_other_columns(tmp_path):
     pq.write_table(pa.table({"image": ["a"], "text": ["b"]}), tmp_path / "val.parquet")
-    with pytest.raises(
-        ValueError, match=r"val\.parquet has the columns image, text, expected those of lmms-lab \(que"
-    ):
+    with pytest.raises(ValueError, match=r"val\.parquet: the column .* cannot be read as .*does not exist"):
         load(tmp_path)
     (tmp_path / "val.parquet").unlink()
     write_lmms(tmp_path, "val-00000-of-00002.parquet")
     pq.write_table(pa.table({"image": ["a"]}), tmp_path / "val-00001-of-00002.parquet")
-    with pytest.raises(ValueError, match=r"val-00001-of-00002\.parquet has no column question_id"):
+    with pytest.raises(
+        ValueError, match=r"val-00001-of-00002\.parquet: the column .* cannot be read as .*does not exi"
+    ):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("write", "column"),
-    [(write_lmms, column) for column in ("bbox", "file_name", "answer")]
+    [(write_lmms, column) for column in ("bbox", "file_name", "answer", "image")]
     + [(write_jxu, column) for column in ("bbox", "file_name", "split", "sentences", "raw_anns", "raw_image_info")],
 )
-@pytest.mark.parametrize("value", ["text", 7, [7], {"a": 1}, b"\xff"])
+@pytest.mark.parametrize("value", ["text", 7, ["text"], {"a": 1}, b"\xff"])
 def test_other_types_of_columns(tmp_path, write, column, value):
     path = write(tmp_path, "val.parquet") / "val.parquet"
     table = pq.read_table(path)
     index = table.column_names.index(column)
     pq.write_table(table.set_column(index, column, pa.array([value] * 3)), path)
-    with pytest.raises(ValueError, match=rf"val\.parquet, row 0: .*({column}|the expression is 7)"):
+    if column == "answer" and value == ["text"]:
+        pytest.skip("is as it should be")
+    # Text and numbers can be read as text, which then is not what the column should hold.
+    with pytest.raises(ValueError, match=rf"val\.parquet(: the column {column} cannot be read as |, row 0: )"):
         load(tmp_path)
 
 
@@ -550,31 +521,16 @@ def test_other_types_of_columns(tmp_path, write, column, value):
 def test_broken_files(tmp_path, write):
     path = write(tmp_path, "val.parquet") / "val.parquet"
     content = path.read_bytes()
-    for broken in (b"", b"PAR1", content[: len(content) // 2], b"x" * 100 + b"PAR1"):
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    without_data = content[:4] + bytes(footer - 4) + content[footer:]
+    for broken in (b"", b"PAR1", content[: len(content) // 2], b"x" * 100 + b"PAR1", without_data):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"val\.parquet is not a readable parquet file"):
             load(tmp_path)
-    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    path.write_bytes(content[:4] + bytes(footer - 4) + content[footer:])
-    with pytest.raises(ValueError, match=r"val\.parquet cannot be read from row 0"):
-        load(tmp_path)
-
-
-def test_broken_images(tmp_path):
-    path = (
-        write_lmms(tmp_path, "val.parquet", changed=2, file_name="COCO_train2014_000000000033_2.jpg") / "val.parquet"
-    )
-    images = pq.read_metadata(path).row_group(1).column(1)
-    assert images.path_in_schema == "image.bytes"
-    content = bytearray(path.read_bytes())
-    content[images.dictionary_page_offset : images.dictionary_page_offset + 100] = bytes(100)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"val\.parquet: the images from row 2 cannot be read"):
-        load(tmp_path)
 
 
 def test_text_that_is_not_utf_8(tmp_path):
     path = write_lmms(tmp_path, "val.parquet") / "val.parquet"
     path.write_bytes(path.read_bytes().replace(b"Red box", b"Red b\xffx"))
-    with pytest.raises(ValueError, match=r"val\.parquet cannot be read from row 0: .*utf-8"):
+    with pytest.raises(ValueError, match=r"val\.parquet: the column answer cannot be read .*utf-8"):
         load(tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from epmvg_hf.data.benchmarks import BENCHMARKS, Wanted
+from epmvg_hf.data.benchmarks import BENCHMARKS, SplitRequest
 from epmvg_hf.data.builder import GroundingBuilder, open_source
 from epmvg_hf.data.readers import refer_api
 from epmvg_hf.data.readers.refer_api import ReferFiles
@@ -48,7 +48,7 @@ def changed(place: tuple, *value) -> dict:
 
 
 def find(data_dir, split="train", split_by=None, name="refcoco") -> ReferFiles | None:
-    return ReferFiles.find(Wanted.check(BENCHMARKS[name], Path(data_dir), split, split_by))
+    return ReferFiles.find(SplitRequest.resolve(BENCHMARKS[name], Path(data_dir), split, split_by))
 
 
 def load(data_dir, split="train", split_by=None, name="refcoco", **options):
@@ -170,9 +170,9 @@ def test_refcoco_is_not_taken_for_refcoco_plus(folder):
 
 def test_missing_files(folder):
     assert find(folder, split_by="google") is None
-    wanted = Wanted.check(BENCHMARKS["refcoco"], folder, "train")
-    assert ReferFiles.looks_for(wanted) == "refcoco/refs(unc).p and instances.json"
-    standard = Wanted.check(BENCHMARKS["referitgame"], folder, "train")
+    request = SplitRequest.resolve(BENCHMARKS["refcoco"], folder, "train")
+    assert ReferFiles.looks_for(request) == "refcoco/refs(unc).p and instances.json"
+    standard = SplitRequest.resolve(BENCHMARKS["referitgame"], folder, "train")
     assert ReferFiles.looks_for(standard).startswith('(for split_by="unc" or "berkeley" only) refclef/refs')
     (folder / "refcoco" / "instances.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no instances\.json in .*refcoco, expected refs\(unc\)\.p and"):
@@ -194,7 +194,7 @@ def test_missing_images(folder):
 
 def test_unchanged_data_is_prepared_once(folder, monkeypatch):
     assert rows(load(folder)) == TRAIN
-    monkeypatch.setattr(GroundingBuilder, "_generate_examples", None)
+    monkeypatch.setattr(GroundingBuilder, "_generate_tables", None)
     assert rows(load(folder)) == TRAIN
 
 
@@ -365,10 +365,10 @@ def test_nothing_is_executed(folder):
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs the real annotations")
 @pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog"])
 def test_real_validation_split(name, tmp_path):
-    wanted = Wanted.check(BENCHMARKS[name], REAL_DATA / "refcoco", "val")
+    request = SplitRequest.resolve(BENCHMARKS[name], REAL_DATA / "refcoco", "val")
     options = {"missing_images": "keep", "cache_dir": str(tmp_path)}
-    dataset = open_source(ReferFiles.find(wanted), **options).remove_columns("image")
-    counts = wanted.benchmark.counts[wanted.split_by, "validation"]
+    dataset = open_source(ReferFiles.find(request), **options).remove_columns("image")
+    counts = request.benchmark.counts[request.split_by, "validation"]
     assert len(dataset) == counts.expressions == len(set(dataset["sent_id"]))
     assert len(set(dataset["ref_id"])) == counts.references
     assert len(set(dataset["image_id"])) == counts.images
@@ -378,7 +378,7 @@ def test_real_validation_split(name, tmp_path):
         x, y, width, height = boxes[row["ann_id"]]
         assert row["box"] == pytest.approx([x, y, x + width, y + height], rel=1e-6)
 
-    index = IndexFile.find(Wanted.check(BENCHMARKS[name], REAL_DATA / "transvg_index", "val"))
+    index = IndexFile.find(SplitRequest.resolve(BENCHMARKS[name], REAL_DATA / "transvg_index", "val"))
     assert contents(open_source(index, **options).remove_columns("image")) == contents(dataset)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from epmvg_hf.data.benchmarks import BENCHMARKS, Wanted
+from epmvg_hf.data.benchmarks import BENCHMARKS, SplitRequest
 from epmvg_hf.data.builder import GroundingBuilder, open_source
 from epmvg_hf.data.readers import referitgame
 from epmvg_hf.data.readers.referitgame import ReferItJson
@@ -35,7 +35,7 @@ def folder(tmp_path) -> Path:
 
 
 def find(data_dir: Path, split: str, split_by: str = "standard") -> ReferItJson | None:
-    return ReferItJson.find(Wanted.check(BENCHMARK, data_dir.resolve(), split, split_by))
+    return ReferItJson.find(SplitRequest.resolve(BENCHMARK, data_dir.resolve(), split, split_by))
 
 
 def load(data_dir: Path, split: str = "train", missing_images: str = "error", **options):
@@ -82,18 +82,18 @@ def test_missing_files_are_not_found(folder, name):
     assert find(folder, "test") is None
     (folder / name).unlink()
     assert find(folder, "train") is None
-    wanted = Wanted.check(BENCHMARK, folder, "trainval")
-    assert ReferItJson.looks_for(wanted) == (
+    request = SplitRequest.resolve(BENCHMARK, folder, "trainval")
+    assert ReferItJson.looks_for(request) == (
         "referit_query_trainval.json (or referit_query_train.json and referit_query_val.json) with referit_bbox.json "
         "(there or in referit, data, data/metadata, referit/data/metadata)"
     )
     with pytest.raises(FileNotFoundError, match=r"No expressions of the test split .* expected referit_query_test\.j"):
-        ReferItJson(folder, "test", wanted.images)
+        ReferItJson(folder, "test", request.images)
 
 
 def test_other_ways_and_benchmarks_are_not_found(folder):
     assert find(folder, "train", "unc") is None
-    assert ReferItJson.find(Wanted.check(BENCHMARKS["refcoco"], folder, "train")) is None
+    assert ReferItJson.find(SplitRequest.resolve(BENCHMARKS["refcoco"], folder, "train")) is None
 
 
 def test_streaming_and_processes_give_equal_rows(folder, tmp_path):
@@ -126,7 +126,7 @@ def test_edits_are_seen(folder):
 
 def test_unchanged_data_is_prepared_once(folder, monkeypatch):
     load(folder)
-    monkeypatch.setattr(GroundingBuilder, "_generate_examples", None)
+    monkeypatch.setattr(GroundingBuilder, "_generate_tables", None)
     monkeypatch.setattr(referitgame, "read_json", None)
     assert rows(load(folder)) == TRAIN_ROWS
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from epmvg_hf.data.benchmarks import BENCHMARKS, Wanted
+from epmvg_hf.data.benchmarks import BENCHMARKS, SplitRequest
 from epmvg_hf.data.builder import GroundingBuilder, open_source
 from epmvg_hf.data.readers.flickr30k_entities import Flickr30kEntities
 from epmvg_hf.data.readers.transvg_index import IndexFile
@@ -27,7 +27,7 @@ def folder(tmp_path) -> Path:
 
 def find(data_dir, kind="unc", split="train", **options) -> IndexFile | None:
     name, split_by, *_ = KINDS[kind]
-    return IndexFile.find(Wanted.check(BENCHMARKS[name], Path(data_dir), split, split_by, **options))
+    return IndexFile.find(SplitRequest.resolve(BENCHMARKS[name], Path(data_dir), split, split_by, **options))
 
 
 def load(data_dir, kind="unc", split="train", **options):
@@ -93,9 +93,9 @@ def test_places(folder, place):
 def test_missing_files(folder):
     assert find(folder, split="testA") is None
     assert find(folder, "unc+") is None
-    wanted = Wanted.check(BENCHMARKS["refcoco"], folder, "val")
-    assert IndexFile.looks_for(wanted) == "unc/unc_val.pth"
-    google = Wanted.check(BENCHMARKS["refcoco"], folder, "train", "google")
+    request = SplitRequest.resolve(BENCHMARKS["refcoco"], folder, "val")
+    assert IndexFile.looks_for(request) == "unc/unc_val.pth"
+    google = SplitRequest.resolve(BENCHMARKS["refcoco"], folder, "train", "google")
     assert IndexFile.find(google) is None
     assert IndexFile.looks_for(google) == "(for split_by='unc' only) an index file .pth"
 
@@ -122,7 +122,7 @@ def test_missing_images(folder):
 
 def test_unchanged_data_is_prepared_once(folder, monkeypatch):
     assert rows(load(folder)) == COCO_ROWS
-    monkeypatch.setattr(GroundingBuilder, "_generate_examples", None)
+    monkeypatch.setattr(GroundingBuilder, "_generate_tables", None)
     assert rows(load(folder)) == COCO_ROWS
 
 
@@ -265,8 +265,8 @@ def test_real_validation_split_of_flickr30k_entities(tmp_path):
     assert len(dataset) == 14_433
     # Without images, so that the official boxes are not scaled to the reduced ones that are there.
     data = REAL_DATA / "flickr30k_entities"
-    wanted = Wanted.check(BENCHMARKS["flickr30k_entities"], data, "val", image_dir=tmp_path)
-    official = open_source(Flickr30kEntities.find(wanted), "keep", cache_dir=str(tmp_path))
+    request = SplitRequest.resolve(BENCHMARKS["flickr30k_entities"], data, "val", image_dir=tmp_path)
+    official = open_source(Flickr30kEntities.find(request), "keep", cache_dir=str(tmp_path))
     by_image = [{}, {}]
     for images, phrases in zip(by_image, (dataset, official.remove_columns("image")), strict=True):
         for row in phrases:
