@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Train a small CLIP on images and captions, without a box, in the folder format that `ClipTeacher` loads.
+"""Train a small CLIP on images and captions, without boxes, and save it as a folder that `ClipTeacher` loads.
 
-python examples/train_teacher.py                                      # configs/teachers/shapes.yaml: needs no data
-python examples/train_teacher.py --resume_from_checkpoint true        # go on where it was interrupted
+python examples/train_teacher.py                                      # on drawn shapes, which needs no files
+python examples/train_teacher.py --resume_from_checkpoint true        # continue an interrupted run
 python examples/train_teacher.py examples/configs/teachers/flickr30k.yaml --data_dir flickr30k_entities
 """
 
@@ -31,13 +31,13 @@ from epmvg_hf.distillation.patch_embeddings import pooled_and_patches
 
 CONFIGS = Path(__file__).parent / "configs" / "teachers"
 logger = logging.getLogger("train_teacher")
-MAX_OBJECTS_TOLD = 4
+MAX_OBJECTS_IN_LIST = 4
 LISTS_PER_SCENE, PHRASES_PER_OBJECT = 8, 4
 
 
 @dataclass
 class TeacherArguments:
-    """What to train, and on what."""
+    """The teacher to train, and its data."""
 
     config_name: str = field(default="clip_tiny.json", metadata={"help": "JSON file with open_clip's model config."})
     dataset_name: str = field(default="shapes", metadata={"help": "shapes or flickr30k_entities."})
@@ -50,8 +50,8 @@ class TeacherArguments:
 
 class CaptionedImages(torch.utils.data.Dataset):
     """
-    Images in memory as square canvases `(images, 3, S, S)`, uint8, and three lists of captions for each: sentences
-    about the whole picture, phrases for one thing by itself, and its grounding expressions. Boxes are never read.
+    Images in memory, as square canvases `(images, 3, S, S)` of uint8, and three lists of texts for each: captions of
+    the whole image, phrases for single things in it, and its expressions. Boxes are never read.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -68,7 +68,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.sentences, self.phrases, self.expressions = [], [], []
         rng = random.Random(0)
         for position, indices in enumerate(tqdm(groups, desc="reading images", mininterval=5)):
-            # Through the student's normalisation and back: padding gets the colour that the student's padding has.
+            # Normalising and undoing it gives the padding the colour that it has on the student's canvas.
             pixel_values = image_processor(images[indices[0]]["image"])["pixel_values"]
             self.canvases[position] = (image_processor.unnormalize(pixel_values)[0] * 255).round()
             columns = texts[indices]
@@ -95,9 +95,9 @@ class CaptionedImages(torch.utils.data.Dataset):
 
 
 def list_objects(objects: list[dict], rng: random.Random) -> str:
-    """A caption such as "a small red star and a large blue circle", of some of a scene's objects."""
-    told = rng.sample(objects, rng.randint(1, min(len(objects), MAX_OBJECTS_TOLD)))
-    return " and ".join(f"a {item['size']} {item['color']} {item['shape']}" for item in told)
+    """A caption of some objects of a scene, such as "a small red star and a large blue circle"."""
+    listed = rng.sample(objects, rng.randint(1, min(len(objects), MAX_OBJECTS_IN_LIST)))
+    return " and ".join(f"a {item['size']} {item['color']} {item['shape']}" for item in listed)
 
 
 def name_object(item: dict, rng: random.Random) -> str:
@@ -109,10 +109,11 @@ def name_object(item: dict, rng: random.Random) -> str:
 
 class ContrastiveModel(nn.Module):
     """
-    CLIP's loss for images with sentences and expressions, as a model that the `Trainer` can train; and for phrases,
-    which name one thing, the same loss with the patch that is most like them in place of the whole image: otherwise
-    nothing would make patches point. That score is the softmax-weighted mean over patches, as in PACL (Mukhoti et al.
-    2023, "Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning").
+    A CLIP with its loss, as a model that `Trainer` can train. Captions and expressions are compared with whole images.
+    Phrases, each of which names one thing, are compared with the patches that resemble them most, because otherwise
+    nothing would teach the patches to show where a thing is. An image's score for a phrase is the mean of its patches'
+    scores, weighted by their softmax, as in PACL (Mukhoti et al. 2023, "Open Vocabulary Semantic Segmentation with
+    Patch Aligned Contrastive Learning").
     """
 
     def __init__(self, clip: CLIP, patch_temperature: float = 0.05):
@@ -120,7 +121,10 @@ class ContrastiveModel(nn.Module):
         self.clip, self.patch_temperature = clip, patch_temperature
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`pixel_values` (B, 3, S, S) normalised; `input_ids` (3, B, L): sentence, phrase and expression."""
+        """
+        The loss of normalised `pixel_values` (B, 3, S, S) and of `input_ids` (3, B, L), which are a caption, a phrase
+        and an expression of each image.
+        """
         pooled, patches = pooled_and_patches(self.clip.visual, pixel_values)
         image_embeds = nn.functional.normalize(pooled.float(), dim=-1)
         patch_embeds = nn.functional.normalize(patches.float(), dim=-1).flatten(1, 2)
@@ -128,18 +132,20 @@ class ContrastiveModel(nn.Module):
         sentences, phrases, expressions = text_embeds.unflatten(0, input_ids.shape[:2])
         per_patch = torch.einsum("bve,ne->bnv", patch_embeds, phrases)
         by_patch = (per_patch * (per_patch / self.patch_temperature).softmax(-1)).sum(-1)
-        scale = self.clip.logit_scale.exp().clamp(max=100)  # CLIP's own bound
+        scale = self.clip.logit_scale.exp().clamp(max=100)  # the bound that CLIP was trained with
         similarities = (image_embeds @ sentences.T, image_embeds @ expressions.T, by_patch)
         return {"loss": torch.stack([contrastive_loss(scale * similarity) for similarity in similarities]).mean()}
 
 
 def contrastive_loss(logits: torch.Tensor) -> torch.Tensor:
-    """InfoNCE in both directions (CLIP); `logits` (B, B), matching pairs on the diagonal."""
+    """CLIP's loss, InfoNCE in both directions, of `logits` (B, B) with matching pairs on the diagonal."""
     target = torch.arange(len(logits), device=logits.device)
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
 
 class CaptionCollator:
+    """Makes the inputs of [`ContrastiveModel`] from items of [`CaptionedImages`]."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int, image_size: int):
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
 
@@ -158,14 +164,15 @@ class CaptionCollator:
 
 
 def preprocess(canvases: torch.Tensor, image_size: int) -> torch.Tensor:
-    """As `ClipTeacher` does it: the whole canvas at the teacher's resolution, CLIP's mean and deviation."""
+    """Resizes and normalises canvases as `ClipTeacher` will do it, with CLIP's mean and standard deviation."""
     pixels = nn.functional.interpolate(canvases / 255, (image_size, image_size), mode="bicubic", antialias=True)
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD])[..., None, None]
-    return ((pixels.clamp(0, 1) - mean) / std).contiguous(memory_format=torch.channels_last)  # faster convolutions
+    # Convolutions are faster in this memory format.
+    return ((pixels.clamp(0, 1) - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def save_teacher(clip: CLIP, model_config: dict, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The folder that open_clip calls `local-dir:`; weights in float16, half the size."""
+    """Writes a folder for open_clip's `local-dir:`. Weights are rounded to float16, which halves their size."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
@@ -181,8 +188,8 @@ def save_teacher(clip: CLIP, model_config: dict, tokenizer: PreTrainedTokenizerB
 @torch.no_grad()
 def evaluate_teacher(teacher: ClipTeacher, images: CaptionedImages, dataset: Dataset) -> dict[str, float]:
     """
-    Image-text retrieval among all images of a split, one caption each, and how often the patch that is most like an
-    expression lies in its box. Only this evaluation reads boxes.
+    Image-text retrieval among all images of a split, with one text for each, and how often the patch that resembles an
+    expression most is in its box. Only this evaluation reads boxes.
     """
     batches = torch.arange(len(images)).split(100)
     encoded = [teacher.encode_images(images.canvases[batch] / 255) for batch in batches]
@@ -201,7 +208,7 @@ def evaluate_teacher(teacher: ClipTeacher, images: CaptionedImages, dataset: Dat
 def pointing_accuracy(
     teacher: ClipTeacher, patch_embeds: torch.Tensor, images: CaptionedImages, dataset: Dataset
 ) -> dict[str, float]:
-    """Share of expressions whose best patch has its centre in the box; what a patch at random reaches beside it."""
+    """How many expressions have their best patch's centre in the box, and how many would with a random patch."""
     image_processor = EpmVGImageProcessor(size={"height": (side := images.canvases.shape[-1]), "width": side})
     groups = ImageGroups(dataset)
     index = torch.empty(len(dataset), dtype=torch.long)
@@ -230,7 +237,7 @@ def main() -> None:
         (TeacherArguments, TrainingArguments), __doc__, CONFIGS / "shapes.yaml", sys.argv[1:]
     )
     if training_arguments.world_size > 1:
-        raise ValueError("train_teacher.py runs on one process: its contrast sees one process's batch")
+        raise ValueError("train_teacher.py runs in one process only: its loss compares the pairs within one batch")
     logging.basicConfig(level=logging.INFO)
     set_seed(training_arguments.seed)
     model_config = json.loads(config_file(teacher_arguments.config_name, CONFIGS).read_text())

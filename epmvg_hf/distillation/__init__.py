@@ -1,5 +1,5 @@
 """
-The CLIP teacher, what it computes, where that is kept, and the terms of the loss that it brings.
+The CLIP teacher: loading it, caching its embeddings, and the loss terms that compare the student with it.
 
 May use `model`, `data` and `utils`.
 """

@@ -1,4 +1,4 @@
-"""A frozen CLIP, whose image-text space the student is taught; needed in training only."""
+"""The teacher, a frozen CLIP, whose shared space of images and texts is taught to the student in training."""
 
 import hashlib
 import json
@@ -11,20 +11,20 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..utils import needs_extra
-from .patch_embeddings import embeds_of, pooled_and_patches
-from .teacher_sources import build_clip, find_source, load_tokenizer, without_folders
+from .patch_embeddings import patch_embedder, pooled_and_patches
 
 if TYPE_CHECKING:
     from open_clip import CLIP, CoCa, CustomTextCLIP, HFTokenizer, SimpleTokenizer
 
-# Part of every fingerprint: to be raised when the same weights and pixels are to give other embeddings.
+# Part of every fingerprint, and so of every cache. Raise it when a change of the code changes the embeddings that the
+# same weights give for the same pixels and texts.
 _OUTPUTS_VERSION = 1
 
 
 @dataclass
 class TeacherOutput(ModelOutput):
     """
-    Outputs of [`ClipTeacher`] for B images and N expressions, all in one space of `e` dimensions, all of length 1.
+    Outputs of [`ClipTeacher`] for B images and N expressions: unit vectors in one space of `e` dimensions.
 
     Args:
         image_embeds (`torch.FloatTensor` of shape `(B, e)`):
@@ -32,7 +32,8 @@ class TeacherOutput(ModelOutput):
         text_embeds (`torch.FloatTensor` of shape `(N, e)`):
             One embedding per expression.
         patch_embeds (`torch.FloatTensor` of shape `(B, grid_height, grid_width, e)`, *optional*):
-            One embedding per cell of the teacher's grid, which covers the whole canvas; only with `output_patches`.
+            One embedding per cell of the teacher's grid, which covers the whole canvas, padding included. Returned
+            with `output_patches=True`.
 
     Example:
 
@@ -46,31 +47,32 @@ class TeacherOutput(ModelOutput):
     """
 
     image_embeds: torch.Tensor
-    text_embeds: torch.Tensor = None  # type: ignore[assignment] # always there; ModelOutput wants defaults but for one
+    # Always given, but ModelOutput allows only one field without a default.
+    text_embeds: torch.Tensor = None  # type: ignore[assignment]
     patch_embeds: torch.Tensor | None = None
 
 
 class ClipTeacher(nn.Module):
     """
-    A frozen open_clip model that embeds images, their patches, and expressions in one space. It has its own
-    resolution, mean, standard deviation and tokenizer, and wants pixels and strings. It never trains: `train()` has no
-    effect, nothing has a gradient. It computes in the dtype of its weights, or in the caller's autocast, and returns
-    float32.
+    A frozen open_clip model that embeds images, their patches, and expressions in one space. Its resolution, mean,
+    standard deviation and tokenizer need not be those of the student: it takes pixels in [0, 1] and strings, and
+    prepares both itself. It never trains: `train()` has no effect, and no output has a gradient. It computes in the
+    dtype of its weights, or under the caller's autocast, and returns float32.
 
     Usually made with [`~ClipTeacher.from_pretrained`].
 
     Args:
         clip (`open_clip.CLIP`, `open_clip.CustomTextCLIP` or `open_clip.CoCa`):
-            The model with its weights and its preprocessing, as `open_clip.create_model` gives it.
+            The model with its weights and preprocessing, as `open_clip.create_model` returns it.
         tokenizer (`open_clip.SimpleTokenizer` or `open_clip.HFTokenizer`):
-            The tokenizer that open_clip has for this model.
+            The model's tokenizer, as `open_clip.get_tokenizer` returns it.
         model_config (`dict`):
             The model's open_clip configuration.
         name (`str`, *optional*):
-            What model cards call it.
+            The name that model cards give it.
 
     Attributes:
-        name (`str` or `None`): what it was loaded by, such as `"ViT-B-32 openai"`; of paths only the last name.
+        name (`str` or `None`): what it was loaded from, such as `"ViT-B-32 openai"`, without the folders of a path.
         embed_dim (`int`): dimensions of the image-text space.
         image_size (`int`): side of the teacher's square input in pixels.
 
@@ -105,7 +107,7 @@ class ClipTeacher(nn.Module):
         size = preprocess["size"]
         height, width = (size, size) if isinstance(size, int) else size
         if height != width:
-            raise ValueError(f"a teacher must see squares, as the student's canvas is one, not {height} x {width}.")
+            raise ValueError(f"a teacher must take square images, like the student's canvas, not {height} x {width}.")
 
         self.clip = clip
         self.tokenizer = tokenizer
@@ -115,9 +117,9 @@ class ClipTeacher(nn.Module):
         self.image_size = height
         self.image_mean = tuple(map(float, preprocess["mean"]))
         self.image_std = tuple(map(float, preprocess["std"]))
-        # Anything but "bilinear" is bicubic in open_clip, "random" included.
+        # open_clip resizes bicubically unless it is told "bilinear", even when it is told "random".
         self.interpolation = "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"
-        # Several times as fast for a ResNet in bfloat16 on a CPU, the same for a ViT.
+        # On a CPU in bfloat16 this makes a ResNet several times as fast; to a ViT it makes no difference.
         self.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
@@ -125,36 +127,37 @@ class ClipTeacher(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str, pretrained: str | None = None, cache_dir: str | None = None) -> "ClipTeacher":
         """
-        Loads a teacher with all of its weights, or raises. No file can make it run code: weights are `.safetensors`,
-        or `.pt`, `.pth` and `.bin` that hold nothing but tensors.
+        Loads a teacher with all of its weights, or raises an error: no weight is ever left random. Nothing in a file
+        is executed: weights are `.safetensors` files, or `.pt`, `.pth` or `.bin` files that hold only tensors.
 
         Args:
             name (`str`):
-                - an architecture that open_clip knows, such as `"ViT-B-32"`,
-                - the path of a `.json` file with an open_clip model configuration (`embed_dim`, `vision_cfg`,
-                  `text_cfg`, or these within `model_cfg`, beside a `preprocess_cfg`),
-                - `"local-dir:/a/folder"` with `open_clip_config.json` and the weights, and, where the configuration
-                  names a Hugging Face tokenizer, that tokenizer,
-                - `"hf-hub:organization/repository"`, a Hub repository of that content, or
+                One of:
+                - an architecture that open_clip knows, such as `"ViT-B-32"`;
+                - the path of a `.json` file with an open_clip model configuration: either `embed_dim`, `vision_cfg`
+                  and `text_cfg`, or a `model_cfg` with these and a `preprocess_cfg`;
+                - `"local-dir:/a/folder"`, a folder with such an `open_clip_config.json`, the weights and, if the
+                  configuration names a Hugging Face tokenizer, a tokenizer;
+                - `"hf-hub:organization/repository"`, a Hub repository with these files;
                 - `"transformers:/a/folder"` or `"transformers:organization/repository"`, a folder or Hub repository
-                  with a `CLIPModel` of transformers (`config.json` of the `model_type` `"clip"`, and the weights), its
-                  tokenizer and its image processor, such as `"transformers:openai/clip-vit-base-patch32"`. It is
-                  converted to the `open_clip.CLIP` that gives the same embeddings.
+                  with a `CLIPModel` of transformers, its tokenizer and its image processor, such as
+                  `"transformers:openai/clip-vit-base-patch32"`. The model is converted to the `open_clip.CLIP` that
+                  gives the same embeddings.
             pretrained (`str`, *optional*):
-                For an architecture one of open_clip's tags, such as `"openai"`, or the path of a file of weights; for
-                a `.json` file such a path. A folder or repository has its own weights. A tag also decides between
-                GELU and QuickGELU; with a path the architecture must be the right one (`"ViT-B-32-quickgelu"`).
-                Position tables of another resolution are resampled, by open_clip.
+                The weights of an architecture, either one of open_clip's tags, such as `"openai"`, or the path of a
+                file; for a `.json` file the path of a file. Folders and repositories have weights of their own. A tag
+                also decides between GELU and QuickGELU; with a file, the name of the architecture decides
+                (`"ViT-B-32-quickgelu"`). open_clip resamples position embeddings of another resolution.
             cache_dir (`str`, *optional*):
                 Where downloads are kept. Defaults to the cache of `huggingface_hub`.
 
         Raises:
             `ImportError`: open_clip is not installed.
             `FileNotFoundError`: A file or folder is missing.
-            `OSError`: A download failed, or after `"transformers:"` a file is neither in the folder nor on the Hub.
-            `ValueError`: A name or tag is unknown, `pretrained` is missing or one too many, a file is not what it
-                should be or would have to run code, its tensors are not exactly those of the model, or open_clip has
-                no such `CLIPModel`.
+            `OSError`: A download failed, or `"transformers:"` names neither a folder nor a Hub repository.
+            `ValueError`: The name or tag is unknown, `pretrained` is missing or not allowed, a file is malformed or
+                holds code, the tensors are not exactly those of the model, the tokenizer does not fit it, or open_clip
+                has no equivalent of the `CLIPModel`.
 
         Example:
 
@@ -167,15 +170,15 @@ class ClipTeacher(nn.Module):
         ```
         """
         with needs_extra("ClipTeacher", "teacher"):
-            import open_clip  # noqa: F401
+            from .teacher_sources import load_clip, name_for_cards
 
-        source = find_source(name, pretrained, cache_dir)
-        shown = " ".join(without_folders(part) for part in (name, pretrained) if part is not None)
-        return cls(build_clip(source, name), load_tokenizer(source, name), source.model_config, shown)
+        clip, tokenizer, model_config = load_clip(name, pretrained, cache_dir)
+        shown = " ".join(name_for_cards(part) for part in (name, pretrained) if part is not None)
+        return cls(clip, tokenizer, model_config, shown)
 
     def train(self, mode: bool = True) -> "ClipTeacher":
         """
-        Stays in evaluation mode, also when a module that holds it is set to training.
+        Stays in evaluation mode, also when a module that contains the teacher is set to training.
 
         Example:
 
@@ -194,7 +197,7 @@ class ClipTeacher(nn.Module):
             pixel_values (`torch.FloatTensor` of shape `(B, 3, S, S)`):
                 See [`~ClipTeacher.encode_images`].
             expressions (`list[str]`):
-                N expressions, in the order of the caller's `image_index`, which the teacher need not know.
+                N expressions in any order: the teacher does not need to know which image each of them is about.
             output_patches (`bool`, *optional*, defaults to `True`):
                 Whether to return `patch_embeds`.
 
@@ -214,9 +217,7 @@ class ClipTeacher(nn.Module):
         ```
         """
         image_embeds, patch_embeds = self.encode_images(pixel_values, output_patches)
-        return TeacherOutput(
-            image_embeds=image_embeds, text_embeds=self.encode_texts(expressions), patch_embeds=patch_embeds
-        )
+        return TeacherOutput(image_embeds, self.encode_texts(expressions), patch_embeds)
 
     @torch.no_grad()
     def encode_images(
@@ -225,18 +226,17 @@ class ClipTeacher(nn.Module):
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, S, S)`):
-                RGB in [0, 1]: the student's canvas, letterbox padding and augmentation included, *before* the
-                student's normalisation. S need not be `image_size`.
+                RGB in [0, 1]: the student's canvas, with its padding and augmentation, *before* the student's
+                normalisation. S need not be `image_size`.
             output_patches (`bool`, *optional*, defaults to `True`):
-                Whether to return patch embeddings, which not every vision tower has.
+                Whether to return patch embeddings, which only some vision towers have (see `has_patches`).
 
         Returns:
-            `tuple`: `image_embeds` `(B, e)`, as `encode_image` of open_clip gives them, and `patch_embeds`
-            `(B, grid_height, grid_width, e)` or `None`.
+            `tuple`: `image_embeds` `(B, e)`, the normalised embeddings of open_clip's `encode_image`, and
+            `patch_embeds` `(B, grid_height, grid_width, e)` or `None`.
 
         Raises:
-            `ValueError`: The pixels are no such canvas, or patches of this vision tower are not known to lie in the
-                image-text space.
+            `ValueError`: The pixels have another shape or range, or the vision tower has no patch embeddings.
 
         Example:
 
@@ -258,13 +258,13 @@ class ClipTeacher(nn.Module):
     def encode_texts(self, expressions: list[str]) -> torch.Tensor:
         """
         Args:
-            expressions (`list[str]`): N expressions, of which equal ones are computed once; N may be 0.
+            expressions (`list[str]`): N expressions; N may be 0. Equal expressions are computed once.
 
         Returns:
-            `torch.FloatTensor` of shape `(N, e)`: `text_embeds`, of length 1.
+            `torch.FloatTensor` of shape `(N, e)`: unit vectors.
 
         Raises:
-            `ValueError`: It is one string, not a list.
+            `ValueError`: `expressions` is a string, not a list.
 
         Example:
 
@@ -287,7 +287,7 @@ class ClipTeacher(nn.Module):
     @property
     def has_patches(self) -> bool:
         """
-        Whether patch embeddings are known for the vision tower, see [`~patch_embeddings.pooled_and_patches`].
+        Whether this vision tower has patch embeddings, see [`~patch_embeddings.pooled_and_patches`].
 
         Example:
 
@@ -296,13 +296,13 @@ class ClipTeacher(nn.Module):
         True
         ```
         """
-        return embeds_of(self.clip.visual) is not None
+        return patch_embedder(self.clip.visual) is not None
 
     @cached_property
     def fingerprint(self) -> str:
         """
-        SHA-256, in hexadecimal, of all that decides the outputs: weights, model configuration, preprocessing and
-        tokenizer. Taken when first asked for; a later change, of the dtype for one, is not seen.
+        SHA-256, in hexadecimal, of everything that decides the outputs: weights, model configuration, preprocessing
+        and tokenizer. It is computed once, so a later change, for example of the dtype, does not change it.
 
         Example:
 
@@ -325,20 +325,20 @@ class ClipTeacher(nn.Module):
 
     def _preprocess(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        The canvas `(B, 3, S, S)` at the teacher's resolution, normalised with its mean and standard deviation. Unlike
-        open_clip's own transform it crops nothing: a crop would cut away what an expression means, and the cells of
-        the teacher's grid would not lie over those of the student's.
+        The canvas `(B, 3, S, S)` at the teacher's resolution, normalised with its mean and standard deviation.
+        open_clip's own transform would crop it: that could remove what an expression refers to, and the cells of the
+        teacher's grid would no longer cover those of the student's.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[2] != pixel_values.shape[3]:
             raise ValueError(f"pixel_values must have the shape (B, 3, S, S), not {tuple(pixel_values.shape)}.")
-        # In float32 whatever the weights are: rounding the pixels would cost more than the time it saves.
+        # In float32 whatever the dtype of the weights: rounded pixels cost more accuracy than the time is worth.
         pixels = pixel_values.float()
         low, high = (extreme.item() for extreme in pixels.aminmax())
-        # Normalised pixels, or bytes, would give plausible and wrong embeddings. The margin is for a caller who
-        # undoes a normalisation in bfloat16.
+        # Normalised pixels or bytes would give plausible, wrong embeddings. The margin is for callers who undo the
+        # student's normalisation in bfloat16.
         if not (low >= -0.02 and high <= 1.02):
             raise ValueError(
-                f"pixel_values must lie in [0, 1], not yet normalised, and these go from {low:.3g} to {high:.3g}."
+                f"pixel_values must be in [0, 1], not yet normalised, but these go from {low:.3g} to {high:.3g}."
             )
         size = (self.image_size, self.image_size)
         if pixels.shape[2:] != size:
@@ -351,7 +351,7 @@ class ClipTeacher(nn.Module):
 
 
 def _tokenizer_content(tokenizer: "SimpleTokenizer | HFTokenizer") -> dict[str, Any]:
-    """What decides which tokens a text becomes, apart from the options in the model configuration."""
+    """What decides, together with the model configuration, which tokens a text becomes."""
     from open_clip import SimpleTokenizer
 
     if isinstance(tokenizer, SimpleTokenizer):
@@ -359,11 +359,11 @@ def _tokenizer_content(tokenizer: "SimpleTokenizer | HFTokenizer") -> dict[str, 
     inner = tokenizer.tokenizer
     if not inner.is_fast:
         return inner.get_vocab()
-    # Truncation and padding are those of the last call.
+    # These two are left over from the last call.
     content = json.loads(inner.backend_tokenizer.to_str())
     return {key: value for key, value in content.items() if key not in ("truncation", "padding")}
 
 
 def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    """Embeddings of length 1, to float32's precision even if they come from a lower one."""
+    """Embeddings scaled to length 1, in float32 so that bfloat16 embeddings also have it exactly."""
     return nn.functional.normalize(embeds.float(), dim=-1)

@@ -1,4 +1,4 @@
-"""A CLIP of transformers, as the configuration and tensors of the open_clip model that gives the same embeddings."""
+"""Converts a `CLIPModel` of transformers to the open_clip model that gives the same embeddings."""
 
 import pickle
 import textwrap
@@ -13,7 +13,7 @@ from ..utils import in_short
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, CLIPConfig
 
-# Parts of transformers' tensor names (transformers: modeling_clip.py) and what open_clip calls them.
+# Parts of the tensor names in transformers (modeling_clip.py), and what open_clip calls them.
 _RENAMED = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.": "visual.conv1.",
@@ -34,13 +34,13 @@ _RENAMED = {
     ".mlp.fc2.": ".mlp.c_proj.",
 }
 
-# Buffers of 0, 1, 2, ... that older versions of transformers save.
+# Buffers that count 0, 1, 2, ..., which older versions of transformers saved with the weights.
 _UNUSED = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
 
-# That of all of open_clip's layer norms.
+# open_clip creates every layer norm with PyTorch's default epsilon and has no setting for it.
 _LAYER_NORM_EPS = 1e-5
 
-# Pillow's numbers, in preprocessor_config.json, and the names of a teacher.
+# preprocessor_config.json has Pillow's number of a filter, open_clip its name.
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
 
@@ -48,8 +48,8 @@ def load_transformers_clip(
     name: str, cache_dir: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
     """
-    Reads a CLIP with all of its weights, in float32, or raises. No file can make it run code. The tokenizer is not
-    read.
+    Reads a `CLIPModel` with all of its weights, in float32, or raises an error. Nothing in a file is executed. The
+    tokenizer is left to the caller.
 
     Args:
         name (`str`): a folder or Hub repository that `CLIPModel.from_pretrained` can load.
@@ -60,7 +60,8 @@ def load_transformers_clip(
 
     Raises:
         `OSError`: A file is missing or a download failed.
-        `ValueError`: It is no CLIP, open_clip has no such CLIP, or its tensors are not exactly those of the model.
+        `ValueError`: It is not a `CLIPModel`, open_clip has no equivalent of it, or the tensors are not exactly those
+            of the model.
 
     Example:
 
@@ -76,53 +77,54 @@ def load_transformers_clip(
 
     with _reading("configuration", name):
         settings, _ = CLIPConfig.get_config_dict(name, cache_dir=cache_dir)
-    # Of neither would transformers do more than warn: it takes default values for what is not there.
+    # In both cases transformers would go on with default values after a warning, or without one.
     if not settings:
         raise FileNotFoundError(f"there is no config.json in {name}.")
     if settings.get("model_type") != "clip":
         raise ValueError(f'transformers:{name} must have the model_type "clip", not {settings.get("model_type")!r}.')
     with _reading("configuration", name):
         config = CLIPConfig.from_dict(settings)
-    model_config = open_clip_config(config)
+    model_config = _convert_config(config)
 
     with _reading("preprocessing", name):
         image_processor = AutoImageProcessor.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
-    preprocess = open_clip_preprocess(image_processor)
+    preprocess = _convert_preprocess(image_processor)
 
-    # As in `_build`, the student's random numbers stay untouched, even where missing tensors are drawn.
+    # transformers draws missing tensors at random before it reports them. That must not use up the random numbers
+    # that the student is initialised with.
     with _reading("weights", name), torch.random.fork_rng(devices=[]):
         model, report = CLIPModel.from_pretrained(
             name,
             config=config,
             cache_dir=cache_dir,
-            # Not the configuration's, which may be less precise than the file.
+            # The configuration may name a dtype that is less precise than the file.
             dtype=torch.float32,
             weights_only=True,
-            # The configuration could name another, whose code would be downloaded.
+            # The configuration may name another implementation, whose kernel would be downloaded and executed.
             attn_implementation="eager",
-            # Reported with the others.
+            # So that wrong shapes are in the report, with everything else that is wrong.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    wrong = {
+    problems = {
         "missing": report["missing_keys"],
         "unexpected": report["unexpected_keys"],
         "of another shape": {key for key, *_ in report["mismatched_keys"]},
     }
-    if any(wrong.values()):
-        told = "; ".join(f"{kind}: {', '.join(sorted(keys))}" for kind, keys in wrong.items() if keys)
-        told = textwrap.shorten(told, 400, placeholder=" ...")
-        raise ValueError(f"transformers:{name} does not hold the tensors of its model ({told}).")
-    return model_config, preprocess, open_clip_state_dict(model.state_dict())
+    if any(problems.values()):
+        details = "; ".join(f"{kind}: {', '.join(sorted(keys))}" for kind, keys in problems.items() if keys)
+        details = textwrap.shorten(details, 400, placeholder=" ...")
+        raise ValueError(f"transformers:{name} does not hold the tensors of its model ({details}).")
+    return model_config, preprocess, _convert_state_dict(model.state_dict())
 
 
-def open_clip_config(config: "CLIPConfig") -> dict[str, Any]:
+def _convert_config(config: "CLIPConfig") -> dict[str, Any]:
     """
-    The configuration of the `open_clip.CLIP` that computes what the `CLIPModel` of this configuration does (open_clip:
-    model.py, transformer.py).
+    The configuration of the `open_clip.CLIP` (open_clip: model.py, transformer.py) that computes the same as the
+    `CLIPModel` with this configuration.
 
     Raises:
-        `ValueError`: open_clip has no such CLIP.
+        `ValueError`: open_clip has no equivalent model.
     """
     text, vision = config.text_config, config.vision_config
     if config.to_dict().get("quantization_config"):
@@ -130,7 +132,7 @@ def open_clip_config(config: "CLIPConfig") -> dict[str, Any]:
     for tower, settings in (("text", text), ("vision", vision)):
         if settings.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(
-                f'hidden_act of the {tower} tower must be "quick_gelu" or "gelu", as open_clip has no other, not '
+                f'hidden_act of the {tower} tower must be "quick_gelu" or "gelu", which open_clip has, not '
                 f"{settings.hidden_act!r}."
             )
         if settings.layer_norm_eps != _LAYER_NORM_EPS:
@@ -140,12 +142,13 @@ def open_clip_config(config: "CLIPConfig") -> dict[str, Any]:
             )
     if text.hidden_act != vision.hidden_act:
         raise ValueError(
-            f"hidden_act must be one for both towers, as in open_clip, not {text.hidden_act!r} for text and "
+            f"hidden_act must be the same for both towers, as in open_clip, not {text.hidden_act!r} for text and "
             f"{vision.hidden_act!r} for vision."
         )
     if not isinstance(text.eos_token_id, int):
         raise ValueError(f"eos_token_id of the text tower must be one token, not {text.eos_token_id}.")
-    # As in CLIPTextModel: 2 stands in configurations from before it was looked at.
+    # CLIPTextModel ignored eos_token_id at first, and configurations of that time hold a wrong 2. For them it still
+    # pools the token with the highest id.
     pooling = {"pool_type": "argmax"} if text.eos_token_id == 2 else {"pool_type": "eos", "eos_id": text.eos_token_id}
     return {
         "embed_dim": config.projection_dim,
@@ -170,18 +173,20 @@ def open_clip_config(config: "CLIPConfig") -> dict[str, Any]:
     }
 
 
-def open_clip_preprocess(image_processor: "BaseImageProcessor") -> dict[str, Any]:
+def _convert_preprocess(image_processor: "BaseImageProcessor") -> dict[str, Any]:
     """
-    `mean`, `std` and `interpolation` of an image processor. Its sizes are not looked at: a teacher resizes whole
-    canvases to the resolution of its vision tower.
+    `mean`, `std` and `interpolation` of an image processor. Its sizes are ignored: a teacher resizes whole canvases to
+    the resolution of its vision tower.
 
     Raises:
-        `ValueError`: A teacher cannot prepare images like this.
+        `ValueError`: A teacher cannot prepare images in this way.
     """
     if not (image_processor.do_rescale and abs(255 * image_processor.rescale_factor - 1) < 1e-3):
-        raise ValueError("the image processor must bring pixels to [0, 1], with do_rescale and rescale_factor 1/255.")
+        raise ValueError(
+            "the image processor must scale pixels to [0, 1], by do_rescale and a rescale_factor of 1/255."
+        )
     if not image_processor.do_normalize:
-        raise ValueError("the image processor must normalise pixels, with do_normalize, image_mean and image_std.")
+        raise ValueError("the image processor must normalise pixels, by do_normalize, image_mean and image_std.")
     if image_processor.resample not in _INTERPOLATIONS:
         raise ValueError(
             f"resample of the image processor must be 2 (bilinear) or 3 (bicubic), not {image_processor.resample}."
@@ -193,49 +198,41 @@ def open_clip_preprocess(image_processor: "BaseImageProcessor") -> dict[str, Any
     }
 
 
-def open_clip_state_dict(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    The state dict of a `CLIPModel` as that of an `open_clip.CLIP`. What it does not know keeps its name, so that a
-    strict `load_state_dict` finds it.
-
-    Raises:
-        `ValueError`: A tensor that is a part of one in open_clip is missing.
-    """
+def _convert_state_dict(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The complete state dict of a `CLIPModel` as that of an `open_clip.CLIP`."""
     converted = {}
     for name, tensor in tensors.items():
         if name in _UNUSED:
             continue
-        for theirs, ours in _RENAMED.items():
-            name = name.replace(theirs, ours)
+        for part, renamed in _RENAMED.items():
+            name = name.replace(part, renamed)
         converted[name] = tensor
-    try:
-        for name in [name for name in converted if ".attn.q_proj." in name]:
-            # One matrix and one bias for all three.
-            parts = [converted.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-            converted[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-        for name in ("visual.proj", "text_projection"):
-            # open_clip multiplies by these from the right.
-            converted[name] = converted[name].T
-    except KeyError as error:
-        raise ValueError(f"these are not the tensors of a CLIPModel: there is none for {error}.") from error
+    for name in [name for name in converted if ".attn.q_proj." in name]:
+        # open_clip has one matrix, and one bias, for queries, keys and values.
+        parts = [converted.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        converted[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    for name in ("visual.proj", "text_projection"):
+        # A linear layer multiplies by the transpose of its weight, open_clip by these matrices themselves.
+        converted[name] = converted[name].T
     return converted
 
 
 def _mlp_ratio(intermediate_size: int, hidden_size: int) -> float:
-    # open_clip rounds ratio times width down, and 49 * (1 / 49) is less than 1. A half is far from both sides.
+    # open_clip computes int(width * ratio), which a rounding error of the exact ratio may make one less. Half a unit
+    # more is far from either neighbour. The exact ratio is kept where it works, since it is part of fingerprints.
     exact = intermediate_size / hidden_size
     return exact if int(hidden_size * exact) == intermediate_size else (intermediate_size + 0.5) / hidden_size
 
 
 @contextmanager
 def _reading(what: str, name: str) -> Iterator[None]:
-    """Says what was being read when anything went wrong, in one line."""
+    """Around reading a part of a model: any error becomes one sentence that says what was being read."""
     try:
         yield
-    except pickle.UnpicklingError as error:  # whose own message would tell how to run the code
+    except pickle.UnpicklingError as error:  # torch's own message would tell how to run the code
         raise ValueError(
             f"the {what} of transformers:{name} hold more than tensors, such as code, and are not loaded."
         ) from error
-    except Exception as error:  # files can be missing or wrong in any way
+    except Exception as error:  # files can be missing or malformed in many ways
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"the {what} of transformers:{name} could not be loaded: {in_short(error)}") from error

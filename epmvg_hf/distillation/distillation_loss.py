@@ -1,14 +1,17 @@
 """The teacher's terms of a training step, over the batch of all processes."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
 from ..model.losses import has_box, map_loss
 from ..model.modeling_epmvg import EpmVGGroundingOutput
 from .clip_teacher import TeacherOutput
 from .losses import feature_loss, relation_loss, teacher_map_target
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,27 @@ class DistillationWeights:
         """Whether any term needs the student's projections to the teacher's image-text space."""
         return self.relation + self.feature > 0
 
+    @property
+    def teaches(self) -> bool:
+        """Whether any term has a weight, so that a teacher is needed."""
+        return self.compares_embeddings or self.teacher_map > 0
+
 
 @dataclass
 class DistillationLoss:
     """
     Our reading of EpmVG: [`~losses.relation_loss`] and [`~losses.feature_loss`] teach the two backbones the teacher's
-    image-text space, [`~losses.map_loss`] its patch-text map to the student's similarities before fusion. None of the
-    terms needs a box.
+    image-text space, and [`~losses.map_loss`] teaches its patch-text map to the student's similarities before fusion.
+    No term needs a box.
 
-    The teacher compares each patch by itself with the words: it cannot tell the leftmost circle from the others.
-    Taught to the whole consistency map, its map teaches the student to overlook such words; before fusion it leaves
-    them to what fusion adds, which learns from boxes.
+    The map is taught before fusion because the teacher compares each patch with the words by itself: it cannot tell
+    the leftmost circle from the others. A student that is taught this map for its final consistency map learns to
+    overlook such words. Taught before fusion, the map leaves them to what fusion adds, which learns from boxes.
 
-    The relation loss compares all images with all expressions of all processes. Each process computes it from
-    everybody's embeddings, of which its own carry the gradient: summed over processes that is the gradient of one
-    process with the whole batch. The wrappers (DDP, FSDP, DeepSpeed) average gradients instead, so the terms come
-    multiplied by the number of processes.
+    The relation loss compares all images with all expressions of all processes. Each process computes it from the
+    embeddings of all, of which only its own carry a gradient. The sum of these gradients over the processes is the
+    gradient that one process with the whole batch would have. DDP, FSDP and DeepSpeed average gradients instead of
+    summing them, so these terms are multiplied by the number of processes.
 
     Args:
         weights ([`DistillationWeights`]): weights and temperatures.
@@ -61,7 +69,7 @@ class DistillationLoss:
     """
 
     weights: DistillationWeights
-    accelerator: Accelerator
+    accelerator: "Accelerator"
 
     def __call__(
         self,
@@ -86,48 +94,65 @@ class DistillationLoss:
             each with the number of this process's expressions that it speaks for: `loss_relation`, `loss_feature`
             (both over all processes) and `loss_teacher_map` (of this process).
         """
-        weights, terms = self.weights, {}
+        weights = self.weights
         total = torch.zeros((), device=image_index.device)
+        terms: dict[str, tuple[torch.Tensor, int]] = {}
         if weights.compares_embeddings:
-            # The model has teacher_projection_dim.
-            assert outputs.image_embeds is not None and outputs.text_embeds is not None
-            images = self._gather(outputs.image_embeds, teacher.image_embeds)
-            expressions = self._gather(outputs.text_embeds, teacher.text_embeds)
-            embeds = (images[0], expressions[0], images[1], expressions[1])
-            # Accumulated batches share the step by their expressions.
-            share = len(expressions[0]) / num_expressions
-            if weights.relation > 0:
-                term = relation_loss(*embeds, weights.student_temperature, weights.teacher_temperature)
-                term = self._summed_over_processes(term)
-                terms["loss_relation"] = (term, len(image_index))
-                total = total + weights.relation * share * term
-            if weights.feature > 0:
-                term = self._summed_over_processes(feature_loss(*embeds))
-                terms["loss_feature"] = (term, len(image_index))
-                total = total + weights.feature * share * term
+            relation, feature, batch_expressions = self._embedding_terms(outputs, teacher)
+            # The accumulated batches of a step share it by their numbers of expressions.
+            share = batch_expressions / num_expressions
+            for name, weight, term in (
+                ("loss_relation", weights.relation, relation),
+                ("loss_feature", weights.feature, feature),
+            ):
+                if term is not None:
+                    terms[name] = (term, len(image_index))
+                    total = total + weight * share * term
         if weights.teacher_map > 0:
-            assert outputs.visual_mask is not None and outputs.similarity_map is not None
-            assert teacher.patch_embeds is not None  # output_patches
-            mask = outputs.visual_mask[image_index].bool()
-            target = teacher_map_target(
-                teacher.patch_embeds, teacher.text_embeds, image_index, mask, weights.map_temperature
-            )
-            rows = torch.ones_like(image_index, dtype=torch.bool)
-            if weights.teacher_map_rows == "without_box":
-                rows, num_expressions = ~has_box(labels), num_expressions - num_boxes
-            term, count = map_loss(outputs.similarity_map, target, mask.flatten(1), rows), int(rows.sum())
+            term, count = self._map_term(outputs, teacher, image_index, labels)
             terms["loss_teacher_map"] = (term, count)
-            # A mean over this process's rows, turned into its part of the mean over all.
-            share = count * self.accelerator.num_processes / max(num_expressions, 1)
+            taught = num_expressions if weights.teacher_map_rows == "all" else num_expressions - num_boxes
+            # The term is a mean over this process's rows, and this makes it its part of the mean over all rows.
+            share = count * self.accelerator.num_processes / max(taught, 1)
             total = total + weights.teacher_map * share * term
         return total, terms
 
+    def _embedding_terms(
+        self, outputs: EpmVGGroundingOutput, teacher: TeacherOutput
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+        """The relation and feature terms, `None` where the weight is 0, and the number of gathered expressions."""
+        assert outputs.image_embeds is not None and outputs.text_embeds is not None  # check_teacher wants projections
+        images, teacher_images = self._gather(outputs.image_embeds, teacher.image_embeds)
+        texts, teacher_texts = self._gather(outputs.text_embeds, teacher.text_embeds)
+        embeds = (images, texts, teacher_images, teacher_texts)
+        weights, relation, feature = self.weights, None, None
+        if weights.relation > 0:
+            temperatures = (weights.student_temperature, weights.teacher_temperature)
+            relation = self._summed_over_processes(relation_loss(*embeds, *temperatures))
+        if weights.feature > 0:
+            feature = self._summed_over_processes(feature_loss(*embeds))
+        return relation, feature, len(texts)
+
+    def _map_term(
+        self, outputs: EpmVGGroundingOutput, teacher: TeacherOutput, image_index: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, int]:
+        """The teacher's map, a mean over the rows of this process that are taught it, and how many these are."""
+        assert outputs.visual_mask is not None and outputs.similarity_map is not None
+        assert teacher.patch_embeds is not None  # asked for when this term has a weight
+        mask = outputs.visual_mask[image_index].bool()
+        temperature = self.weights.map_temperature
+        target = teacher_map_target(teacher.patch_embeds, teacher.text_embeds, image_index, mask, temperature)
+        rows = torch.ones_like(image_index, dtype=torch.bool)
+        if self.weights.teacher_map_rows == "without_box":
+            rows = ~has_box(labels)
+        return map_loss(outputs.similarity_map, target, mask.flatten(1), rows), int(rows.sum())
+
     def _summed_over_processes(self, term: torch.Tensor) -> torch.Tensor:
-        """The same value with a gradient that, averaged over processes, is the sum of what each contributes."""
+        """The same value, with a gradient whose average over the processes is the sum of what each contributes."""
         return term + (self.accelerator.num_processes - 1) * (term - term.detach())
 
     def _gather(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of this process -> rows of all processes, in their order; each may have another number of them."""
+        """The rows of all processes, in their order, from those of this one; their numbers may differ."""
         student, teacher = student.float(), teacher.float()
         if self.accelerator.num_processes == 1:
             return student, teacher

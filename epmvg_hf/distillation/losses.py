@@ -1,4 +1,4 @@
-"""The terms of the loss that a teacher brings."""
+"""The terms of the loss that compare the student with the teacher. No gradient reaches the teacher."""
 
 import torch
 from torch import nn
@@ -13,23 +13,24 @@ def teacher_map_target(
     temperature: float | torch.Tensor,
 ) -> torch.Tensor:
     """
-    The teacher's patch-text map as a distribution over the student's grid: cosine of the expression with every patch
-    of its own image, resized, then a softmax over positions. The cosines are DenseCLIP's score map
-    (raoyongming/DenseCLIP: segmentation/denseclip/denseclip.py), which MaskCLIP (Zhou et al. 2022, "Extract Free Dense
-    Labels from CLIP") takes from CLIP without training. Both compare classes at a position; to compare positions for
-    an expression is our reading of EpmVG.
+    Where the teacher finds an expression in its image, as a distribution over the student's grid: the cosines of the
+    expression with all patches of its image, resized to the grid, then a softmax over positions. The cosines are the
+    score map of DenseCLIP (raoyongming/DenseCLIP: segmentation/denseclip/denseclip.py), which MaskCLIP (Zhou et al.
+    2022, "Extract Free Dense Labels from CLIP") takes from CLIP without training. Both compare several classes at one
+    position; comparing several positions for one expression is our reading of EpmVG.
 
     Args:
         patch_embeds (`torch.FloatTensor` of shape `(B, h, w, e)`):
             The teacher's patches, L2-normalised. Their grid covers the student's canvas, padding included.
         text_embeds (`torch.FloatTensor` of shape `(N, e)`): the teacher's expressions, L2-normalised.
-        image_index (`torch.LongTensor` of shape `(N,)` or `None`): image of each expression; None: N = B, in order.
+        image_index (`torch.LongTensor` of shape `(N,)` or `None`):
+            The image of each expression. With `None`, expression i is about image i, and N = B.
         visual_mask (`torch.BoolTensor` of shape `(N, grid_height, grid_width)`): False on padding.
         temperature (`float`): what the cosines are divided by.
 
     Returns:
-        `torch.FloatTensor` of shape `(N, grid_height * grid_width)`; 0 on padding, rows sum to 1 (to 0 where all is
-        padding).
+        `torch.FloatTensor` of shape `(N, grid_height * grid_width)`: 0 on padding; rows sum to 1, or to 0 if the whole
+        row is padding.
 
     Example:
 
@@ -37,18 +38,18 @@ def teacher_map_target(
     >>> import torch
     >>> from epmvg_hf.distillation.losses import teacher_map_target
 
-    >>> patches, words = torch.eye(2).view(1, 1, 2, 2), torch.tensor([[1.0, 0.0]])  # which show the first patch
+    >>> patches, words = torch.eye(2).view(1, 1, 2, 2), torch.tensor([[1.0, 0.0]])  # the words fit the first patch
     >>> teacher_map_target(patches, words, None, torch.ones(1, 1, 2, dtype=torch.bool), temperature=0.5)
     tensor([[0.8808, 0.1192]])
     ```
     """
-    # All images with all expressions, of which one image each is kept: more products than needed, but copying an
-    # image's patches once for each of its expressions takes longer, and far more memory.
+    # Every expression is compared with all images, and only the scores of its own image are kept. That is more work
+    # than needed, but copying the patches of an image for each of its expressions takes longer and far more memory.
     scores = _float32_product(patch_embeds.flatten(0, 2), text_embeds.T).unflatten(0, patch_embeds.shape[:3])
     expressions = torch.arange(len(text_embeds), device=scores.device)
     scores = scores[expressions if image_index is None else image_index, :, :, expressions][:, None]
     if scores.shape[2:] != visual_mask.shape[1:]:
-        # Antialiasing widens the filter only along an axis that shrinks.
+        # Antialiasing changes nothing along an axis that grows.
         scores = nn.functional.interpolate(
             scores, size=visual_mask.shape[1:], mode="bilinear", align_corners=False, antialias=True
         )
@@ -66,20 +67,26 @@ def relation_loss(
     teacher_temperature: float | torch.Tensor,
 ) -> torch.Tensor:
     """
-    KL divergence from the teacher's to the student's distribution of each image over the batch's expressions, and of
-    each expression over the batch's images; half the sum of the two means. Our reading of EpmVG. It is CRD of CLIP-KD
-    (winycg/CLIP-KD: src/open_clip/loss.py) and, but for the teacher's entropy, which no gradient sees, the affinity
-    mimicking of TinyCLIP (wkcn/TinyCLIP: src/open_clip/clip_soft_loss.py); like both without a factor of temperature².
+    How differently student and teacher relate images and expressions. From the cosines, both compute a distribution of
+    each image over the batch's expressions, and of each expression over the batch's images. The loss is the KL
+    divergence of the student's distributions from the teacher's, averaged over images, averaged over expressions, and
+    then over these two.
 
-    Each image enters once, however many expressions it has, so none has more mass for it in the second direction. And
-    as the targets are soft, expressions of one image are not each other's negatives.
+    To use this loss is our reading of EpmVG. It is the contrastive relational distillation (CRD) of CLIP-KD
+    (winycg/CLIP-KD: src/open_clip/loss.py). It differs from the affinity mimicking of TinyCLIP (wkcn/TinyCLIP:
+    src/open_clip/clip_soft_loss.py), which is a cross-entropy, only by the teacher's entropy, a constant. As in both,
+    the loss is not multiplied by the squared temperature.
+
+    Each image enters once, so an image with many expressions gets no more weight than others among the images of an
+    expression. And because the targets are soft, the expressions of one image are not negatives of each other.
 
     Args:
         image_embeds (`torch.FloatTensor` of shape `(B, e)`): the student's images, L2-normalised.
-        text_embeds (`torch.FloatTensor` of shape `(N, e)`): the student's expressions, likewise.
-        teacher_image_embeds (`torch.FloatTensor` of shape `(B, e')`): the teacher's; e' may differ from e.
-        teacher_text_embeds (`torch.FloatTensor` of shape `(N, e')`): likewise.
-        student_temperature (`float`): what the student's cosines are divided by; a tensor may be learned.
+        text_embeds (`torch.FloatTensor` of shape `(N, e)`): the student's expressions, L2-normalised.
+        teacher_image_embeds (`torch.FloatTensor` of shape `(B, e')`):
+            The teacher's images, L2-normalised; e' may differ from e.
+        teacher_text_embeds (`torch.FloatTensor` of shape `(N, e')`): the teacher's expressions, L2-normalised.
+        student_temperature (`float`): what the student's cosines are divided by; may be a tensor that is learned.
         teacher_temperature (`float`): what the teacher's cosines are divided by.
 
     Returns:
@@ -91,7 +98,7 @@ def relation_loss(
     >>> import torch
     >>> from epmvg_hf.distillation.losses import relation_loss
 
-    >>> teacher = torch.eye(2)  # of two images and of the two expressions that belong to them
+    >>> teacher = torch.eye(2)  # the embeddings of two images, and of an expression for each
     >>> relation_loss(teacher, teacher, teacher, teacher, 1.0, 1.0)
     tensor(0.)
     >>> relation_loss(teacher, teacher.flip(0), teacher, teacher, 1.0, 1.0)  # the student mixes them up
@@ -116,15 +123,16 @@ def feature_loss(
     teacher_text_embeds: torch.Tensor,
 ) -> torch.Tensor:
     """
-    1 - cosine of the student's and the teacher's embedding, mean over images plus mean over expressions. A scale-free
-    version of CLIP-KD's FD (winycg/CLIP-KD: src/open_clip/loss.py), whose mean squared error of normalised embeddings
-    is 2 / e times this: weaker the wider the teacher.
+    One minus the cosine of the student's and the teacher's embedding: the mean over images plus the mean over
+    expressions. This is the feature distillation (FD) of CLIP-KD (winycg/CLIP-KD: src/open_clip/loss.py) without its
+    dependence on the width: CLIP-KD's mean squared error of normalised embeddings is 2 / e times this loss, and so
+    counts less for a wider teacher.
 
     Args:
-        image_embeds (`torch.FloatTensor` of shape `(B, e)`): the student's images, of any length.
-        text_embeds (`torch.FloatTensor` of shape `(N, e)`): the student's expressions, likewise.
-        teacher_image_embeds (`torch.FloatTensor` of shape `(B, e)`): the teacher's.
-        teacher_text_embeds (`torch.FloatTensor` of shape `(N, e)`): likewise.
+        image_embeds (`torch.FloatTensor` of shape `(B, e)`): the student's images, not necessarily normalised.
+        text_embeds (`torch.FloatTensor` of shape `(N, e)`): the student's expressions, not necessarily normalised.
+        teacher_image_embeds (`torch.FloatTensor` of shape `(B, e)`): the teacher's images.
+        teacher_text_embeds (`torch.FloatTensor` of shape `(N, e)`): the teacher's expressions.
 
     Returns:
         `torch.FloatTensor`, a scalar in [0, 4].
@@ -155,6 +163,9 @@ def feature_loss(
 
 
 def _float32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Matrix product without autocast, whose bfloat16 moves a cosine by 0.001: by 0.1 at a temperature of 0.01."""
+    """
+    Matrix product in float32, also under autocast. In bfloat16 a cosine may be off by 0.001, and a temperature of 0.01
+    makes that 0.1.
+    """
     with torch.autocast(left.device.type, enabled=False):
         return left.float() @ right.float()

@@ -1,4 +1,4 @@
-"""Patch embeddings of open_clip's vision towers that lie in the image-text space, beside the pooled ones."""
+"""Patch embeddings in the space of images and texts, for those vision towers of open_clip that have them."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 def pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Image embedding `(B, e)` and patch embeddings `(B, grid_height, grid_width, e)`, neither of length 1 yet.
+    Image embeddings `(B, e)` and patch embeddings `(B, grid_height, grid_width, e)`, not yet normalised to length 1.
+
+    CLIP is trained to compare pooled image embeddings with texts. Which patch embeddings can be compared with texts
+    too depends on how the tower pools: see the functions below.
 
     Args:
         visual (`nn.Module`): the vision tower of an open_clip model.
         pixels (`torch.FloatTensor` of shape `(B, 3, S, S)`): at the tower's resolution, normalised.
 
     Raises:
-        `ValueError`: Patches of this vision tower are not known to lie in the image-text space.
+        `ValueError`: No comparable patch embeddings are known for this kind of vision tower.
 
     Example:
 
@@ -34,17 +37,17 @@ def pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.T
     (torch.Size([1, 128]), torch.Size([1, 8, 8, 128]))
     ```
     """
-    embeds = embeds_of(visual)
+    embeds = patch_embedder(visual)
     if embeds is None:
         raise ValueError(
-            f"no patch embeddings are known for the vision tower {type(visual).__name__} and its way of pooling: "
-            "use output_patches=False."
+            f"no patch embeddings that can be compared with texts are known for the vision tower "
+            f"{type(visual).__name__} and its pooling: use output_patches=False."
         )
     return embeds(visual, pixels)
 
 
-def embeds_of(visual: nn.Module) -> Callable | None:
-    """The function of tower and pixels that gives what [`pooled_and_patches`] does, if there is one for this tower."""
+def patch_embedder(visual: nn.Module) -> Callable | None:
+    """The function that computes [`pooled_and_patches`] for this kind of tower, or `None` if there is none."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import VisionTransformer
 
@@ -62,10 +65,11 @@ def embeds_of(visual: nn.Module) -> Callable | None:
 
 def _resnet_embeds(visual: "ModifiedResNet", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What the attention pool would return if it attended to nothing but one position: value and output projection of
-    the last feature map, as in MaskCLIP (Zhou et al. 2022; chongzhou96/MaskCLIP: maskclip_head.py) and DenseCLIP (Rao
-    et al. 2022). MaskCLIP leaves out the position embedding; here it stays, as the pool's values have it: with one
-    head, the pooled embedding is a weighted mean of these and of that of the mean feature.
+    For a ResNet: each patch embedding is what the attention pool would return if it attended to that position only,
+    that is, the value and output projections of the last feature map, as in MaskCLIP (Zhou et al. 2022;
+    chongzhou96/MaskCLIP: maskclip_head.py) and DenseCLIP (Rao et al. 2022). MaskCLIP leaves out the position
+    embedding. It is kept here because the pool's own values contain it: with a single head, the pooled embedding is
+    exactly a weighted mean of the patch embeddings and of the embedding of the mean feature.
     """
     features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
     pool = visual.attnpool
@@ -76,16 +80,17 @@ def _resnet_embeds(visual: "ModifiedResNet", pixels: torch.Tensor) -> tuple[torc
 
 def _class_token_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The last block, reduced to the value and output projection of every token, so that each keeps its place: in their
-    last attention, tokens gather what the class token needs, not what they show. The idea is MaskCLIP's (Zhou et al.
-    2022). Its published code for ViT keeps the block's residual and MLP (chongzhou96/MaskCLIP: vit.py); both are left
-    out here, as in FeatUp (mhamilton723/FeatUp), because they blur maps (ClearCLIP, Lan et al. 2024).
+    For a ViT with a class token: the last block is reduced to the value and output projections of each token. Its full
+    attention would mix into every token what the class token needs from the whole image, so that tokens no longer
+    describe their own patch. The idea is MaskCLIP's (Zhou et al. 2022). MaskCLIP's published code for ViT keeps the
+    block's residual connection and MLP (chongzhou96/MaskCLIP: vit.py). Both are left out here, as in FeatUp
+    (mhamilton723/FeatUp), because they blur the maps (ClearCLIP, Lan et al. 2024).
     """
     block = visual.transformer.resblocks[-1]
     attention = block.attn
     before_last = len(visual.transformer.resblocks) - 2
     output = visual.forward_intermediates(pixels, indices=[before_last], output_fmt="NLC")
-    # Queries, keys and values are packed in this order.
+    # The projections of queries, keys and values are packed in this order.
     value_weight, value_bias = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
     values = nn.functional.linear(block.ln_1(output["image_intermediates"][0]), value_weight, value_bias)
     tokens = visual.ln_post(block.ls_1(attention.out_proj(values)))
@@ -94,8 +99,9 @@ def _class_token_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -
 
 def _average_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What the tower would return if its average were over one token. Where the normalisation comes before the average
-    (`final_ln_after_pool=False`) the pooled embedding is the mean of these.
+    For a ViT that averages its tokens: each patch embedding is what the tower would return if its average were over
+    that token only. If the layer norm comes before the average (`final_ln_after_pool=False`), the pooled embedding is
+    exactly the mean of the patch embeddings.
     """
     last = len(visual.transformer.resblocks) - 1
     output = visual.forward_intermediates(pixels, indices=[last], output_fmt="NLC")

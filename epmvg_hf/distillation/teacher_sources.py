@@ -1,82 +1,60 @@
-"""What a teacher is made of, and where that comes from: open_clip's names, the Hub, folders, files."""
+"""
+Where a CLIP teacher comes from: open_clip's names and tags, the Hub, folders and files.
+
+open_clip builds the model, loads the weights and chooses the tokenizer. This module adds what open_clip does not
+promise: the weights are complete or an error says why not, no file can make it execute code or ask a question, and the
+global random state, from which the student is initialised, stays as it was.
+"""
 
 import json
 import zipfile
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
 
+import open_clip
 import torch
-from torch import nn
+from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.factory import _MODEL_CONFIGS, _find_checkpoint_in_dir
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from transformers import PreTrainedConfig
 
 from ..utils import in_short
-
-if TYPE_CHECKING:
-    from open_clip import HFTokenizer, SimpleTokenizer
-
-# The names that open_clip looks for in a folder, best first.
-_WEIGHTS_NAMES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.pth",
-    "model.pth",
-)
+from .convert_clip import load_transformers_clip
 
 
-@dataclass
-class TeacherSource:
-    """
-    What a teacher is made of.
-
-    Args:
-        model_config (`dict`): open_clip's configuration of the model.
-        preprocess (`dict`): open_clip's preprocessing, as far as it is not the default.
-        weights (`Path` or `dict[str, torch.Tensor]`): a file, or the tensors themselves.
-        hf_tokenizer (`str` or `None`):
-            The name or folder of a Hugging Face tokenizer, or `None` for the one of OpenAI's CLIP, which is part of
-            open_clip.
-        cache_dir (`str` or `None`): where downloads are kept.
-    """
-
-    model_config: dict[str, Any]
-    preprocess: dict[str, Any]
+class _Source(NamedTuple):
+    model_config: dict[str, Any]  # as in open_clip_config.json
+    preprocess: dict[str, Any]  # what differs from open_clip's default preprocessing
     weights: Path | dict[str, torch.Tensor]
-    hf_tokenizer: str | None
-    cache_dir: str | None
+    tokenizer: str | None = None  # a Hugging Face tokenizer, if it is not the one that model_config names
 
 
-def find_source(name: str, pretrained: str | None, cache_dir: str | None) -> TeacherSource:
+def load_clip(
+    name: str, pretrained: str | None, cache_dir: str | None
+) -> tuple[CLIP | CustomTextCLIP | CoCa, SimpleTokenizer | HFTokenizer, dict[str, Any]]:
     """
-    What a name means, with the arguments of [`~ClipTeacher.from_pretrained`]. What is not on this machine is
-    downloaded.
-
-    Raises:
-        `FileNotFoundError`: A file or folder is missing.
-        `OSError`: A download failed.
-        `ValueError`: A name or tag is unknown, `pretrained` is missing or one too many, or a configuration is none.
+    Model, tokenizer and open_clip configuration of a teacher. Arguments and errors are those of
+    [`~ClipTeacher.from_pretrained`].
     """
-    own_weights = name.startswith(("local-dir:", "hf-hub:", "transformers:"))
-    if own_weights and pretrained is not None:
-        raise ValueError(f"{name} has its own weights, so pretrained must be None, not {pretrained!r}.")
-    if name.startswith("local-dir:"):
-        return _folder_source(Path(name.removeprefix("local-dir:")), cache_dir)
-    if name.startswith("hf-hub:"):
-        return _hub_source(name, cache_dir)
-    if name.startswith("transformers:"):
-        return _transformers_source(name, cache_dir)
-    if name.endswith(".json"):
-        return _config_file_source(Path(name), pretrained, cache_dir)
-    return _architecture_source(name, pretrained, cache_dir)
+    source = _find_source(name, pretrained, cache_dir)
+    text_config = source.model_config["text_cfg"]
+    text_config = {**text_config, "hf_tokenizer_name": source.tokenizer or text_config.get("hf_tokenizer_name")}
+    # open_clip makes models and tokenizers by the name of a configuration. Its own add_model_config would keep the
+    # name for the rest of the process.
+    registered = f"teacher-{uuid4()}"
+    _MODEL_CONFIGS[registered] = {**source.model_config, "text_cfg": text_config}
+    try:
+        clip = _build(source, registered, name)
+        return clip, _load_tokenizer(text_config, registered, name, cache_dir), source.model_config
+    finally:
+        del _MODEL_CONFIGS[registered]
 
 
-def without_folders(name: str) -> str:
+def name_for_cards(name: str) -> str:
     """
-    A name or path that [`~ClipTeacher.from_pretrained`] takes, without where on this machine it is: cards show it to
-    anyone.
+    What [`~ClipTeacher.from_pretrained`] was given, with only the last part of a path: model cards show it to anyone,
+    whom the folders of this machine do not concern.
     """
     prefix, colon, where = name.rpartition(":")
     if prefix == "hf-hub" or not Path(where).exists():
@@ -84,208 +62,142 @@ def without_folders(name: str) -> str:
     return f"{prefix}{colon}{Path(where).resolve().name}"
 
 
-def _folder_source(folder: Path, cache_dir: str | None) -> TeacherSource:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}.")
-    model_config, preprocess = _read_config(folder / "open_clip_config.json")
-    weights = next((folder / name for name in _WEIGHTS_NAMES if (folder / name).is_file()), None)
+def _find_source(name: str, pretrained: str | None, cache_dir: str | None) -> _Source:
+    kind, _, where = name.partition(":")
+    if kind not in ("local-dir", "hf-hub", "transformers"):
+        return _find_named_source(name, pretrained, cache_dir)
+    if pretrained is not None:
+        raise ValueError(f"{name} has its own weights, so pretrained must be None, not {pretrained!r}.")
+    if kind == "transformers":
+        return _Source(*load_transformers_clip(where, cache_dir), tokenizer=where)
+    if kind == "hf-hub":
+        config = _download({"hf_hub": f"{where}/open_clip_config.json"}, f"the configuration of {name}", cache_dir)
+        # Without a file name, open_clip looks for the names that it gives to weights.
+        return _Source(*_read_config(config), _download({"hf_hub": f"{where}/"}, f"the weights of {name}", cache_dir))
+    model_config, preprocess = _read_config(Path(where, "open_clip_config.json"))
+    weights = _find_checkpoint_in_dir(Path(where))
     if weights is None:
-        raise FileNotFoundError(f"the folder {folder} has no weights, such as {_WEIGHTS_NAMES[0]}.")
-    # As in open_clip, whatever the name says: a folder brings its tokenizer with it.
-    hf_tokenizer = str(folder) if model_config["text_cfg"].get("hf_tokenizer_name") else None
-    return TeacherSource(model_config, preprocess, weights, hf_tokenizer, cache_dir)
+        raise FileNotFoundError(f"the folder {where} has no weights, such as open_clip_model.safetensors.")
+    # As in open_clip: whichever Hugging Face tokenizer the configuration names, the folder's own is used.
+    has_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
+    return _Source(model_config, preprocess, Path(weights), where if has_tokenizer else None)
 
 
-def _hub_source(name: str, cache_dir: str | None) -> TeacherSource:
-    repository = name.removeprefix("hf-hub:")
-    config = _download({"hf_hub": f"{repository}/open_clip_config.json"}, f"the configuration of {name}", cache_dir)
-    model_config, preprocess = _read_config(config)
-    # Without a file name open_clip looks for the safetensors file first.
-    weights = _download({"hf_hub": f"{repository}/"}, f"the weights of {name}", cache_dir)
-    hf_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
-    return TeacherSource(model_config, preprocess, weights, hf_tokenizer, cache_dir)
-
-
-def _transformers_source(name: str, cache_dir: str | None) -> TeacherSource:
-    from .convert_clip import load_transformers_clip
-
-    where = name.removeprefix("transformers:")
-    model_config, preprocess, weights = load_transformers_clip(where, cache_dir)
-    # The tokenizer's place is not part of the configuration, and so not of the fingerprint.
-    return TeacherSource(model_config, preprocess, weights, where, cache_dir)
-
-
-def _config_file_source(config: Path, pretrained: str | None, cache_dir: str | None) -> TeacherSource:
-    model_config, preprocess = _read_config(config)
-    if pretrained is None:
-        raise ValueError(f"{config} has no weights of its own: pretrained must be the path of a file of weights.")
-    hf_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
-    return TeacherSource(model_config, preprocess, Path(pretrained), hf_tokenizer, cache_dir)
-
-
-def _architecture_source(name: str, pretrained: str | None, cache_dir: str | None) -> TeacherSource:
-    import open_clip
-
-    # OpenAI writes ViT-B/32, open_clip ViT-B-32, and open_clip takes both.
-    architecture = name.replace("/", "-")
+def _find_named_source(name: str, pretrained: str | None, cache_dir: str | None) -> _Source:
+    """A configuration file or an architecture of open_clip: `pretrained` says where the weights are."""
+    if name.endswith(".json"):
+        model_config, preprocess = _read_config(Path(name))
+        if pretrained is None:
+            raise ValueError(f"{name} has no weights of its own: pretrained must be the path of a file of weights.")
+        return _Source(model_config, preprocess, Path(pretrained))
+    architecture = name.replace("/", "-")  # OpenAI writes ViT-B/32 for open_clip's ViT-B-32
     model_config = open_clip.get_model_config(architecture)
     if model_config is None:
         raise ValueError(f"{name} is neither an open_clip architecture nor the path of a .json file.")
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-    if pretrained is None:
-        raise ValueError(f"{name} needs pretrained: a file of weights, or a tag (for this architecture: {tags}).")
-
-    preprocess = {}
-    if open_clip.is_pretrained_cfg(architecture, pretrained):
-        preprocess = open_clip.get_pretrained_cfg(architecture, pretrained)
-        weights = _download(preprocess, f"the weights {pretrained} of {name}", cache_dir)
-        # open_clip only warns when weights that were trained with QuickGELU would be run with GELU.
-        model_config["quick_gelu"] = model_config.get("quick_gelu", False) or preprocess.get("quick_gelu", False)
-    elif Path(pretrained).is_file():
-        weights = Path(pretrained)
-    else:
-        raise ValueError(f"{pretrained!r} is neither a file nor a tag of {name}, whose tags are: {tags}.")
-    hf_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
-    return TeacherSource(model_config, preprocess, weights, hf_tokenizer, cache_dir)
+    if pretrained is not None and open_clip.is_pretrained_cfg(architecture, pretrained):
+        tag = open_clip.get_pretrained_cfg(architecture, pretrained)
+        # open_clip only warns when it is about to run with GELU what was trained with QuickGELU.
+        model_config["quick_gelu"] = model_config.get("quick_gelu", False) or tag.get("quick_gelu", False)
+        return _Source(model_config, tag, _download(tag, f"the weights {pretrained} of {name}", cache_dir))
+    if pretrained is None or not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "of which it has none"
+        raise ValueError(f"{name} needs pretrained, a file of weights or a tag ({tags}), not {pretrained!r}.")
+    return _Source(model_config, {}, Path(pretrained))
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model configuration and the preprocessing in a file; a bare model configuration has no preprocessing."""
+    """Model configuration and preprocessing; a file that is a bare model configuration has no preprocessing."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not an open_clip model configuration: it is no JSON object.")
-    model_config = content.get("model_cfg", content)
-    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
-    missing = [key for key, kind in kinds.items() if not isinstance(model_config.get(key), kind)]
+        model_config = content.get("model_cfg", content)
+        kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+        missing = [key for key, kind in kinds.items() if not isinstance(model_config.get(key), kind)]
+    except (ValueError, AttributeError) as error:  # no JSON, or no JSON object
+        raise ValueError(f"{path} is not an open_clip model configuration: {in_short(error)}") from error
     if missing:
         raise ValueError(f"{path} is not an open_clip model configuration: it lacks {', '.join(missing)}.")
     return model_config, content.get("preprocess_cfg", {})
 
 
 def _download(where: dict[str, Any], what: str, cache_dir: str | None) -> Path:
-    import open_clip
-
     try:
         return Path(open_clip.download_pretrained(where, cache_dir=cache_dir))
-    except Exception as error:  # whatever the network, the Hub or the disk had to say
+    except Exception as error:  # network, Hub and disk fail in many ways
         raise OSError(f"{what} could not be downloaded: {in_short(error)}") from error
 
 
-def build_clip(source: TeacherSource, name: str) -> nn.Module:
-    """
-    The model with its weights; as in `open_clip.create_model`, which takes no configuration but registered ones.
-    `name` is for error messages.
-
-    Raises:
-        `FileNotFoundError`: There is no file of weights.
-        `ValueError`: open_clip cannot build such a model, or the weights are not exactly its own or might run code.
-    """
-    import open_clip
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
+def _build(source: _Source, registered: str, name: str) -> CLIP | CustomTextCLIP | CoCa:
     if isinstance(source.weights, Path):
-        check_weights(source.weights)
-    config = dict(source.model_config)
-    custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    if not custom_text:
-        architecture = open_clip.CLIP
-    elif "multimodal_cfg" in config:
-        architecture = open_clip.CoCa
-    else:
-        architecture = open_clip.CustomTextCLIP
-    # All weights come from the one file, so the towers need not load any first.
-    config["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}
-    config["text_cfg"] = {**config["text_cfg"], "hf_model_pretrained": False}
+        _check_weights(source.weights)
     try:
-        # The random numbers that the weights replace are not taken from those of the student: with the same seed a
-        # run with a teacher starts like one without.
+        _check_text_tower(source.model_config["text_cfg"])
+        # The random weights that the real ones replace must not use up random numbers: with the same seed, a student
+        # starts from the same weights with and without a teacher.
         with torch.random.fork_rng(devices=[]):
-            clip = architecture(**config)
-    except Exception as error:  # a configuration can be wrong in any way
-        raise ValueError(f"open_clip cannot build {name}: {in_short(error)}") from error
-    try:
-        if isinstance(source.weights, Path):
-            open_clip.load_checkpoint(clip, str(source.weights), strict=True, weights_only=True)
-        else:
-            clip.load_state_dict(source.weights, strict=True)
-    except Exception as error:  # so can a file
-        where = source.weights if isinstance(source.weights, Path) else "what was converted"
-        raise ValueError(f"{where} does not hold the weights of {name}: {in_short(error)}") from error
-    preprocess = {**merge_preprocess_dict(PreprocessCfg(), source.preprocess), "size": clip.visual.image_size}
-    open_clip.set_model_preprocess_cfg(clip, preprocess)
-    return clip
+            if isinstance(source.weights, Path):
+                settings = {**source.preprocess, "size": None}  # the size is always that of the vision tower
+                return open_clip.create_model(
+                    registered, str(source.weights), require_pretrained=True, force_preprocess_cfg=settings
+                )
+            clip = open_clip.CLIP(**source.model_config)  # create_model takes no tensors
+        clip.load_state_dict(source.weights)
+        open_clip.set_model_preprocess_cfg(clip, {**source.preprocess, "size": clip.visual.image_size})
+        return clip
+    except Exception as error:  # configurations and files can be wrong in any way
+        file = f" with the weights {source.weights}" if isinstance(source.weights, Path) else ""
+        raise ValueError(f"open_clip cannot build {name}{file}: {in_short(error)}") from error
 
 
-def check_weights(path: Path) -> None:
+def _check_weights(path: Path) -> None:
     """
-    Raises for a file that is not there, or that is not known to be loaded without running code from it. open_clip
-    loads with `weights_only=True` too, but on a `TypeError` tries again without saying so.
+    Raises for a file that is missing, or that holds more than tensors. open_clip loads with `weights_only=True` too,
+    but after a `TypeError`, which a file can provoke, once more without it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}.")
-    if path.suffix == ".safetensors":
-        return
-    if path.suffix not in (".pt", ".pth", ".bin"):
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise ValueError(f"weights must be a file .safetensors, .pt, .pth or .bin, not {path}.")
-    is_archive = zipfile.is_zipfile(path)
-    if is_archive:
-        with zipfile.ZipFile(path) as archive:
-            if any(PurePosixPath(member).name == "constants.pkl" for member in archive.namelist()):
-                raise ValueError(f"{path} is a TorchScript archive, which holds code: save its state dict instead.")
     try:
-        # Mapped, not read, so that weights are not read twice.
-        torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        if path.suffix != ".safetensors":
+            # Mapping the file, which only an archive allows, avoids reading the weights twice.
+            torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch's own message would tell how to run the code
-        raise ValueError(f"{path} is damaged or holds more than tensors, such as code, and is not loaded.") from error
+        raise ValueError(
+            f"{path} is damaged or holds more than a state dict of tensors, and is not loaded."
+        ) from error
 
 
-def load_tokenizer(source: TeacherSource, name: str) -> "SimpleTokenizer | HFTokenizer":
+def _check_text_tower(text_config: dict[str, Any]) -> None:
     """
-    The model's tokenizer; as in `open_clip.get_tokenizer`, which takes no configuration but registered ones. `name` is
-    what [`~ClipTeacher.from_pretrained`] was given.
-
-    Raises:
-        `ValueError`: The tokenizer cannot be loaded, would have to run code, or ends texts with another token than the
-            text tower looks for.
+    Raises for a Hugging Face text tower that comes with code, or asks for an attention kernel to be downloaded:
+    open_clip cannot be told to refuse them, and transformers would ask the user in the middle of a run.
     """
-    from open_clip import SimpleTokenizer
-    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
+    tower = text_config.get("hf_model_name")
+    settings = PreTrainedConfig.get_config_dict(tower)[0] if tower else {}
+    if code := settings.keys() & {"auto_map", "attn_implementation", "_attn_implementation"}:
+        raise ValueError(f"its text tower {tower} asks for code by {', '.join(sorted(code))}, which is not run.")
 
-    text_config = source.model_config["text_cfg"]
-    context_length = text_config.get("context_length", DEFAULT_CONTEXT_LENGTH)
-    options = text_config.get("tokenizer_kwargs") or {}
-    if "trust_remote_code" in options:
-        raise ValueError(f"{name} is refused because the options of its tokenizer include trust_remote_code.")
+
+def _load_tokenizer(
+    text_config: dict[str, Any], registered: str, name: str, cache_dir: str | None
+) -> SimpleTokenizer | HFTokenizer:
+    hf_tokenizer = text_config["hf_tokenizer_name"]
+    # Otherwise a downloaded configuration may say yes for the user, or transformers may ask in the middle of a run.
+    options = {"trust_remote_code": False} if hf_tokenizer else {}
     try:
-        if source.hf_tokenizer is None:
-            return SimpleTokenizer(context_length=context_length, **options)
-        tokenizer = HFTokenizer(
-            source.hf_tokenizer,
-            context_length=context_length,
-            cache_dir=source.cache_dir,
-            tokenizer_mode=text_config.get("tokenizer_mode"),
-            # Not even after a question, which would halt a run.
-            trust_remote_code=False,
-            **options,
-        )
+        tokenizer = open_clip.get_tokenizer(registered, cache_dir=cache_dir, **options)
+        tokens = tokenizer(["a"])
     except Exception as error:  # missing files, no network, wrong options
         raise ValueError(f"the tokenizer of {name} could not be loaded: {in_short(error)}") from error
-    # Where there are no such files, AutoTokenizer may make a tokenizer of the right class without any words.
-    if tokenizer.tokenizer.vocab_size <= len(tokenizer.tokenizer.all_special_ids):
+    # Of a folder without a vocabulary, AutoTokenizer makes a tokenizer that knows no words.
+    if hf_tokenizer and tokenizer.tokenizer.vocab_size <= len(tokenizer.tokenizer.all_special_ids):
+        raise ValueError(f"the tokenizer of {name} has no words: {hf_tokenizer} lacks a tokenizer.json or vocab.json.")
+    # Without its end token, such a tower would return the embedding of the first token, which all texts share.
+    end = text_config.get("eos_id", 2) if text_config.get("pool_type") == "eos" else None
+    if end is not None and end not in tokens:
         raise ValueError(
-            f"the tokenizer of {name} could not be loaded: {source.hf_tokenizer} has no file with its words, such as "
-            "tokenizer.json or vocab.json."
-        )
-    # Two files of transformers must agree here, or all texts would get the embedding of their first token.
-    from_transformers, eos_id = name.startswith("transformers:"), text_config.get("eos_id")
-    if from_transformers and eos_id is not None and eos_id not in tokenizer(["a"]):
-        raise ValueError(
-            f"the tokenizer of {name} does not end a text with the token {eos_id}, whose embedding the text tower is "
-            "to return."
+            f"the tokenizer of {name} does not end a text with the token {end}, which the text tower pools."
         )
     return tokenizer

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What a training step costs without a teacher, with a cached one, and with one that runs in every step.
+"""Time of a training step without a teacher, with a cached teacher, and with a teacher that runs in every step.
 
 python examples/benchmarks/distillation.py                       # the demo's model, data and teacher
 python examples/benchmarks/distillation.py --steps 300 --threads 1
 
-The three trainings take turns, step by step, on the same batches: what else the machine does meets all of them alike.
+The three trainings take turns, step by step, on the same batches, so other work of the machine slows them down alike.
 """
 
 import argparse
@@ -29,13 +29,14 @@ from run_grounding import ModelArguments, make_model
 from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 
 EXAMPLES = Path(__file__).parents[1]
-# In the order of their turns. Who comes after the teacher finds caches full of it: that is not to flatter "cached".
+# In the order of their turns. The one after "on the fly" finds the processor's caches filled by the teacher. If that
+# slows it down, it should be "cached", whose speed is in question, and not the baseline.
 MODES = ("on the fly", "cached", "no teacher")
 WARM_UP = 5
 
 
 class Turns(TrainerCallback):
-    """Lets several trainings, each in a thread, run one step in turn, and keeps how long each step took."""
+    """Lets trainings in several threads take turns after every step, and measures how long each step takes."""
 
     def __init__(self, own: threading.Semaphore, following: threading.Semaphore):
         self.own, self.following = own, following
@@ -53,7 +54,7 @@ class Turns(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
         self.following.release()
         self.own.acquire()
-        # The next step begins with its data.
+        # From here, so that the time of a step includes loading its batch.
         self.start = time.perf_counter()
 
     def on_train_end(
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--config_name", default="tiny.json", help="model configuration, see run_grounding.py")
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=8, help="images")
-    parser.add_argument("--steps", type=int, default=200, help="measured steps of each mode, after 5 others")
+    parser.add_argument("--steps", type=int, default=200, help="steps to measure in each mode, after 5 to warm up")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -121,15 +122,15 @@ def make_trainer(
 
 
 def report(arguments: argparse.Namespace, seconds: np.ndarray) -> None:
-    """Medians of the steps `(3, steps)`, and of their ratios to the same step without a teacher."""
+    """Prints medians of `seconds` `(3, steps)` by mode, and of their ratios to the same step without a teacher."""
     medians = np.median(seconds, axis=1)
     ratios = seconds / seconds[MODES.index("no teacher")] - 1
     resampled = np.random.default_rng(0).integers(arguments.steps, size=(10_000, arguments.steps))
     for mode, median, ratio in zip(MODES, medians, ratios, strict=True):
         low, high = np.quantile(np.median(ratio[resampled], axis=1), [0.025, 0.975])
         print(
-            f"{mode:12} {median * 1e3:8.1f} ms a step, {np.median(ratio):+.1%} beside the same step without a teacher "
-            f"(95 % interval {low:+.1%} to {high:+.1%})"
+            f"{mode:12} {median * 1e3:8.1f} ms a step, {np.median(ratio):+.1%} against the same step without a "
+            f"teacher (95 % interval {low:+.1%} to {high:+.1%})"
         )
     print(
         json.dumps({"threads": arguments.threads, "steps": arguments.steps, **dict(zip(MODES, medians, strict=True))})

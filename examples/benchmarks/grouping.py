@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Time of one batch as B images with k expressions each, and as B * k image-expression pairs; the boxes must agree.
+"""Time of a batch as B images with k expressions each, against B * k pairs of an image and an expression.
 
-python examples/benchmarks/grouping.py                       # the default model (TransVG's size), random weights
+The boxes of both must agree.
+
+python examples/benchmarks/grouping.py                       # random weights of TransVG's size
 python examples/benchmarks/grouping.py --model outputs/demo
 """
 
@@ -15,7 +17,7 @@ from transformers import BatchFeature, BertTokenizer
 from epmvg_hf import EpmVGConfig, EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="folder or Hub name of a trained model; random weights without it")
+parser.add_argument("--model", help="folder or Hub name of a trained model, instead of random weights")
 parser.add_argument("--images", type=int, default=2)
 parser.add_argument("--expressions", type=int, default=7, help="per image; RefCOCO has about 7")
 parser.add_argument("--repeats", type=int, default=5)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What a model's boxes lose, and what it gains, in bfloat16, float16 and dynamic int8 (torchao), as one table.
+"""A table of what a model gains and what its boxes lose in bfloat16, float16 and dynamic int8 (torchao).
 
 python examples/benchmarks/precision.py outputs/demo                     # the test split of shapes
 python examples/benchmarks/precision.py outputs/demo --limit 2000        # its first expressions
 python examples/benchmarks/precision.py MODEL --dataset_name refcoco --data_dir DIR --split validation
 
-Dynamic int8: weights are rounded once, what goes into a linear layer is rounded as it comes, each token on its own
-scale; convolutions, embeddings and norms stay in float32. Time is that of the model alone, per expression.
+In dynamic int8, the weights of linear layers are rounded once and their inputs at every call, with a scale for each
+token; convolutions, embeddings and norms stay in float32. The time is that of the model alone, per expression.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from transformers import TorchAoConfig
 
 from epmvg_hf import EpmVGDataCollator, EpmVGForVisualGrounding, EpmVGProcessor, ImageGroups, load_grounding_dataset
 from epmvg_hf.evaluation.accuracy import evaluate_boxes
-from epmvg_hf.training.data_collator import OTHER_COLUMNS
+from epmvg_hf.model.modeling_epmvg import MODEL_INPUTS
 from epmvg_hf.utils import needs_extra
 
 
 def load(folder: str, precision: str) -> EpmVGForVisualGrounding:
-    """A saved model in this precision."""
+    """Loads a saved model in this precision."""
     if precision != "int8":
         return EpmVGForVisualGrounding.from_pretrained(folder, dtype=precision)
     with needs_extra("int8", "int8"):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-    # Always from float32: a checkpoint of another precision would have been rounded already.
+    # From float32, because a checkpoint saved in a lower precision would be rounded twice.
     return EpmVGForVisualGrounding.from_pretrained(
         folder, dtype="float32", quantization_config=TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     )
@@ -43,21 +43,21 @@ def load(folder: str, precision: str) -> EpmVGForVisualGrounding:
 def predict(
     model: EpmVGForVisualGrounding, processor: EpmVGProcessor, dataset: Dataset, batch_size: int
 ) -> tuple[np.ndarray, float]:
-    """Boxes of all rows in their order, xyxy pixels `(N, 4)`, and the model's seconds."""
+    """The boxes of all rows `(N, 4)`, xyxy pixels, in the order of the rows, and the time of the model in seconds."""
     boxes, seconds = np.empty((len(dataset), 4), np.float32), 0.0
-    others = (*OTHER_COLUMNS, "labels")
+    names = [name for name in MODEL_INPUTS if name != "labels"]  # a loss would cost time
     for batch in DataLoader(ImageGroups(dataset), batch_size, collate_fn=EpmVGDataCollator(processor)):
-        inputs = {name: value.to(model.device) for name, value in batch.items() if name not in others}
+        inputs = {name: batch[name].to(model.device) for name in names}
         start = time.perf_counter()
         outputs = model(**inputs)
-        results = processor.post_process_grounding(outputs, inputs)  # a box is a number only now, on an accelerator
+        results = processor.post_process_grounding(outputs, batch)  # waits for an accelerator
         seconds += time.perf_counter() - start
         boxes[batch["row_index"]] = torch.stack([result["box"] for result in results]).cpu()
     return boxes, seconds
 
 
 def saved_megabytes(model: EpmVGForVisualGrounding) -> float:
-    """Size of the saved weights."""
+    """Size of the weights on disk."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
@@ -70,7 +70,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="folder with the benchmark's files")
     parser.add_argument("--split", default="test")
     parser.add_argument("--box_format", choices=["xyxy", "xywh"], help="of custom data")
-    parser.add_argument("--limit", type=int, help="first expressions only")
+    parser.add_argument("--limit", type=int, help="how many expressions to use, from the first on")
     parser.add_argument("--batch_size", type=int, default=16, help="images at a time")
     parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float16", "int8"], help="besides float32")
     arguments = parser.parse_args(command_line)

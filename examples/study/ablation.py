@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What is each term of the distillation worth? One tiny student, many settings, the same seeds and steps.
+"""What does each term of the distillation contribute? One tiny student in many settings, of equal seeds and steps.
 
-python examples/study/ablation.py                            # all runs; goes on where it stopped
+python examples/study/ablation.py                            # all runs; continues where it stopped
 python examples/study/ablation.py --settings none box_map --labelled 500 --seeds 0 # some of them
-python examples/study/ablation.py --report_only              # table and plot of what is there
+python examples/study/ablation.py --report_only              # table and plot of finished runs
 
-Each run is a file in `--output_dir`; a run that is there is not run again.
+Each run writes a file to `--output_dir`, and runs whose files exist are not repeated.
 """
 
 import argparse
@@ -45,17 +45,17 @@ from epmvg_hf import (
 from epmvg_hf.data.shapes import KINDS
 from epmvg_hf.evaluation.accuracy import paired_iou
 from epmvg_hf.evaluation.modality_gap import modality_gap
-from epmvg_hf.training.data_collator import OTHER_COLUMNS
+from epmvg_hf.model.modeling_epmvg import MODEL_INPUTS
 
 EXAMPLES = Path(__file__).parents[1]
 NO_TERM = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_loss_coefficient": 0.0}
 RELATION, FEATURE = {"relation_loss_coefficient": 1.0}, {"feature_loss_coefficient": 1.0}
 TEACHER_MAP = {"teacher_map_loss_coefficient": 1.0, "teacher_map_rows": "all"}
 
-# With captions, the teacher's map is for the rows that have no box.
+# With captions, the teacher's map is taught to the rows that have no box.
 CAPTIONS = RELATION | FEATURE | TEACHER_MAP | {"teacher_map_rows": "without_box"}
 
-# Name -> weight of the map loss towards the box, and what else changes in the training arguments.
+# For each setting, the weight of the map loss towards the box, and the training arguments that it changes.
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     "none": (0.0, {}),
     "box_map": (1.0, {}),
@@ -111,7 +111,7 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     check_study(arguments)
-    # Few labels first, seed by seed: whatever is there when one looks is comparable.
+    # Fewest labels first, and all settings of a seed before the next seed, so that early results can be compared.
     runs = [
         (name, labelled, seed)
         for labelled in arguments.labelled
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def check_study(arguments: argparse.Namespace) -> None:
-    """Results under other arguments must not end in one table: the folder remembers its own."""
+    """The folder remembers its arguments, so that results under other arguments do not end up in the same table."""
     study = {name: str(getattr(arguments, name)) for name in ("teacher", "dataset_name", "steps", "eval_rows")}
     file = arguments.output_dir / "study.json"
     if file.exists() and (other := json.loads(file.read_text())) != study:
@@ -159,7 +159,7 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
             output_dir=str(arguments.output_dir / "scratch" / f"{name}-{labelled}-{seed}"),
             seed=seed,
             max_steps=arguments.steps,
-            # Twice the images with captions, so that a step sees as many boxes as in the other settings.
+            # Twice as many images if half of them have no boxes, so that every setting sees as many boxes.
             per_device_train_batch_size=BATCH_SIZE * (1 if captioned is None else 2),
             per_device_eval_batch_size=32,
             max_expressions_per_image=EXPRESSIONS_PER_IMAGE,
@@ -204,12 +204,12 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
     }
     file = result_file(arguments, name, labelled, seed)
     file.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".tmp").replace(file)  # a run that was killed leaves no half result
+    file.with_suffix(".tmp").replace(file)  # so that a killed run leaves no partial result
     print(f"{name:28} {labelled:6} seed {seed}: Acc@0.5 {result['acc@0.5']:.3f}, {result['seconds']} s", flush=True)
 
 
 def by_kind(test: Dataset, right: np.ndarray) -> dict[str, float]:
-    """Accuracy for each kind of expression; only `shapes` knows kinds."""
+    """Accuracy for each kind of expression, which only `shapes` has."""
     kinds = np.array(test["kind"] if "kind" in test.column_names else [])
     return {str(kind): float(right[kinds == kind].mean()) for kind in np.unique(kinds)}
 
@@ -217,13 +217,13 @@ def by_kind(test: Dataset, right: np.ndarray) -> dict[str, float]:
 def load_split(arguments: argparse.Namespace, split: str) -> Dataset:
     if arguments.dataset_name == "shapes":
         return load_grounding_dataset("shapes", split=split)
-    # Its test images are not at hand.
+    # The images of Flickr30K's test split were not available.
     split = "validation" if split == "test" else split
     return load_grounding_dataset(arguments.dataset_name, arguments.data_dir, split, missing_images="skip")
 
 
 def load_data(arguments: argparse.Namespace, labelled: int, seed: int) -> tuple[Dataset, Dataset, Dataset]:
-    """`labelled` rows of whole images, ten times as many images for their captions alone, and the test rows."""
+    """Rows of whole images, cut to `labelled`; up to ten times as many other images without boxes; and test rows."""
     train = load_split(arguments, "train")
     groups = ImageGroups(train).groups
     order = np.random.default_rng(seed).permutation(len(groups))
@@ -250,7 +250,7 @@ def make_student(map_weight: float, expressions: list[str]) -> tuple[EpmVGForVis
 
 
 def make_teacher_towers(teacher: ClipTeacher, map_weight: float) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
-    """The same fusion and head on the teacher's own towers, which are trained on."""
+    """The same fusion and head on the teacher's own towers, which are fine-tuned."""
     side = teacher.image_size
     student = EpmVGConfig.from_json_file(EXAMPLES / "configs" / "ablation.json").to_diff_dict()
     changes = {"backbone_stride": STRIDE, "image_size": side, "map_loss_coefficient": map_weight}
@@ -264,7 +264,7 @@ def make_teacher_towers(teacher: ClipTeacher, map_weight: float) -> tuple[EpmVGF
 
 
 def build(config: EpmVGConfig) -> EpmVGForVisualGrounding:
-    # Faster than sdpa on the CPU this was run on.
+    # On the CPU of the study, this was faster than sdpa.
     config._attn_implementation = "eager"
     return EpmVGForVisualGrounding(config)
 
@@ -274,12 +274,13 @@ def measure_gap(
     model: EpmVGForVisualGrounding, processor: EpmVGProcessor, test: Dataset
 ) -> dict[str, dict[str, float]]:
     """
-    The modality gap before fusion, on the first 100 test images: in the space of the visual and text tokens, which
-    every student has, and in the teacher's, where the student has a projection to it.
+    The modality gap before fusion, on the first 100 test images: in the space of visual and text tokens, which every
+    student has, and in the teacher's space if the student is projected to it.
     """
     collator = EpmVGDataCollator(processor)
-    batch = collator(ImageGroups(test).__getitems__(range(100)))
-    inputs = {name: value for name, value in batch.items() if name not in (*OTHER_COLUMNS, "labels")}
+    groups = ImageGroups(test)
+    batch = collator([groups[index] for index in range(100)])
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name != "labels"}
     training = model.training
     outputs = model.eval().model(**inputs)
     model.train(training)
@@ -297,7 +298,7 @@ def measure_gap(
 
 
 def write_report(arguments: argparse.Namespace) -> None:
-    """`ablation.md` and `ablation.png` from all result files that the arguments name."""
+    """Writes `ablation.md` and `ablation.png` from the results of all settings, labels and seeds in the arguments."""
     folder = arguments.results or arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     results = {
@@ -372,7 +373,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(values: list[float]) -> str:
-    """Mean and standard deviation over seeds (n - 1), and the number of seeds."""
+    """Mean and sample standard deviation over seeds, and the number of seeds."""
     if not values:
         return "-"
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -388,7 +389,7 @@ def plot(file: Path, arguments: argparse.Namespace, results: dict) -> None:
         if runs:
             counts, means = zip(*((labelled, statistics.mean(values)) for labelled, values in runs), strict=True)
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in runs]
-            beside = np.array(counts) * 1.02**position  # bars of one column would hide each other
+            beside = np.array(counts) * 1.02**position  # shifted, so that error bars do not hide each other
             axis.errorbar(beside, means, spread, label=DESCRIPTIONS[name], marker="o", markersize=4, capsize=2)
     axis.set(
         xscale="log", xlabel="labelled expressions", ylabel=f"Acc@0.5 on {arguments.dataset_name}", ylim=(0, None)

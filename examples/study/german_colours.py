@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Other data for a model of `shapes` to adapt to: new scenes whose expressions name colours in German.
+"""Data to adapt a model of `shapes` to: new scenes whose expressions name colours in German.
 
-python examples/study/german_colours.py outputs/german_colours    # images and train, validation and test.jsonl
+python examples/study/german_colours.py outputs/german_colours    # images and a JSON file for each split
 """
 
 import argparse
@@ -22,12 +22,14 @@ WORDS = {
     "gray": "grau",
 }
 COLOUR = re.compile(rf"\b({'|'.join(WORDS)})\b")
-# From the same grammar of scenes, but none of those that the demo trains on or is tested with.
+# Another seed than the demo's, so that no scene is one that the demo is trained or tested on.
 SEED = 1
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("folder", type=Path, help="where to write")
-parser.add_argument("--images", type=int, nargs=3, default=(800, 100, 400), help="of train, validation and test")
+parser.add_argument("folder", type=Path, help="the folder to write")
+parser.add_argument(
+    "--images", type=int, nargs=3, default=(800, 100, 400), help="of the train, validation and test split"
+)
 arguments = parser.parse_args()
 
 (arguments.folder / "images").mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""A student whose backbones are the teacher's towers: the rival of distillation (CLIP-VG, HiVG), for the ablation.
+"""A student whose backbones are the teacher's own towers, which is what CLIP-VG and HiVG do instead of distilling.
 
-Covers what `configs/teachers/clip_tiny.json` is made of: open_clip's ModifiedResNet and its causal text transformer.
+The towers are those of `configs/teachers/clip_tiny.json`: open_clip's ModifiedResNet and its causal text transformer.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 
 from epmvg_hf import ClipTeacher, EpmVGModel
 
-# The strides of ModifiedResNet up to its last stage.
+# Pixels per cell of the last feature map of a ModifiedResNet.
 STRIDE = 32
 
 
@@ -43,7 +43,7 @@ class ClipResNetBackbone(BackboneMixin, PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The tower is initialised when it is made."""
+        """Nothing to do: open_clip initialises the tower."""
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
         return BackboneOutput(feature_maps=(self.tower(pixel_values),))
@@ -75,7 +75,7 @@ class ClipTextModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The tower is initialised when it is made."""
+        """Nothing to do: open_clip initialises the tower."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.tower.token_embedding
@@ -83,7 +83,7 @@ class ClipTextModel(PreTrainedModel):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutput:
-        # Attention is causal and padding comes last, so no token ever sees it.
+        # Attention is causal and padding comes last, so no token attends to padding.
         length = input_ids.shape[1]
         states = self.tower.token_embedding(input_ids) + self.tower.positional_embedding[:length]
         states = self.tower.transformer(states, attn_mask=self.tower.attn_mask[:length, :length])
@@ -97,7 +97,7 @@ AutoModel.register(ClipTextConfig, ClipTextModel)
 
 
 def tower_configs(teacher: ClipTeacher) -> dict[str, PreTrainedConfig]:
-    """`backbone_config` and `text_config` of a student with the shapes of the teacher's towers."""
+    """`backbone_config` and `text_config` of a student whose backbones have the shapes of the teacher's towers."""
     vision, text = teacher.model_config["vision_cfg"], teacher.model_config["text_cfg"]
     return {
         "backbone_config": ClipResNetConfig(layers=vision["layers"], width=vision["width"]),
@@ -109,7 +109,7 @@ def tower_configs(teacher: ClipTeacher) -> dict[str, PreTrainedConfig]:
 
 
 def load_towers(model: EpmVGModel, teacher: ClipTeacher) -> None:
-    """Copies the teacher's weights into an `EpmVGModel` made from [`tower_configs`], all but the poolings."""
+    """Copies the teacher's weights, except those of its poolings, to an `EpmVGModel` made from [`tower_configs`]."""
     vision = {n: t for n, t in teacher.clip.visual.state_dict().items() if not n.startswith("attnpool.")}
     model.vision_model.tower.load_state_dict(vision)
     tower = model.text_model.tower

@@ -1,3 +1,5 @@
+"""What a teacher computes, compared with open_clip; its checks of inputs; and its fingerprint."""
+
 import json
 import os
 import shutil
@@ -40,6 +42,7 @@ def teacher(folder) -> ClipTeacher:
 
 
 def test_a_missing_package(monkeypatch, folder):
+    monkeypatch.delitem(sys.modules, "epmvg_hf.distillation.teacher_sources", raising=False)
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r'^ClipTeacher needs open_clip: pip install "epmvg_hf\[teacher\]"$'):
         load(folder)
@@ -66,7 +69,7 @@ def test_a_teacher_stays_frozen(clip_folders, pixel_values):
     pixel_values.requires_grad_(True)
     output = teacher.requires_grad_(True)(pixel_values, EXPRESSIONS)
     assert not any(embeds.requires_grad for embeds in output.values())
-    # Batch norm would have moved its statistics.
+    # In training mode, batch norm would have changed its statistics.
     del teacher.fingerprint
     assert teacher.fingerprint == before
 
@@ -101,7 +104,8 @@ def test_shapes_and_lengths(clip_folders, vision):
 
 
 def test_its_own_mean_std_and_resolution(tmp_path, folder, pixel_values):
-    other = save_folder(tmp_path / "other", model_config(), mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0])
+    settings = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0], "size": 999}  # the size is that of the tower
+    other = save_folder(tmp_path / "other", model_config(), **settings)
     assert_like_open_clip(load(other), other, pixel_values, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0])
     larger = save_folder(tmp_path / "larger", model_config(vision_cfg={**VIT, "image_size": 48}))
     teacher = load(larger)
@@ -112,19 +116,19 @@ def test_its_own_mean_std_and_resolution(tmp_path, folder, pixel_values):
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_a_canvas_of_another_size(tmp_path, interpolation):
-    """Resized whole, like open_clip resizes a picture that is a square already."""
+    """It is resized as a whole, which is also what open_clip does to a square image."""
     folder = save_folder(tmp_path / "model", model_config(), interpolation=interpolation)
     teacher = load(folder)
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     for side in (20, 50, 64):
-        # Away from 0 and 255, because Pillow clamps between rows and columns too; it also rounds to bytes there.
+        # Away from 0 and 255, because Pillow also clamps between resizing rows and columns. It rounds there, too.
         pixels = torch.randint(80, 176, (1, 3, side, side), dtype=torch.uint8)
         expected = transform(to_pil_image(pixels[0]))
         assert (teacher._preprocess(pixels / 255)[0] - expected).abs().max() < 2 / 255 / min(STD)
 
 
 def test_what_overshoots_is_clamped(teacher):
-    """Bicubic resizing of an edge between black and white leaves [0, 1]."""
+    """Bicubic resizing of an edge between black and white overshoots [0, 1]."""
     pixels = torch.zeros(1, 3, 20, 20)
     pixels[..., 10:] = 1
     seen = teacher._preprocess(pixels)
@@ -136,7 +140,7 @@ def test_pixels_that_are_no_canvas(teacher, pixel_values):
     with pytest.raises(ValueError, match=r"pixel_values must have the shape \(B, 3, S, S\), not \(2, 3, 32, 16\)"):
         teacher.encode_images(pixel_values[..., :16])
     for wrong in (normalised(pixel_values), pixel_values * 255, pixel_values * torch.nan):
-        with pytest.raises(ValueError, match=r"pixel_values must lie in \[0, 1\], not yet normalised"):
+        with pytest.raises(ValueError, match=r"pixel_values must be in \[0, 1\], not yet normalised"):
             teacher.encode_images(wrong)
 
 
@@ -159,7 +163,7 @@ def test_no_expressions_and_no_list(teacher):
 
 @pytest.mark.parametrize("vision", ["resnet", "vit", "average"])
 def test_bfloat16(clip_folders, vision):
-    """Under autocast, and with the weights converted."""
+    """Under autocast, and with converted weights."""
     teacher = load(clip_folders[vision])
     pixels = torch.rand(2, 3, teacher.image_size, teacher.image_size)
     expected = teacher(pixels, EXPRESSIONS)
@@ -212,7 +216,7 @@ def test_fingerprint(folder, teacher, tmp_path, tokenizer):
     del teacher.fingerprint
     teacher.encode_texts(EXPRESSIONS)
     assert teacher.fingerprint == known["bert"]
-    words = [*tokenizer.get_vocab()]
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     words[5], words[6] = words[6], words[5]
     type(tokenizer)(vocab={word: index for index, word in enumerate(words)}).save_pretrained(bert_folder)
     known["tokenizer"] = load(bert_folder).fingerprint

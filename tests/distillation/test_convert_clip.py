@@ -1,11 +1,11 @@
-import json
+"""CLIP models of transformers as teachers, compared with what transformers itself computes."""
+
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -17,9 +17,8 @@ from transformers import (
 )
 
 from epmvg_hf.distillation.clip_teacher import ClipTeacher
-from epmvg_hf.distillation.convert_clip import open_clip_config, open_clip_state_dict
 from tests.fixtures.models import assert_random_numbers_are_left_alone
-from tests.fixtures.teachers import save_to_hub_cache
+from tests.fixtures.teachers import Malicious, change_json, save_to_hub_cache, unit, write_code
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -31,7 +30,7 @@ KINDS = [(act, eos) for act in ("quick_gelu", "gelu") for eos in ("legacy", "fir
 
 
 def tiny_tokenizer(eos: str = "legacy") -> CLIPTokenizer:
-    """One of bytes and a few words. The end has the highest id, as in OpenAI's, only where models rely on it."""
+    """A tokenizer of bytes and a few words. Its end token has the highest id, as OpenAI's has, only for "legacy"."""
     letters = [*open_clip.tokenizer.bytes_to_unicode().values()]
     letters += [f"{letter}</w>" for letter in letters]
     words, special = ["".join(pair) for pair in MERGES], ["<|startoftext|>", EOS]
@@ -58,7 +57,7 @@ def save_folder(folder: Path, config: CLIPConfig, eos: str = "legacy", **preproc
     model = CLIPModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Norms and biases are not to be trivial, and activations not almost linear.
+            # Ones and zeros in norms and biases, and almost linear activations, would hide mistakes.
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tiny_tokenizer(eos).save_pretrained(folder)
@@ -85,18 +84,6 @@ def own(folder, tmp_path) -> Path:
 
 def load(folder: Path) -> ClipTeacher:
     return ClipTeacher.from_pretrained(f"transformers:{folder}")
-
-
-def unit(tensor: torch.Tensor) -> torch.Tensor:
-    return nn.functional.normalize(tensor, dim=-1)
-
-
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    for key, value in changes.items():
-        content[key] = {**content[key], **value} if key.endswith("_config") and key in content else value
-    path.write_text(json.dumps(content))
 
 
 def change_tensors(folder: Path, change) -> None:
@@ -147,7 +134,7 @@ def test_same_embeddings(folders, kind):
 
 
 def test_activation_and_pooling_matter(folders):
-    """Otherwise the test above would prove nothing about them."""
+    """Otherwise equal embeddings would prove nothing about them."""
     pixels = torch.rand(1, 3, 32, 32)
     first, second = (load(folders[act, "first"]).encode_images(pixels)[0] for act in ("quick_gelu", "gelu"))
     assert (first - second).abs().max() > 1e-3
@@ -230,7 +217,7 @@ def test_older_files(own, folder):
 
 
 def test_the_configuration_does_not_round_the_weights(own, folder):
-    change_config(own, dtype="float16")
+    change_json(own / "config.json", dtype="float16")
     assert load(own).fingerprint == load(folder).fingerprint
 
 
@@ -277,8 +264,8 @@ def test_the_tensors_must_be_those_of_the_model(own, change, message):
     [
         (["config.json"], OSError, r"^there is no config.json in .*model\.$"),
         (["model.safetensors"], OSError, "^the weights of transformers:.* could not be loaded: .*model.safetensors"),
-        (["tokenizer.json"], ValueError, "^the tokenizer of transformers:.* has no file with its words, such as"),
-        (["tokenizer.json", "tokenizer_config.json"], ValueError, "^the tokenizer of .* has no file with its words"),
+        (["tokenizer.json"], ValueError, r"^the tokenizer of transformers:.* has no words: .* lacks a tokenizer.json"),
+        (["tokenizer.json", "tokenizer_config.json"], ValueError, "^the tokenizer of .* has no words: "),
         (["preprocessor_config.json"], OSError, "^the preprocessing of transformers:.* could not be loaded: "),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
@@ -291,13 +278,10 @@ def test_missing_files(own, files, error, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_folder():
+def test_a_missing_folder_and_weights_besides_its_own(folder):
     with pytest.raises(OSError, match=r"^the configuration of transformers:/no/such could not be loaded: ") as raised:
         ClipTeacher.from_pretrained("transformers:/no/such")
     assert "\n" not in str(raised.value)
-
-
-def test_only_one_source_of_weights(folder):
     with pytest.raises(ValueError, match="has its own weights, so pretrained must be None, not 'openai'"):
         ClipTeacher.from_pretrained(f"transformers:{folder}", "openai")
 
@@ -315,7 +299,7 @@ def test_another_model_type(own):
         ({"vision_config": {"hidden_act": "gelu_new"}}, "hidden_act of the vision tower must be .*, not 'gelu_new'"),
         (
             {"text_config": {"hidden_act": "gelu"}},
-            "one for both towers, .*'gelu' for text and 'quick_gelu' for vision",
+            "the same for both towers, .*'gelu' for text and 'quick_gelu' for vision",
         ),
         ({"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps of the vision tower must be 1e-05, .*not 1e-06"),
         ({"text_config": {"eos_token_id": [1, 2]}}, r"eos_token_id of the text tower must be one token, not \[1, 2\]"),
@@ -325,7 +309,7 @@ def test_another_model_type(own):
     ],
 )
 def test_models_that_open_clip_does_not_have(own, changes, message):
-    change_config(own, **changes)
+    change_json(own / "config.json", **changes)
     with pytest.raises(ValueError, match=message) as raised:
         load(own)
     assert "\n" not in str(raised.value)
@@ -335,9 +319,9 @@ def test_models_that_open_clip_does_not_have(own, changes, message):
     ("preprocess", "message"),
     [
         ({"resample": 0}, r"resample of the image processor must be 2 \(bilinear\) or 3 \(bicubic\), not 0"),
-        ({"do_normalize": False}, "must normalise pixels, with do_normalize"),
-        ({"do_rescale": False}, r"must bring pixels to \[0, 1\]"),
-        ({"rescale_factor": 1 / 127.5}, r"must bring pixels to \[0, 1\]"),
+        ({"do_normalize": False}, "must normalise pixels, by do_normalize"),
+        ({"do_rescale": False}, r"must scale pixels to \[0, 1\]"),
+        ({"rescale_factor": 1 / 127.5}, r"must scale pixels to \[0, 1\]"),
     ],
 )
 def test_preprocessing_that_a_teacher_does_not_have(own, preprocess, message):
@@ -346,16 +330,8 @@ def test_preprocessing_that_a_teacher_does_not_have(own, preprocess, message):
         load(own)
 
 
-class Malicious:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def test_code_in_weights_does_not_run(own, tmp_path, monkeypatch):
-    # With it, torch.load without weights_only runs what it finds.
+    # With this, torch.load without weights_only runs what it finds.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     trap = tmp_path / "executed"
     tensors = load_file(own / "model.safetensors")
@@ -367,34 +343,12 @@ def test_code_in_weights_does_not_run(own, tmp_path, monkeypatch):
     assert not trap.exists()
 
 
-def test_code_beside_the_weights_does_not_run(own, folder, tmp_path):
-    """Nor is a kernel fetched that the configuration asks for."""
-    trap = tmp_path / "executed"
-    (own / "own.py").write_text(f"from pathlib import Path\nPath({str(trap)!r}).touch()\n")
+def test_code_beside_the_weights_does_not_run(own, folder):
+    """And the attention kernel that the configuration names is not downloaded."""
+    trap = write_code(own / "own.py")
     classes = {"AutoConfig": "own.Own", "AutoModel": "own.Own", "AutoTokenizer": ["own.Own", None]}
-    auto_map = {"auto_map": {**classes, "AutoImageProcessor": "own.Own"}}
     for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        content = json.loads((own / name).read_text())
-        (own / name).write_text(json.dumps(content | auto_map))
-    change_config(own, attn_implementation="someone/kernel")
+        change_json(own / name, auto_map={**classes, "AutoImageProcessor": "own.Own"})
+    change_json(own / "config.json", attn_implementation="someone/kernel")
     assert load(own).fingerprint == load(folder).fingerprint
     assert not trap.exists()
-
-
-# The conversion alone
-
-
-def test_the_conversion_is_that_of_open_clip():
-    """Every tensor of the built model comes from the conversion, and no other."""
-    config = tiny_config()
-    model = CLIPModel(config)
-    tensors = {**model.state_dict(), "text_model.embeddings.position_ids": torch.arange(14)[None]}
-    converted = open_clip_state_dict(tensors)
-    built = open_clip.CLIP(**open_clip_config(config)).state_dict()
-    assert {name: tensor.shape for name, tensor in converted.items()} == {
-        name: tensor.shape for name, tensor in built.items()
-    }
-    assert open_clip_state_dict({**tensors, "more": torch.zeros(2)}).keys() - built.keys() == {"more"}
-    for name in ("text_projection.weight", "vision_model.encoder.layers.0.self_attn.v_proj.bias"):
-        with pytest.raises(ValueError, match=r"^these are not the tensors of a CLIPModel: there is none for .*"):
-            open_clip_state_dict({key: tensor for key, tensor in tensors.items() if key != name})

@@ -4,8 +4,6 @@ from torch import nn
 
 from epmvg_hf.distillation.losses import feature_loss, relation_loss, teacher_map_target
 from epmvg_hf.model.losses import map_loss
-
-# The references are loops over single numbers: Python floats for a loss, float64 scalars of torch for its gradients.
 from tests.fixtures.loops import check_against_loop, dot, kl, random_embeds, softmax
 
 
@@ -69,7 +67,7 @@ def test_teacher_map_target_is_a_target_of_map_loss_without_gradient():
 
 
 def _relation_by_loop(images, texts, teacher_images, teacher_texts, temperature, teacher_temperature):
-    """`images` and `texts` of either kind of number, the teacher's as floats."""
+    """All arguments are lists of numbers: of either kind for the student, floats for the teacher."""
     student = [[dot(image, text) / temperature for text in texts] for image in images]
     teacher = [[dot(image, text) / teacher_temperature for text in teacher_texts] for image in teacher_images]
     over_texts = sum(kl(softmax(t), s) for t, s in zip(teacher, student, strict=True)) / len(student)
@@ -78,8 +76,8 @@ def _relation_by_loop(images, texts, teacher_images, teacher_texts, temperature,
     return (over_texts + over_images) / 2
 
 
-# Expressions are about images 0, 0, 0, 1, 3, 3, 3: near their own in the teacher's space, image 2 without any.
 def _relation_case() -> list[torch.Tensor]:
+    """In the teacher's space, 7 expressions lie near their images 0, 0, 0, 1, 3, 3 and 3. Image 2 has none."""
     teacher_images = random_embeds(4, 9, seed=2)
     noise = random_embeds(7, 9, seed=3)
     teacher_texts = nn.functional.normalize(teacher_images[[0, 0, 0, 1, 3, 3, 3]] + 0.5 * noise, dim=-1)
@@ -117,7 +115,7 @@ def test_relation_loss_can_learn_the_temperature_but_not_the_teacher():
 def test_relation_loss_is_zero_only_where_the_student_is_the_teacher():
     images, texts, *teacher = _relation_case()
     assert relation_loss(*teacher, *teacher, 0.1, 0.1) == 0
-    # Another space that holds the same cosines is as good.
+    # Any other space with the same cosines is as good as the teacher's.
     turn = torch.linalg.qr(torch.randn(12, 9, generator=torch.Generator().manual_seed(4)))[0].T
     assert relation_loss(*(embeds @ turn for embeds in teacher), *teacher, 0.1, 0.1).abs() < 1e-6
     assert relation_loss(*teacher, *teacher, 0.1, 0.2) > 0.01

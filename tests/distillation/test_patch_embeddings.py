@@ -1,4 +1,4 @@
-"""Tests of the patch embeddings of vision towers, through the teacher that asks for them."""
+"""Patch embeddings of vision towers, as a teacher returns them, compared with references written out here."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_attention_pool(clip_folders):
 
 @pytest.mark.parametrize("vision", ["vit", "vit with layer scale"])
 def test_value_path(clip_folders, vision):
-    """Written out in matrices, from the file of weights."""
+    """The reference is written out in matrices, from the file of weights."""
     teacher = load(clip_folders[vision])
     pixels = torch.rand(2, 3, 32, 32)
     _, patch_embeds = teacher.encode_images(pixels)
@@ -103,7 +103,7 @@ def test_towers_without_patches(clip_folders, vision):
     assert teacher(pixel_values, EXPRESSIONS, output_patches=False).image_embeds.shape == (2, 24)
     assert not teacher.has_patches
     tower = "TimmModel" if vision == "timm" else "VisionTransformer"
-    with pytest.raises(ValueError, match=f"for the vision tower {tower} and its way of pooling: use output_patches"):
+    with pytest.raises(ValueError, match=f"for the vision tower {tower} and its pooling: use output_patches"):
         teacher(pixel_values, EXPRESSIONS)
 
 

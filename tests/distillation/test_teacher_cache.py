@@ -1,3 +1,5 @@
+"""The teacher's cache on disk: what it returns, when it is computed again, interruptions, and several processes."""
+
 import io
 import json
 import multiprocessing
@@ -17,7 +19,7 @@ from filelock import FileLock
 from PIL import Image as PILImage
 from torch import nn
 
-from epmvg_hf import EpmVGImageProcessor, EpmVGImageProcessorPil, EpmVGProcessor, ImageGroups
+from epmvg_hf import ClipTeacher, EpmVGImageProcessor, EpmVGImageProcessorPil, EpmVGProcessor, ImageGroups
 from epmvg_hf.distillation import teacher_cache
 from epmvg_hf.distillation.teacher_cache import TeacherCache
 
@@ -34,15 +36,13 @@ EXPRESSIONS = [
     "right man",
     "blue dog",
 ]  # 7 distinct
-
-
 SIZE = {"size": {"height": 64, "width": 64}}
 
 
 class Teacher(nn.Module):
     """
-    Stands in for `ClipTeacher`. Notes what it sees in `log`, a file for all processes: one line per image or
-    expression. Fails at image or expression number `fail_at`.
+    Stands in for `ClipTeacher`. Writes to `log`, a file for all processes, a line for each image and expression that
+    it sees. Fails at image or expression number `fail_at`.
     """
 
     embed_dim = 8
@@ -59,7 +59,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def encode_images(self, pixel_values, output_patches=True):
         assert pixel_values.min() >= 0 and pixel_values.max() <= 1.0001
-        # The picture's own colour, in the middle of the canvas, tells which image it is.
+        # Each image has a colour of its own, which the middle of the canvas shows.
         colours = (pixel_values[:, 0, 32, 32] * 255).round().int().tolist()
         self._note([f"image {colour}" for colour in colours])
         patches = nn.functional.adaptive_avg_pool2d(pixel_values, (2, 4)).permute(0, 2, 3, 1) @ self.weight
@@ -73,7 +73,7 @@ class Teacher(nn.Module):
         return nn.functional.normalize(torch.stack([torch.randn(8, generator=g) for g in generators]), dim=-1)
 
     def seen(self) -> Counter:
-        """What was encoded, and how often, since this was last asked."""
+        """What was encoded since the last call, and how often."""
         lines = self.log.read_text().splitlines()
         self.log.write_text("")
         return Counter(lines)
@@ -112,7 +112,7 @@ def image_processor() -> EpmVGImageProcessor:
 
 @pytest.fixture
 def build(teacher, image_processor, tmp_path):
-    """`TeacherCache.build` with what the test does not say."""
+    """`TeacherCache.build` with defaults for the arguments that a test does not set."""
 
     def build(**changes) -> TeacherCache:
         arguments = {"teacher": teacher, "dataset": rows(), "image_processor": image_processor}
@@ -184,8 +184,8 @@ def test_decodes_and_encodes_everything_once(build, teacher, monkeypatch):
 def test_groups_are_those_of_the_batches(build):
     cache, groups = build(), ImageGroups(rows())
     embeds = {
-        row["image_id"]: cache.lookup([row["group"]], [])["teacher_image_embeds"]
-        for row in groups.__getitems__(range(5))
+        group.image_id: cache.lookup([group.index], [])["teacher_image_embeds"]
+        for group in (groups[index] for index in range(5))
     }
     assert embeds.keys() == set("abcde")
     # Image i of "abcde" has ever more red.
@@ -196,17 +196,14 @@ def test_groups_are_those_of_the_batches(build):
     )
 
 
-def test_without_patches(build):
-    outputs = build(output_patches=False).lookup([1], ["dog"])
-    assert {name: tuple(embeds.shape) for name, embeds in outputs.items()} == {
-        "teacher_image_embeds": (1, 8),
-        "teacher_text_embeds": (1, 8),
-    }
+def test_shapes(build):
+    def shapes(outputs):
+        return {name.removeprefix("teacher_"): tuple(embeds.shape) for name, embeds in outputs.items()}
 
-
-def test_empty_lookup(build):
-    outputs = build().lookup([], [])
-    assert outputs["teacher_patch_embeds"].shape == (0, 2, 4, 8) and outputs["teacher_text_embeds"].shape == (0, 8)
+    assert shapes(build(output_patches=False).lookup([1], ["dog"])) == {"image_embeds": (1, 8), "text_embeds": (1, 8)}
+    assert shapes(build().lookup([], [])) == {
+        "image_embeds": (0, 8), "text_embeds": (0, 8), "patch_embeds": (0, 2, 4, 8)
+    }  # fmt: skip
 
 
 def test_what_is_not_there(build):
@@ -295,24 +292,15 @@ def test_embeddings_are_memory_mapped(build):
     assert all(str(path) in mapped for path in cache.image_shards + cache.expression_shards)
 
 
-def test_an_interrupted_build_goes_on(build, teacher, image_processor):
+# Among the images, and, after all 5 images, among the expressions; each time in the middle of the second shard.
+@pytest.mark.parametrize(("fail_at", "repeated"), [(3, ["image 40"]), (5 + 4, ["text left dog"])])
+def test_an_interrupted_build_goes_on(build, teacher, image_processor, fail_at, repeated):
     with pytest.raises(RuntimeError, match="interrupted"):
-        build(teacher=Teacher(teacher.log, fail_at=3), batch_size=1)
-    # One shard and half of another.
+        build(teacher=Teacher(teacher.log, fail_at=fail_at), batch_size=1)
     first = teacher.seen()
-    assert sum(first.values()) == 3
+    assert sum(first.values()) == fail_at
     cache = build(batch_size=1)
-    assert teacher.seen() == once() - Counter(["image 80", "image 0"])
-    assert_right(cache, teacher, image_processor)
-
-
-def test_interrupted_among_the_expressions(build, teacher, image_processor):
-    with pytest.raises(RuntimeError, match="interrupted"):
-        build(teacher=Teacher(teacher.log, fail_at=5 + 4), batch_size=1)
-    first = teacher.seen()
-    assert sum(first.values()) == 9
-    cache = build(batch_size=1)
-    assert teacher.seen() == once() - first + Counter(["text left dog"])
+    assert teacher.seen() == once() - first + Counter(repeated)
     assert_right(cache, teacher, image_processor)
 
 
@@ -326,17 +314,14 @@ def test_a_killed_process_leaves_no_lock(build, teacher, image_processor):
     assert_right(cache, teacher, image_processor)
 
 
-@pytest.mark.parametrize("name", ["images-00001-of-00003", "expressions-00002-of-00003"])
-def test_what_a_killed_process_was_writing_is_overwritten(build, teacher, image_processor, name):
-    folder = folder_of(build())
-    shard = folder / f"{name}.arrow"
+def test_what_a_killed_process_was_writing_is_overwritten(build, teacher, image_processor):
+    cache = build()
+    shard = cache.image_shards[1]
     shard.with_suffix(".tmp").write_bytes(shard.read_bytes()[:100])
     shard.unlink()
     teacher.seen()
-    cache = build()
-    assert sum(teacher.seen().values()) == (2 if name.startswith("images") else 1)
-    assert not list(folder.glob("*.tmp"))
-    assert_right(cache, teacher, image_processor)
+    assert_right(build(), teacher, image_processor)
+    assert not list(shard.parent.glob("*.tmp"))
 
 
 def test_broken_shards_are_computed_anew(build, teacher, image_processor):
@@ -344,7 +329,7 @@ def test_broken_shards_are_computed_anew(build, teacher, image_processor):
     shard, other = cache.image_shards[1], cache.image_shards[2]
     content = shard.read_bytes()
     half = content[: len(content) // 2]
-    # No shard at all, truncated ones, one of another length, and one with other columns.
+    # Not a shard at all, truncated shards, and a shard with another number of rows.
     for broken in (b"", b"PK\x03\x04", content[:10], half, content[:-100], other.read_bytes()):
         shard.write_bytes(broken)
         teacher.seen()
@@ -422,18 +407,9 @@ def test_datasets_that_cannot_be_cached(build):
         build(dataset=dataset)
 
 
-def test_with_clip(image_processor, tmp_path):
-    open_clip = pytest.importorskip("open_clip")
-    from epmvg_hf import ClipTeacher
-
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
-        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    (tmp_path / "clip.json").write_text(json.dumps(config))
-    torch.save(open_clip.model.CLIP(**config).state_dict(), tmp_path / "clip.pt")
-    teacher = ClipTeacher.from_pretrained(str(tmp_path / "clip.json"), str(tmp_path / "clip.pt"))
+def test_with_clip(image_processor, request):
+    pytest.importorskip("open_clip")
+    teacher = ClipTeacher.from_pretrained(f"local-dir:{request.getfixturevalue('clip_folders')['vit']}")
     cache = TeacherCache.build(teacher, rows(), image_processor, disable_tqdm=True)
 
     images = [row["image"] for row in rows().select([0, 1])]
@@ -448,7 +424,7 @@ def fork(build, **changes) -> multiprocessing.Process:
     """Starts a process that builds the cache."""
 
     def run():
-        # As in a worker of a DataLoader: PyTorch's threads do not survive the fork.
+        # As in a worker of a data loader, because PyTorch's threads do not survive the fork.
         torch.set_num_threads(1)
         build(**changes)
 

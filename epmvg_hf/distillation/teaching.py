@@ -1,0 +1,179 @@
+"""A teacher at work in a training run: what it needs of a batch, what it answers, and the loss that comes of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+
+from ..model.configuration_epmvg import EpmVGConfig
+from ..model.image_processing_epmvg import EpmVGImageProcessor
+from ..model.modeling_epmvg import EpmVGGroundingOutput
+from .clip_teacher import ClipTeacher, TeacherOutput
+from .distillation_loss import DistillationLoss, DistillationWeights
+from .teacher_cache import TeacherCache
+
+
+class Teaching:
+    """
+    The one owner of what a teacher needs. Where training images are neither augmented nor streamed, the teacher's
+    outputs are computed once and looked up for each batch; elsewhere the batch carries its expressions and the
+    teacher runs in every step. The teacher is not part of the student: nothing that wraps, optimises or saves the
+    student sees it.
+
+    Args:
+        teacher ([`ClipTeacher`]): the teacher, which is moved to the accelerator's device.
+        weights ([`~distillation_loss.DistillationWeights`]): which terms it teaches.
+        image_processor ([`EpmVGImageProcessor`]): the student's, whose canvas the teacher sees.
+        accelerator (`Accelerator`): knows the device, the precision and the other processes.
+    """
+
+    def __init__(
+        self,
+        teacher: ClipTeacher,
+        weights: DistillationWeights,
+        image_processor: EpmVGImageProcessor,
+        accelerator: Accelerator,
+    ):
+        self.teacher = teacher.to(accelerator.device)
+        self.weights = weights
+        self.image_processor = image_processor
+        self.accelerator = accelerator
+        self.distillation_loss = DistillationLoss(weights, accelerator)
+        self._cache: TeacherCache | None = None
+
+    def fill_cache(
+        self, train_datasets: Sequence[datasets.Dataset], cache_dir: str | None = None, disable_tqdm: bool = False
+    ) -> None:
+        """
+        Computes the teacher's outputs for all images and expressions of these datasets, whose images are numbered one
+        dataset after the other, or finds them where an earlier run left them.
+
+        Args:
+            train_datasets (`Sequence[datasets.Dataset]`): rows with `image`, `image_id` and `expression`.
+            cache_dir (`str`, *optional*): where they are kept, by default in the cache of `datasets`.
+            disable_tqdm (`bool`, *optional*, defaults to `False`): show no progress.
+        """
+        with self.accelerator.autocast():
+            caches = [
+                TeacherCache.build(
+                    self.teacher,
+                    dataset,
+                    self.image_processor,
+                    cache_dir=cache_dir,
+                    output_patches=self.weights.teacher_map > 0,
+                    disable_tqdm=disable_tqdm,
+                )
+                for dataset in train_datasets
+            ]
+        self._cache = TeacherCache.concatenate(caches)
+
+    @property
+    def columns(self) -> Callable[..., dict[str, Any]]:
+        """
+        The function with which a collator gets what a batch carries along for the teacher, from the numbers of its B
+        images and its N expressions: the cached outputs, see [`TeacherCache.lookup`], or else the `expressions`,
+        which the teacher reads with a tokenizer of its own. It can be sent to the workers of a data loader, since it
+        does not hold the teacher.
+        """
+        return keep_expressions if self._cache is None else self._cache.lookup
+
+    def outputs(self, batch: dict[str, Any]) -> TeacherOutput:
+        """The teacher's outputs for a batch: those that came with it, or else computed on the student's canvases."""
+        if "teacher_image_embeds" in batch:
+            return TeacherOutput(
+                image_embeds=batch["teacher_image_embeds"],
+                text_embeds=batch["teacher_text_embeds"],
+                patch_embeds=batch.get("teacher_patch_embeds"),
+            )
+        # Accelerate wraps the student alone, so the trainer's own context does not set the teacher's precision.
+        with torch.no_grad(), self.accelerator.autocast():
+            canvases = self.image_processor.unnormalize(batch["pixel_values"])
+            return self.teacher(canvases, batch["expressions"], output_patches=self.weights.teacher_map > 0)
+
+    def loss(
+        self, outputs: EpmVGGroundingOutput, batch: dict[str, Any], num_boxes: int, num_expressions: int
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int]]]:
+        """
+        The terms of [`~distillation_loss.DistillationLoss`] for a batch.
+
+        Args:
+            outputs ([`EpmVGGroundingOutput`]): the student's.
+            batch (`dict`): what the collator made, with `image_index`, `labels` and the teacher's columns.
+            num_boxes, num_expressions (`int`): those of the whole optimiser step, on all processes.
+
+        Returns:
+            `tuple`: the weighted sum of the terms, and each term with the number of expressions that it is a mean of.
+        """
+        taught = self.outputs(batch)
+        return self.distillation_loss(
+            outputs, taught, batch["image_index"], batch["labels"], num_boxes, num_expressions
+        )
+
+    def describe(self, name: str) -> str:
+        """Sentences for the model card: which teacher taught what. `name` is what the card calls the teacher."""
+        kinds = {
+            "its map of patches and expressions": self.weights.teacher_map,
+            "its similarities between images and expressions": self.weights.relation,
+            "its embeddings": self.weights.feature,
+        }
+        taught = ", ".join(f"{what} (weight {weight:g})" for what, weight in kinds.items() if weight > 0)
+        return (
+            f"It was distilled, in training only, from {name} of {self.teacher.embed_dim} dimensions at "
+            f"{self.teacher.image_size} pixels (fingerprint {self.teacher.fingerprint[:16]}). It taught {taught}."
+        )
+
+
+def keep_expressions(image_indices: Sequence[int], expressions: list[str]) -> dict[str, Any]:
+    """The columns of a batch for a teacher that runs in every step."""
+    return {"expressions": expressions}
+
+
+def check_teacher(teacher: ClipTeacher, config: EpmVGConfig, weights: DistillationWeights) -> None:
+    """
+    Raises a `ValueError` if the student or the teacher lacks what a term of the loss compares.
+
+    Args:
+        teacher ([`ClipTeacher`]): the teacher.
+        config ([`EpmVGConfig`]): the student's configuration.
+        weights ([`~distillation_loss.DistillationWeights`]): which terms it is to teach.
+    """
+    width = config.teacher_projection_dim
+    if weights.compares_embeddings and width is None:
+        raise ValueError(
+            "the relation and feature losses need a model with teacher_projection_dim in its config; "
+            f"this teacher's width is {teacher.embed_dim}"
+        )
+    if weights.teacher_map > 0 and not teacher.has_patches:
+        raise ValueError(
+            "this teacher has no patch embeddings in the image-text space: set teacher_map_loss_coefficient to 0"
+        )
+    if weights.feature > 0 and width != teacher.embed_dim:
+        raise ValueError(
+            f"the feature loss needs config.teacher_projection_dim ({width}) to be the teacher's width "
+            f"({teacher.embed_dim})"
+        )
+
+
+def check_captions(
+    caption_dataset: datasets.Dataset,
+    train_dataset: datasets.Dataset | datasets.IterableDataset | None,
+    teacher: ClipTeacher | None,
+    weights: DistillationWeights,
+) -> None:
+    """
+    Raises a `ValueError` if expressions without boxes cannot be mixed into training.
+
+    Args:
+        caption_dataset (`datasets.Dataset`): the rows without boxes.
+        train_dataset (`datasets.Dataset`): the rows with boxes.
+        teacher ([`ClipTeacher`]): the teacher, the only one that such rows can learn from.
+        weights ([`~distillation_loss.DistillationWeights`]): which terms it is to teach.
+    """
+    if teacher is None:
+        raise ValueError("caption_dataset needs a teacher: without one, expressions without boxes teach nothing")
+    if not weights.teaches:
+        raise ValueError("caption_dataset needs a term of the distillation: all their weights are 0")
+    if isinstance(caption_dataset, datasets.IterableDataset) or isinstance(train_dataset, datasets.IterableDataset):
+        raise ValueError("caption_dataset cannot be mixed in when it, or train_dataset, is streamed")
