@@ -23,7 +23,8 @@ from .utils import needs_extra
 if is_torchvision_available():
     from .model.image_processing_epmvg import EpmVGImageProcessor
 else:
-    EpmVGImageProcessor = EpmVGImageProcessorPil  # type: ignore[misc, assignment] # the other, under its name
+    # Without torchvision, the name stands for the image processor that uses PIL.
+    EpmVGImageProcessor = EpmVGImageProcessorPil  # type: ignore[misc, assignment]
 
 if TYPE_CHECKING:
     from .data.hf_dataset import as_grounding_dataset
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Training and data need extras (`pip install "epmvg_hf[train]"`) and are imported when first used.
+# The modules of these names need libraries of the extra `train` and are imported at the first use of a name, so that
+# inference works without the extra.
 _LAZY = {
     "ClipTeacher": "distillation.clip_teacher",
     "EpmVGDataCollator": "training.data_collator",
@@ -85,13 +87,13 @@ def __getattr__(name: str) -> Any:
 
 def register_for_hub() -> None:
     """
-    Lets whatever this process saves or pushes from now on take its code along: model, processor and image processor
-    then load with `trust_remote_code=True` where `epmvg_hf` is not installed. It needs the transformers version that
-    the code was written for, so it is not the default.
+    From now on, models, processors and image processors that this process saves or pushes include their code. They can
+    then be loaded with `trust_remote_code=True` where `epmvg_hf` is not installed. This is not the default, because
+    the code runs only with transformers versions that it was written for.
 
-    There `AutoModel` gives an [`EpmVGModel`], `AutoModelForZeroShotObjectDetection` an [`EpmVGForVisualGrounding`], as
-    they do with the package. The task "visual-grounding" stays with the package: by hand, boxes come from
-    [`~EpmVGProcessor.post_process_grounding`].
+    Without the package, `AutoModel` and `AutoModelForZeroShotObjectDetection` load an [`EpmVGModel`] and an
+    [`EpmVGForVisualGrounding`], as they do with the package, but the pipeline task "visual-grounding" is missing:
+    [`~EpmVGProcessor.post_process_grounding`] gives the boxes.
 
     Example:
 
@@ -100,9 +102,9 @@ def register_for_hub() -> None:
 
     >>> epmvg_hf.register_for_hub()
     >>> model.push_to_hub("me/my-epmvg")
-    CommitInfo(commit_url='https://huggingface.co/me/my-epmvg/commit/...
+    CommitInfo(commit_url='.../me/my-epmvg/commit/...
     >>> processor.push_to_hub("me/my-epmvg")
-    CommitInfo(commit_url='https://huggingface.co/me/my-epmvg/commit/...
+    CommitInfo(commit_url='.../me/my-epmvg/commit/...
     ```
     """
     EpmVGConfig.register_for_auto_class()
@@ -126,6 +128,6 @@ AutoProcessor.register(EpmVGConfig, EpmVGProcessor)
 PIPELINE_REGISTRY.register_pipeline(
     "visual-grounding",
     pipeline_class=VisualGroundingPipeline,
-    pt_model=EpmVGForVisualGrounding,  # a class, not AutoModel, which gives the bare EpmVGModel
+    pt_model=EpmVGForVisualGrounding,  # not AutoModel, which would load the bare EpmVGModel
     type="multimodal",
 )

@@ -1,4 +1,4 @@
-"""Sentences for people: which extra a missing library belongs to, and what an error says in a line."""
+"""Error messages: the extra that a missing library belongs to, and an error in one line."""
 
 import textwrap
 from collections.abc import Iterator
@@ -8,18 +8,24 @@ from contextlib import contextmanager
 @contextmanager
 def needs_extra(what: str, extra: str) -> Iterator[None]:
     """
-    Around imports of `what`: a library that is not installed becomes an `ImportError` with the command that installs
-    the extra it belongs to.
+    Turns the error of an import in its block into one that says how to install the missing library.
+
+    Args:
+        what (`str`): the name that needs the import, with which the message begins.
+        extra (`str`): the extra of this package that the library belongs to.
+
+    Raises:
+        ImportError: a library that the block imports is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None:  # one of transformers, which has its own sentence
+        if error.name is None:  # raised by transformers, whose message already says what to install
             raise
         library = error.name.partition(".")[0]
         raise ImportError(f'{what} needs {library}: pip install "epmvg_hf[{extra}]"', name=error.name) from error
 
 
 def in_short(error: Exception) -> str:
-    """What an error says, in one line: some libraries list every tensor of a model."""
+    """An error in one line of at most 400 characters, because some libraries list every tensor of a model."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")

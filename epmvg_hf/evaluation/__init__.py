@@ -1,5 +1,5 @@
 """
-What predicted boxes are worth: accuracy and its uncertainty, blind baselines, the modality gap, pictures of boxes.
+How good predicted boxes are: accuracy with its uncertainty, blind baselines, the modality gap and plots of boxes.
 
 May use `utils`.
 """

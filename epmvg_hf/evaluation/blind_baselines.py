@@ -1,4 +1,9 @@
-"""Predictors without eyes: what boxes can be had without looking at any image, so that an accuracy means something."""
+"""
+Baselines that never look at the image.
+
+Boxes and words of a benchmark are not evenly distributed, so a guess without the image is sometimes right. A model has
+learned to see only as far as it is better than these baselines.
+"""
 
 from collections import defaultdict
 
@@ -9,26 +14,29 @@ from torchvision.ops import box_iou
 
 from .accuracy import paired_iou
 
-# Enough boxes to choose among and to choose by; more move the result by less than its sampling error.
-_CANDIDATES = 1_000
-_SAMPLE = 10_000
-# A box fitted to fewer boxes than this says more about those than about the word.
+# At most this many training boxes are tried as the fitted box, and at most this many are used to compare them. More
+# would change the accuracy by less than its sampling error.
+_MAX_CANDIDATES = 1_000
+_MAX_COMPARED = 10_000
+
+# With fewer boxes of an expression than this, the fitted box would depend on the single boxes more than on the words.
 _MIN_BOXES = 5
 
 
 def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: float = 0.5) -> dict[str, float]:
     """
-    Acc@`threshold` of three predictors that never see an image. Boxes are fitted on the training rows, relative to
-    the image's size.
+    Accuracy of three baselines that predict a box without the image. The boxes are fitted to the training rows, as
+    fractions of the image's width and height.
 
     Args:
-        train_dataset (`datasets.Dataset`): rows with `image`, `image_id`, `expression`, `box`, to fit on.
-        eval_dataset (`datasets.Dataset`): likewise, to measure on.
-        threshold (`float`, *optional*, defaults to 0.5): IoU from which a box counts as right.
+        train_dataset (`datasets.Dataset`): rows with `image`, `image_id`, `expression` and `box`, to fit the boxes to.
+        eval_dataset (`datasets.Dataset`): rows with the same columns, to measure the accuracy on.
+        threshold (`float`, *optional*, defaults to 0.5): the IoU from which a box is right.
 
     Returns:
-        `dict[str, float]`: `whole_image`, `best_constant_box`, and `best_box_per_expression`, which falls back on the
-        expression's last word, then on the constant box, where the training rows have too few of the same.
+        `dict[str, float]`: the accuracy in [0, 1] of predicting the `whole_image`, the `best_constant_box`, and the
+        `best_box_per_expression`. Where the training rows have fewer than five boxes of an expression, the last is
+        fitted to the expressions with the same last word, and if these are too few, it is the constant box.
 
     Example:
 
@@ -42,19 +50,19 @@ def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: flo
     """
     train_boxes, true_boxes = _relative_boxes(train_dataset), _relative_boxes(eval_dataset)
     train_expressions = [expression.lower() for expression in train_dataset["expression"]]
-    by_key = defaultdict(list)
+    rows_by_key = defaultdict(list)
     for row, expression in enumerate(train_expressions):
-        by_key[expression].append(row)
-        by_key["last word", expression.split()[-1]].append(row)
+        rows_by_key[expression].append(row)
+        rows_by_key["last word", expression.split()[-1]].append(row)
 
     constant = _best_box(train_boxes, threshold)
     fitted = {}
     predicted = np.empty_like(true_boxes)
     for row, expression in enumerate(eval_dataset["expression"]):
         keys = (expression.lower(), ("last word", expression.lower().split()[-1]))
-        key = next((key for key in keys if len(by_key.get(key, ())) >= _MIN_BOXES), None)
+        key = next((key for key in keys if len(rows_by_key.get(key, ())) >= _MIN_BOXES), None)
         if key is not None and key not in fitted:
-            fitted[key] = _best_box(train_boxes[by_key[key]], threshold)
+            fitted[key] = _best_box(train_boxes[rows_by_key[key]], threshold)
         predicted[row] = constant if key is None else fitted[key]
 
     def accuracy(boxes: np.ndarray) -> float:
@@ -68,7 +76,7 @@ def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: flo
 
 
 def _relative_boxes(dataset: Dataset) -> np.ndarray:
-    """Boxes `(rows, 4)` as shares of their image's width and height; only the images' headers are read."""
+    """Boxes `(N, 4)` as fractions of their image's width and height. Only the headers of the images are read."""
     undecoded = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
     sizes = {}
     for row, image_id in enumerate(dataset["image_id"]):
@@ -79,10 +87,10 @@ def _relative_boxes(dataset: Dataset) -> np.ndarray:
 
 
 def _best_box(boxes: np.ndarray, threshold: float) -> np.ndarray:
-    """The one of these boxes, or the whole image, that is right for the largest share of them."""
+    """The one of these boxes, or the whole image, that is right for the most of them."""
     rng = np.random.default_rng(0)
-    candidates = boxes if len(boxes) <= _CANDIDATES else rng.choice(boxes, _CANDIDATES, replace=False)
+    candidates = boxes if len(boxes) <= _MAX_CANDIDATES else rng.choice(boxes, _MAX_CANDIDATES, replace=False)
     candidates = np.concatenate([candidates, [[0.0, 0.0, 1.0, 1.0]]])
-    sample = boxes if len(boxes) <= _SAMPLE else rng.choice(boxes, _SAMPLE, replace=False)
-    right = box_iou(torch.from_numpy(candidates), torch.from_numpy(sample)) >= threshold
-    return candidates[int(right.sum(1).argmax())]
+    compared = boxes if len(boxes) <= _MAX_COMPARED else rng.choice(boxes, _MAX_COMPARED, replace=False)
+    is_right = box_iou(torch.from_numpy(candidates), torch.from_numpy(compared)) >= threshold
+    return candidates[int(is_right.sum(1).argmax())]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How far apart images and expressions lie in the space that they share."""
+"""The distance between the embeddings of images and those of expressions in their common space."""
 
 import torch
 from torch import nn
@@ -22,20 +22,21 @@ def modality_gap(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_index: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """
-    Distance between the two modalities (Liang et al. 2022, "Mind the Gap") and what tells matching from other pairs
-    despite it. Embeddings are L2-normalised first; each image counts once in its centroid, however many
-    expressions it has.
+    The modality gap (Liang et al. 2022, "Mind the Gap"), and the cosine similarities by which matching pairs of image
+    and expression can be told from other pairs in spite of the gap.
 
     Args:
-        image_embeds (`torch.FloatTensor` of shape `(B, e)`): of any length.
-        text_embeds (`torch.FloatTensor` of shape `(N, e)`): likewise.
+        image_embeds (`torch.FloatTensor` of shape `(B, e)`):
+            Embeddings of the images. They are L2-normalised here, and each image counts once, however many
+            expressions it has.
+        text_embeds (`torch.FloatTensor` of shape `(N, e)`): embeddings of the expressions, which are normalised too.
         image_index (`torch.LongTensor` of shape `(N,)`, *optional*):
             Image of each expression. Without it, N = B and the n-th expression is about the n-th image.
 
     Returns:
         `dict[str, torch.FloatTensor]` of float32 scalars: `gap`, the Euclidean distance in [0, 2] between the centroid
-        of the images and that of the expressions; `alignment`, the mean cosine of an expression with its own image;
-        `mismatch`, that of all pairs of an expression and another image (NaN if there is one image only).
+        of the images and that of the expressions; `alignment`, the mean cosine similarity of an expression with its
+        own image; `mismatch`, the mean cosine similarity of an expression with another image (NaN for one image).
 
     Example:
 
@@ -50,7 +51,7 @@ def modality_gap(
     images, texts = (nn.functional.normalize(embeds.float(), dim=-1) for embeds in (image_embeds, text_embeds))
     own_images = images if image_index is None else images[image_index]
     matching = (own_images * texts).sum()
-    # The product of the sums is the sum over all pairs, without a B x N matrix.
+    # The sum of all pairs' cosines is the product of the sums, which needs no B x N matrix.
     all_pairs = (images.sum(0) * texts.sum(0)).sum()
     return {
         "gap": torch.linalg.vector_norm(images.mean(0) - texts.mean(0)),

@@ -1,4 +1,4 @@
-"""Pictures of boxes."""
+"""Plots of boxes on their images."""
 
 import os
 from collections.abc import Sequence
@@ -22,15 +22,16 @@ def draw_grid(
     columns: int = 4,
 ) -> None:
     """
-    Write a grid with one cell per expression: the image, the predicted box (red) and the true box (green, dashed).
+    Writes a picture with one cell per expression: the image, the predicted box in red, and the true box in dashed
+    green.
 
     Args:
-        path (`str` or `os.PathLike`): the picture file to write.
+        path (`str` or `os.PathLike`): the picture file to write, in the format that its suffix names.
         images (`Sequence[PIL.Image.Image]`): one image per expression.
-        expressions (`Sequence[str]`): the title of each cell.
+        expressions (`Sequence[str]`): the titles of the cells.
         boxes (`np.ndarray` of shape `(N, 4)`): predicted boxes, xyxy pixels of the images.
-        true_boxes (`np.ndarray` of shape `(N, 4)`, *optional*): true boxes, likewise.
-        columns (`int`, *optional*, defaults to 4): cells per row.
+        true_boxes (`np.ndarray` of shape `(N, 4)`, *optional*): true boxes, xyxy pixels of the images.
+        columns (`int`, *optional*, defaults to 4): number of cells in a row.
 
     Example:
 
@@ -61,7 +62,7 @@ def draw_grid(
 
 def _outline(axis: plt.Axes, box: np.ndarray, color: str, linestyle: str) -> None:
     x1, y1, x2, y2 = box
-    # imshow puts the centre of pixel 0 at 0, so its left edge is at -0.5.
+    # imshow draws the centre of the first pixel at 0, so the pixel's left edge, which is 0 in a box, is at -0.5.
     axis.add_patch(
         Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, linewidth=2, color=color, linestyle=linestyle)
     )

@@ -1,12 +1,15 @@
-"""Training augmentation after TransVG, re-thought so that no expression becomes false and no target is cut away."""
+"""Augmentation of training images as in TransVG, but so that expressions stay true and their objects stay in sight."""
 
 import random
 import re
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import ColorJitter
+
+from ..model.losses import has_box
 
 _PAIRS = (
     ("left", "right"),
@@ -14,13 +17,13 @@ _PAIRS = (
     ("leftest", "rightest"),
     ("lefthand", "righthand"),
     ("leftside", "rightside"),
-    ("lft", "rt"),  # as players of ReferItGame wrote
+    ("lft", "rt"),  # abbreviations in ReferItGame
 )
 _MIRRORED = dict(_PAIRS) | {right: left for left, right in _PAIRS}
 _MIRRORED_WORD = re.compile(rf"\b({'|'.join(_MIRRORED)})\b", re.IGNORECASE)
 
-# A mirror image shows these wrongly, whatever is done to the words: "right behind the car" means no direction, "left
-# over" no side, and letters, numbers and clocks come out reversed.
+# Expressions that mirroring would make false even with left and right swapped: "right behind the car" does not mean a
+# direction and "left over" does not mean a side, and letters, numbers and clocks are shown reversed.
 _UNMIRRORABLE = re.compile(
     r"(?<!\bthe )(?<!\bon )(?<!\bfar )(?<!\bto )\bright[ -]"
     r"(above|across|after|against|along|angled?|at|before|behind|below|beneath|beside|between|beyond|by|down|handed|here"
@@ -33,7 +36,7 @@ _UNMIRRORABLE = re.compile(
     re.IGNORECASE,
 )
 
-# A crop can make these false, or take away the object that they refer to.
+# Expressions about places, order or other objects: a crop can make them false or remove an object that they mention.
 _UNCROPPABLE = re.compile(
     r"\b(above|across|adjacent|after|against|ahead|along|alongside|among|around|back|background|backmost|before|behind"
     r"|below|beneath|beside|besides|between|beyond|bottom|bottommost|btm|by|cent(?:er|re)|central|close|closer|closest"
@@ -45,7 +48,7 @@ _UNCROPPABLE = re.compile(
     re.IGNORECASE,
 )
 
-# Jitter can turn gray into white, or orange into brown.
+# Expressions that name a colour: strong jitter can turn gray into white, or orange into brown.
 _COLOUR = re.compile(
     r"\b(beige|black(?:ish)?|blonde?|blu(?:e|ish)|bright(?:er|est)?|bronze|brown(?:ish)?|brunette|burgundy"
     r"|colou?r(?:ed|ful)?|cream|cyan|dark(?:er|est)?|gold(?:en)?|gr[ae]y(?:ish)?|green(?:ish)?|khaki|light(?:er|est)?"
@@ -58,27 +61,30 @@ _COLOUR = re.compile(
 @dataclass
 class GroundingAugmentation:
     """
-    Random crop, mirror and colour jitter of one image with all its expressions and boxes, and its random scale and
-    place on the canvas. It draws from the global random states of Python and PyTorch, which the Trainer seeds.
+    Random crop, mirroring and colour jitter of an image with all its expressions and boxes, and a random scale and
+    position of the image on the canvas. All draws come from the global random states of Python and PyTorch, which the
+    Trainer seeds.
 
-    What TransVG (djiajunustc/TransVG: datasets/transforms.py) does and this does not: crop the target away, swap
-    `left` inside `bleft`, crop or mirror what an expression then describes wrongly.
+    TransVG (djiajunustc/TransVG, datasets/transforms.py) also crops objects away, swaps the letters of `left` inside
+    words such as `bleft`, and crops and mirrors images whose expressions then become false. This class does not.
 
     Args:
         flip (`float`, *optional*, defaults to 0.5):
-            Probability of mirroring; left and right then change places in the expressions. Skipped when an expression
-            cannot be mirrored ("right behind", letters and numbers).
+            Probability of mirroring the image and swapping left and right in its expressions. Images with an
+            expression that would become false ("right behind", letters, numbers) are not mirrored.
         crop (`float`, *optional*, defaults to 0.5):
-            Probability of a crop that keeps every box whole. Skipped when an expression speaks of position, order or
-            another object's place.
+            Probability of a crop that keeps every box whole. Images with an expression about a position, an order or
+            other objects are not cropped.
         min_crop (`float`, *optional*, defaults to 0.6):
-            Smallest share of each side that a crop keeps.
+            Smallest fraction of the width and of the height that a crop keeps.
         color_jitter (`float`, *optional*, defaults to 0.4):
-            Strength for brightness, contrast and saturation; a quarter of it when an expression names a colour.
+            Strength of the jitter of brightness, contrast and saturation. Images with an expression that names a
+            colour get a quarter of it.
         color_jitter_probability (`float`, *optional*, defaults to 0.8):
             Probability of the colour jitter.
         min_scale (`float`, *optional*, defaults to 0.7):
-            The long side takes between this share and all of the canvas (TransVG: 448 to 640 pixels of 640).
+            Smallest length of the image's long side, as a fraction of the canvas. TransVG draws 448 to 640 pixels on a
+            canvas of 640.
 
     Example:
 
@@ -88,7 +94,7 @@ class GroundingAugmentation:
 
     >>> augmentation = GroundingAugmentation(flip=1.0)
     >>> _, expressions, boxes = augmentation(image, ["the left triangle"], np.array([[24.0, 59.0, 57.0, 88.0]]))
-    >>> expressions, boxes.tolist()  # of an image of 113 pixels width, not cropped, as that could make "left" false
+    >>> expressions, boxes.tolist()  # the image is 113 pixels wide, and not cropped because of the word "left"
     (['the right triangle'], [[56.0, 59.0, 89.0, 88.0]])
     ```
     """
@@ -107,13 +113,15 @@ class GroundingAugmentation:
         Args:
             image (`PIL.Image.Image`): the image.
             expressions (`list[str]`): its expressions.
-            boxes (`np.ndarray` of shape `(len(expressions), 4)`): xyxy pixels of the image, 0-based, half-open; NaN
-                for an expression without a box. An image with such a one is not cropped.
+            boxes (`np.ndarray` of shape `(len(expressions), 4)`):
+                Boxes as xyxy float pixels of the image, 0-based, half-open. A row of NaN belongs to an expression
+                without a box; it stays as it is.
 
         Returns:
-            The image, the expressions and the boxes, changed alike.
+            `tuple[PIL.Image.Image, list[str], np.ndarray]`: the changed image with its expressions and boxes.
         """
-        croppable = not np.isnan(boxes).any() and not any(map(_UNCROPPABLE.search, expressions))
+        # Where the object of an expression without a box is, is not known, so any crop could cut it away.
+        croppable = bool(has_box(torch.from_numpy(boxes)).all()) and not any(map(_UNCROPPABLE.search, expressions))
         if random.random() < self.crop and croppable:
             image, boxes = self._crop(image, boxes)
         if random.random() < self.flip and not any(map(_UNMIRRORABLE.search, expressions)):
@@ -125,7 +133,14 @@ class GroundingAugmentation:
 
     def placement(self, canvas: int) -> tuple[int, float, float]:
         """
-        The long side in pixels of a `canvas`-pixel canvas, and the shares of free canvas above and left of it.
+        Draws the size and position of an image on the canvas.
+
+        Args:
+            canvas (`int`): side of the square canvas in pixels.
+
+        Returns:
+            `tuple[int, float, float]`: the image's long side in pixels, and which fractions of the free space, each in
+            [0, 1], lie above the image and left of it.
 
         Example:
 
@@ -145,7 +160,7 @@ class GroundingAugmentation:
         return image.crop((left, top, right, bottom)), boxes - np.array([left, top, left, top], boxes.dtype)
 
     def _window(self, side: int, low: float, high: float) -> tuple[int, int]:
-        """A random stretch [start, stop) of [0, side) that holds [low, high] and at least `min_crop` of the side."""
+        """Draws [start, stop) within [0, side) that covers [low, high] and at least `min_crop` of the side."""
         low, high = max(0, int(low)), min(side, int(np.ceil(high)))
         length = random.randint(min(side, max(round(self.min_crop * side), high - low)), side)
         start = random.randint(max(0, high - length), min(low, side - length))
@@ -154,15 +169,16 @@ class GroundingAugmentation:
 
 def mirror(image: Image.Image, expressions: list[str], boxes: np.ndarray) -> tuple[Image.Image, list[str], np.ndarray]:
     """
-    Mirror the image left to right, and with it the boxes and the words left and right of the expressions.
+    Mirrors an image left to right, with its boxes, and swaps the words for left and right in its expressions.
 
     Args:
         image (`PIL.Image.Image`): the image.
         expressions (`list[str]`): its expressions.
-        boxes (`np.ndarray` of shape `(len(expressions), 4)`): xyxy pixels of the image, 0-based, half-open, or NaN.
+        boxes (`np.ndarray` of shape `(len(expressions), 4)`):
+            Boxes as xyxy float pixels of the image, 0-based, half-open, or rows of NaN, which stay as they are.
 
     Returns:
-        The mirror image, its expressions and its boxes.
+        `tuple[PIL.Image.Image, list[str], np.ndarray]`: the mirrored image with its expressions and boxes.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: what it does before each pass over the data."""
+"""What the trainer does at the start of an epoch and after each optimiser step."""
 
 from pathlib import Path
 from typing import Any
@@ -12,69 +12,77 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from ..data.image_groups import CaptionedGroups
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
 
+# The file of a checkpoint that holds the weights in training, where the checkpoint's model is their average.
+TRAINED_WEIGHTS = "trained_weights.safetensors"
 
-class PassCallback(TrainerCallback):
-    """Counts the passes over the data; `state.epoch` does not on a stream, where it is a share of `max_steps`."""
+
+class EpochCallback(TrainerCallback):
+    """
+    Counts the epochs, that is the passes over the data. On a stream `state.epoch` does not do that: there it is the
+    share of `max_steps` that is done.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.passes = int(state.epoch or 0)
+        self.next_epoch = int(state.epoch or 0)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.begin_pass(self.passes)
-        self.passes += 1
+        self.begin_epoch(self.next_epoch)
+        self.next_epoch += 1
 
-    def begin_pass(self, index: int) -> None:
-        """What to do before pass number `index`, counted from 0."""
+    def begin_epoch(self, epoch: int) -> None:
+        """What to do before an epoch, counted from 0."""
         raise NotImplementedError
 
 
-class CaptionTurnsCallback(PassCallback):
-    """Tells the captioned images which pass over the data begins, so that all of them get their turn."""
+class CaptionTurnsCallback(EpochCallback):
+    """Tells the captioned images which epoch begins, so that all of them get their turn."""
 
     def __init__(self) -> None:
         self.groups: CaptionedGroups | None = None
 
-    def begin_pass(self, index: int) -> None:
-        assert self.groups is not None  # as of the data loader
-        self.groups.set_epoch(index)
+    def begin_epoch(self, epoch: int) -> None:
+        assert self.groups is not None  # the trainer sets it when it makes the data loader
+        self.groups.set_epoch(epoch)
 
 
-class FreezeBackbonesCallback(PassCallback):
-    """Keeps the vision backbone and the text tower as they are for the first `epochs` passes over the data."""
+class FreezeBackbonesCallback(EpochCallback):
+    """
+    Keeps the vision backbone and the text tower as they are for the first epochs.
+
+    Args:
+        model ([`EpmVGForVisualGrounding`]): the student.
+        epochs (`int`): for how many epochs.
+    """
 
     def __init__(self, model: EpmVGForVisualGrounding, epochs: int):
         self.epochs = epochs
         towers = (model.model.vision_model, model.model.text_model)
-        # Only what is trained at all: frozen batch norms stay frozen.
+        # What is never trained, such as frozen batch norms, must not begin to be trained after these epochs.
         self.parameters = [p for tower in towers for p in tower.parameters() if p.requires_grad]
 
-    def begin_pass(self, index: int) -> None:
-        self._train_towers(index >= self.epochs)
+    def begin_epoch(self, epoch: int) -> None:
+        self._set_trained(epoch >= self.epochs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._train_towers(True)
+        self._set_trained(True)
 
-    def _train_towers(self, trained: bool) -> None:
+    def _set_trained(self, trained: bool) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(trained)
 
 
-# Beside the average, which is the checkpoint's model.
-TRAINED_WEIGHTS = "trained_weights.safetensors"
-
-
 class WeightAverage(TrainerCallback):
     """
-    Averages the weights exponentially: after the first optimizer step the average is the model, after each further one
-    `decay * average + (1 - decay) * model`. [`EpmVGTrainer`] evaluates and saves the average; its checkpoints hold the
-    weights in training in a file of their own, with which training goes on. At the end the model becomes the average,
-    or the best checkpoint's where that is asked for.
+    Averages the weights exponentially: after the first optimiser step the average is the model, after each further one
+    it is `decay * average + (1 - decay) * model`. [`EpmVGTrainer`] evaluates and saves the average. Its checkpoints
+    hold the weights in training in a file of their own, with which training goes on. At the end of training the model
+    becomes the average, or the best checkpoint's average where `load_best_model_at_end` asks for that.
 
     Args:
         decay (`float`): between 0 and 1.
@@ -93,7 +101,7 @@ class WeightAverage(TrainerCallback):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        # Resumed, this copies the average, which is what the checkpoint's model is.
+        # The model of a checkpoint is the average, so in a run that is resumed this copies the average.
         self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         if self.checkpoint is not None:
             file = Path(self.checkpoint) / TRAINED_WEIGHTS
@@ -111,7 +119,7 @@ class WeightAverage(TrainerCallback):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        assert self.model is not None  # as of on_train_begin
+        assert self.model is not None  # on_train_begin sets it
         self.model.update_parameters(model)
 
     def on_train_end(
@@ -128,10 +136,10 @@ class WeightAverage(TrainerCallback):
         self.model = None
 
     def save_trained(self, model: nn.Module, folder: str) -> None:
-        """Writes the weights in training beside the average; what is frozen is its own average."""
+        """Writes the weights in training beside the average. Frozen parameters, which equal theirs, are left out."""
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         weights = {
-            # A file takes no tensor that shares its memory or lies in another order.
+            # safetensors refuses tensors that share memory or are not contiguous.
             name: value.clone(memory_format=torch.contiguous_format)
             for name, value in model.state_dict().items()
             if name not in frozen

@@ -1,42 +1,41 @@
-"""A `transformers.Trainer` that writes model cards: what was trained on what, by which command, what it reached."""
+"""A `transformers.Trainer` that remembers what it measured and writes it into the model card."""
 
 import dataclasses
-import os
-import re
-import shlex
-import sys
-from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
-from transformers import PreTrainedConfig, Trainer, TrainingArguments
-from transformers.modelcard import extract_hyperparameters_from_trainer, make_markdown_table, parse_log_history
+from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput, TrainOutput, unwrap_peft_model
 
-from ..model.card_mixin import METRICS, PIPELINE_TAG, REPOSITORY, Evaluation, dataset_id, make_card
+from ..model.card_mixin import PIPELINE_TAG, REPOSITORY
 from .adapters import has_adapter
-
-# What `datasets` calls a dataset that it read from files of a format.
-_FORMATS = ("arrow", "csv", "generator", "imagefolder", "json", "pandas", "parquet", "text", "webdataset")
+from .model_card import (
+    METRICS,
+    Evaluation,
+    dataset_name,
+    describe_training,
+    find_base_models,
+    make_card,
+    strip_private_paths,
+)
 
 
 class CardTrainer(Trainer):
     """
-    The part of [`EpmVGTrainer`] that shares a model: it keeps what the weights reached on each split, and writes the
+    The part of [`EpmVGTrainer`] that shares a model: it records what the weights reached on each split, and writes the
     card that `push_to_hub` uploads.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        # By dataset, split and the optimizer step of the weights.
-        self._evaluations: dict[tuple[str | None, str | None, int], Evaluation] = {}
+        # The key is the dataset, the split and the optimizer step that the evaluated weights are from.
+        self._evaluations: dict[tuple[str, str | None, int], Evaluation] = {}
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`; from now on the model has this run's card."""
-        self._own_card()
+        """As in `Trainer`. From the start of training, the model has the card of this run."""
+        self._use_card_of_this_run()
         return super().train(*args, **kwargs)
 
     def evaluate(
@@ -46,12 +45,13 @@ class CardTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Evaluates, as in `Trainer`, and notes the result for the model card.
+        Evaluates as `Trainer` does, and records the result for the model card.
 
         Args:
-            eval_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): the trainer's own by default.
+            eval_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
+                The rows to evaluate on, by default the trainer's `eval_dataset`.
             ignore_keys (`list[str]`, *optional*): not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): what names begin with.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): prefix of the metrics' names.
 
         Returns:
             `dict[str, float]`: `eval_acc@0.5`, `eval_acc@0.7` and `eval_mean_iou` in [0, 1], `eval_loss` with its
@@ -69,20 +69,20 @@ class CardTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
-        if not isinstance(dataset, dict):  # those of a dictionary come here one by one
-            self._note_evaluation(dataset, metrics, metric_key_prefix)
+        if not isinstance(dataset, dict):  # for a dictionary, Trainer calls this method once for each of its datasets
+            self._record_evaluation(dataset, metrics, metric_key_prefix)
         return metrics
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """
-        The boxes of a dataset's expressions, and what they reach where the dataset has boxes.
+        Predicts the boxes of a dataset's expressions, and measures them if the dataset has true boxes.
 
         Args:
             test_dataset (`datasets.Dataset` or `datasets.IterableDataset`): the rows.
             ignore_keys (`list[str]`, *optional*): not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"test"`): what names of metrics begin with.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`): prefix of the metrics' names.
 
         Returns:
             `PredictionOutput`: `predictions` and `label_ids`, `np.ndarray` of shape `(N, 4)`, xyxy pixels of the
@@ -97,28 +97,29 @@ class CardTrainer(Trainer):
         ```
         """
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        self._note_evaluation(test_dataset, output.metrics or {}, metric_key_prefix)
+        self._record_evaluation(test_dataset, output.metrics or {}, metric_key_prefix)
         return output
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> CommitInfo:
         """
-        Saves the model with its processor and its card, and uploads them, as in `Trainer`; but everything lies in
-        `args.output_dir` before the Hub is asked for anything.
+        Saves the model with its processor and card in `args.output_dir`, and uploads that folder as `Trainer` does.
 
         Args:
-            args, kwargs: those of `Trainer.push_to_hub` and of [`~EpmVGTrainer.create_model_card`].
+            args, kwargs: arguments of `Trainer.push_to_hub` and of [`~EpmVGTrainer.create_model_card`].
 
         Returns:
-            `CommitInfo`: where it is.
+            `CommitInfo`: the commit, with its `commit_url`.
 
         Example:
 
         ```python
-        >>> trainer.push_to_hub(license="apache-2.0").commit_url
-        'https://huggingface.co/me/mine/commit/...'
+        >>> commit = trainer.push_to_hub(license="apache-2.0")
+        >>> commit.commit_url
+        '.../me/mine/commit/...'
         ```
         """
         if self.hub_model_id is None:
+            # Trainer creates the repository before it saves anything, so the weights would be lost if that failed.
             self.save_model(_internal_call=True)
         return super().push_to_hub(*args, **kwargs)
 
@@ -136,22 +137,24 @@ class CardTrainer(Trainer):
         teacher: str | None = None,
     ) -> None:
         """
-        Writes README.md into `args.output_dir`: how to use the model, what it reached, what it was trained on and by
-        which command, its teacher, its limits. Arguments are those of `Trainer` (and `push_to_hub` hands its own on).
+        Writes a model card, README.md, into `args.output_dir`: how to use the model, what it reached, what it was
+        trained on and by which command, its teacher and its limits. The arguments are those of
+        `Trainer.create_model_card` and `teacher`; `push_to_hub` takes them too.
 
         Args:
             language (`str` or `list[str]`, *optional*): languages of the expressions, such as `"en"`.
             license (`str`, *optional*): identifier of the weights' licence, such as `"apache-2.0"`.
             tags (`str` or `list[str]`, *optional*): further tags.
-            model_name (`str`, *optional*): title; the last name of `args.output_dir` unless given.
-            finetuned_from (`str`, *optional*): a model of the Hub that this one started from. Those that the
-                configuration knows of are named anyhow.
+            model_name (`str`, *optional*): title of the card, by default the name of the folder `args.output_dir`.
+            finetuned_from (`str`, *optional*):
+                A model of the Hub that the training started from. Those that the model's configuration names are
+                listed in any case.
             tasks (`str` or `list[str]`, *optional*): task on the Hub instead of `"zero-shot-object-detection"`.
-            dataset_tags (`str` or `list[str]`, *optional*): the training data on the Hub; what the dataset calls
-                itself unless given.
-            dataset (`str` or `list[str]`, *optional*): the training data's name, likewise.
-            dataset_args (`str` or `list[str]`, *optional*): its configuration, such as `"unc"`.
-            teacher (`str`, *optional*): the teacher's name; what it was loaded by unless given.
+            dataset_tags (`str` or `list[str]`, *optional*):
+                Identifiers of the training data on the Hub, by default its name.
+            dataset (`str` or `list[str]`, *optional*): name of the training data, by default what it calls itself.
+            dataset_args (`str` or `list[str]`, *optional*): configuration of the training data, such as `"unc"`.
+            teacher (`str`, *optional*): name of the teacher, by default the name that it was loaded by.
 
         Example:
 
@@ -166,161 +169,71 @@ class CardTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
-        known = None if self.train_dataset is None else dataset_name(self.train_dataset)
-        names = _listed(dataset) or _listed(dataset_tags) or _listed(known)
-        base_models = hub_models(self.model.config, finetuned_from)
-        config = ", ".join(_listed(dataset_args)) or None
         model = self.accelerator.unwrap_model(self.model)
+        training_data = None if self.train_dataset is None else dataset_name(self.train_dataset)
+        data_names = _as_list(dataset) or _as_list(dataset_tags) or _as_list(training_data)
+        base_models = find_base_models(self.model.config, finetuned_from)
+        training = None
+        if self.state.global_step > 0:
+            data = self._describe_data(", ".join(data_names))
+            training = describe_training(self, base_models, data, self._describe_teacher(teacher))
         card = make_card(
             model_name or folder.absolute().name,
+            repository=self.hub_model_id or REPOSITORY,
             with_code=model.is_remote_code(),
-            adapter_of=public(model.name_or_path) if has_adapter(model) else None,
+            adapter_of=strip_private_paths(model.name_or_path) if has_adapter(model) else None,
             language=language,
             license=license,
-            task=(_listed(tasks) or [PIPELINE_TAG])[0],
-            tags=_listed(tags),
-            datasets=_listed(dataset_tags) or [dataset_id(name) for name in names if name != "custom"],
+            task=(_as_list(tasks) or [PIPELINE_TAG])[0],
+            tags=_as_list(tags),
+            datasets=_as_list(dataset_tags) or data_names,
             base_models=base_models,
-            evaluations=[
-                dataclasses.replace(evaluation, config=config if evaluation.dataset == known else None)
-                for (_, _, step), evaluation in self._evaluations.items()
-                if step == self._step_of_weights()
-            ],
-            training=""
-            if self.state.global_step == 0
-            else describe_training(
-                self, base_models, self._describe_data(", ".join(names)), self._describe_teacher(teacher)
-            ),
+            evaluations=self._evaluations_of_present_weights(training_data, ", ".join(_as_list(dataset_args))),
+            training=training,
         )
-        if self.hub_model_id is not None:
-            card.text = card.text.replace(REPOSITORY, self.hub_model_id)
         card.save(folder / "README.md")
-        self._own_card()
-
-    def _own_card(self) -> None:
-        """From now on the model in memory has this run's card, and not that of the folder it was loaded from."""
-        model = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
-        model.card_folder = self.processing_class.card_folder = self.args.output_dir
+        self._use_card_of_this_run()
 
     def _describe_data(self, name: str) -> str:
-        """What the model was trained on, a phrase for the card."""
+        """What the model was trained on, as it follows "trained on" in the card."""
         raise NotImplementedError
 
     def _describe_teacher(self, name: str | None) -> str | None:
-        """Who taught the model what, sentences for the card; `None` without a teacher."""
+        """Sentences for the card about the teacher and what it taught, `None` without a teacher."""
         raise NotImplementedError
 
-    def _note_evaluation(self, dataset: Dataset | IterableDataset, metrics: dict[str, float], prefix: str) -> None:
-        values = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
-        if not METRICS.keys() & values.keys():
+    def _use_card_of_this_run(self) -> None:
+        """Makes `push_to_hub` of the model and processor upload the card of this run, not that of the old weights."""
+        model = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
+        model.card_folder = self.processing_class.card_folder = self.args.output_dir
+
+    def _record_evaluation(self, dataset: Dataset | IterableDataset, metrics: dict[str, float], prefix: str) -> None:
+        metrics = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
+        if not METRICS.keys() & metrics.keys():  # the dataset has no boxes
             return
-        name, split = dataset_name(dataset), None if dataset.split is None else str(dataset.split)
-        count = None if isinstance(dataset, IterableDataset) else len(dataset)
-        self._evaluations[name, split, self._step_of_weights()] = Evaluation(values, name, split, count)
+        evaluation = Evaluation(
+            metrics,
+            dataset=dataset_name(dataset) or "custom",
+            split=None if dataset.split is None else str(dataset.split),
+            expressions=None if isinstance(dataset, IterableDataset) else len(dataset),
+        )
+        self._evaluations[evaluation.dataset, evaluation.split, self._step_of_present_weights()] = evaluation
 
-    def _step_of_weights(self) -> int:
-        """The optimizer step that the model's weights are of."""
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end and not self.is_in_train else None
-        # Not `best_global_step`: weights of the best evaluation that were not saved cannot be loaded.
-        return self.state.global_step if best is None else int(best.rpartition("-")[2])
+    def _evaluations_of_present_weights(self, training_data: str | None, config: str) -> list[Evaluation]:
+        """What the present weights reached. `config` is the configuration of the training data, "" if unknown."""
+        return [
+            dataclasses.replace(evaluation, config=config or None if dataset == (training_data or "custom") else None)
+            for (dataset, _, step), evaluation in self._evaluations.items()
+            if step == self._step_of_present_weights()
+        ]
 
-
-def describe_training(trainer: Trainer, base_models: Sequence[str], data: str, teacher: str | None) -> str:
-    """
-    The card's section on training.
-
-    Args:
-        trainer (`Trainer`): the trainer after training.
-        base_models (`Sequence[str]`): models of the Hub that it started from.
-        data (`str`): what it was trained on, a phrase.
-        teacher (`str`, *optional*): who taught it what, sentences.
-    """
-    start = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in base_models)
-    if not start:
-        start = "a saved model" if trainer.model.config.name_or_path else "scratch"
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    size = f"{model.num_parameters() / 1e6:.1f} M parameters"
-    if has_adapter(model):
-        size += f", of which the adapter's {model.num_parameters(only_trainable=True):,} were trained"
-    lines = ["## Training\n", f"{size}, from {start}, on {data}."]
-    if teacher is not None:
-        lines.append(f"\n{teacher}")
-    command = training_command(sys.argv, trainer.args.world_size)
-    if command is not None:
-        lines.append(f"\n```bash\n{command}\n```")
-    settings = {**extract_hyperparameters_from_trainer(trainer), **_own_settings(trainer.args)}
-    lines += ["", *(f"* `{name}`: {value}" for name, value in settings.items())]
-    _, history, _ = parse_log_history(trainer.state.log_history)
-    columns = ("Step", "Epoch", "Training Loss", "Validation Loss", "Acc@0.5", "Mean Iou")
-    table = [{name: row[name] for name in columns} for row in history or () if row.keys() >= set(columns)]
-    if table:
-        lines += ["\nWhile it was trained:\n", make_markdown_table(table)]
-    libraries = ("epmvg_hf", "transformers", "torch", "datasets")
-    lines.append("\n" + ", ".join(f"{name} {version(name)}" for name in libraries) + ".")
-    return "\n".join(lines)
+    def _step_of_present_weights(self) -> int:
+        """The optimizer step after which the model had its present weights."""
+        if self.is_in_train or not self.args.load_best_model_at_end or self.state.best_model_checkpoint is None:
+            return self.state.global_step
+        # `best_global_step` may be another step, at which no checkpoint was saved that could be loaded.
+        return int(self.state.best_model_checkpoint.rpartition("-")[2])
 
 
-def training_command(argv: Sequence[str], world_size: int) -> str | None:
-    """
-    The command line of this process without what is nobody's business: tokens are left out, and paths outside the
-    working folder cut to their last name. `None` if it was no script.
-    """
-    script = Path(argv[0])
-    if script.suffix != ".py":
-        return None
-    arguments = []
-    secret = False
-    for argument in argv[1:]:
-        option = argument.partition("=")[0]
-        if secret and not argument.startswith("--"):
-            secret = False
-            continue
-        secret = re.fullmatch(r"--.*(token|key|secret|password)", option) is not None
-        if secret:
-            secret = "=" not in argument
-            continue
-        arguments.append(public(argument))
-    launcher = "python" if world_size == 1 else f"accelerate launch --num_processes {world_size}"
-    return f"{launcher} {shlex.join([public(argv[0]), *arguments])}"
-
-
-def public(text: str) -> str:
-    """`text` with paths relative to the working folder, those elsewhere cut to their last name."""
-    if "://" in text:
-        return text
-    option, equals, value = text.rpartition("=")
-    path = Path(os.path.expanduser(value))  # noqa: PTH111 (Path.expanduser raises for a user it does not know)
-    if path.is_absolute():
-        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
-        return f"{option}{equals}{shown}"
-    # Within something else, such as "local-dir:/home/me/clip" or JSON.
-    return re.sub(r"(?<![\w./~-])[~/]/?(?:[^\s\"',:/]+/)*([^\s\"',:/]+)", r"\1", text)
-
-
-def hub_models(config: PreTrainedConfig, finetuned_from: str | None = None) -> list[str]:
-    """The models of the Hub that a model started from, as a whole and in its towers; folders are none."""
-    configs = [config, *(getattr(config, name) for name in config.sub_configs)]
-    names = dict.fromkeys([finetuned_from, *(part.name_or_path for part in configs)])
-    return [name for name in names if name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()]
-
-
-def dataset_name(dataset: Dataset | IterableDataset) -> str | None:
-    """What a dataset is called, if it is more than a file format."""
-    name = dataset.info.dataset_name
-    return None if name in _FORMATS else name
-
-
-def _own_settings(args: TrainingArguments) -> dict[str, Any]:
-    """What `args` set beyond `TrainingArguments`, where it is not the default; no folders."""
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    return {
-        field.name: value
-        for field in dataclasses.fields(args)
-        if field.name not in known
-        and (value := getattr(args, field.name)) != field.default
-        and not field.name.endswith("_dir")
-    }
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
+def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())

@@ -1,4 +1,4 @@
-"""Arguments of [`EpmVGTrainer`]."""
+"""The arguments of [`EpmVGTrainer`]."""
 
 from dataclasses import dataclass, field
 
@@ -10,58 +10,62 @@ from ..distillation.distillation_loss import DistillationWeights
 @dataclass
 class EpmVGTrainingArguments(TrainingArguments):
     """
-    `transformers.TrainingArguments` with what grounding needs. Batch sizes count images; the loss is a mean over the
-    expressions of the whole step, whatever it is split into.
+    `transformers.TrainingArguments` with the arguments that visual grounding adds.
+
+    Batch sizes count images. The loss is the mean over all expressions of an optimizer step, also if the step consists
+    of several accumulated batches or runs on several processes.
 
     Args:
         vision_learning_rate (`float`, *optional*):
-            Learning rate of the vision backbone and its encoder; `learning_rate` when not given.
+            Learning rate of the vision backbone and the encoder behind it, `learning_rate` by default.
         text_learning_rate (`float`, *optional*):
-            Learning rate of the text tower; `learning_rate` when not given.
+            Learning rate of the text tower, `learning_rate` by default.
         lr_drop_epochs (`list[float]`, *optional*):
-            After each of so many of the `num_train_epochs`, all learning rates are divided by 10, and nothing else
-            but `warmup_steps` changes them; `lr_scheduler_type` is then not looked at (TransVG: 60 of 90).
+            Epochs after which all learning rates are divided by 10 (TransVG: after 60 of 90). Apart from these drops
+            and from `warmup_steps` the learning rates are then constant, and `lr_scheduler_type` is ignored.
         frozen_parameters (`list[str]`, *optional*):
-            Regular expressions, searched in the names of parameters: those found are never trained (TransVG: the
-            backbone's first stage; CLIP-VG: both towers).
+            Regular expressions. Parameters in whose name one of them is found are never trained (TransVG: the first
+            stage of the backbone; CLIP-VG: both towers).
         ema_decay (`float`, *optional*):
-            Average the weights exponentially over the steps, with this decay (SimVG: 0.999). Evaluated, saved and kept
-            at the end is the average, see [`~callbacks.WeightAverage`]. Not with FSDP or DeepSpeed.
+            Decay of an exponential moving average of the weights (SimVG: 0.999). The average is what is evaluated,
+            saved, and left in the model after training, see [`~callbacks.WeightAverage`]. It does not work with FSDP
+            or DeepSpeed.
         freeze_backbone_epochs (`int`, *optional*, defaults to 0):
-            Epochs at the start in which the vision backbone and the text tower are not trained (VLTVG: 10).
+            Number of epochs at the start in which the vision backbone and the text tower are not trained (VLTVG: 10).
         max_expressions_per_image (`int`, *optional*):
-            Train on a random choice of this many expressions of an image each time it is seen.
+            Whenever an image is seen, train on at most this many of its expressions, chosen at random.
         augment (`bool`, *optional*, defaults to `True`):
             Whether to augment training images, see [`GroundingAugmentation`].
         caption_ratio (`float`, *optional*, defaults to 1.0):
-            Images of the trainer's `caption_dataset` for each image of its `train_dataset` in an epoch.
+            Number of images of the trainer's `caption_dataset` for each image of its `train_dataset` in an epoch.
         relation_loss_coefficient (`float`, *optional*, defaults to 0.0):
-            Weight of [`~losses.relation_loss`]. This and the further settings matter only with a teacher. Off by
-            default, like the next: in the study (model_cards/distillation-study) neither found more boxes.
+            Weight of [`~losses.relation_loss`]. Like all arguments below, it matters only with a teacher. This loss
+            and the next are off by default because neither improved the accuracy in the study in
+            model_cards/distillation-study.
         feature_loss_coefficient (`float`, *optional*, defaults to 0.0):
             Weight of [`~losses.feature_loss`].
         teacher_map_loss_coefficient (`float`, *optional*, defaults to 1.0):
-            Weight of [`~losses.map_loss`] towards the teacher's map. The map loss towards the box is the model's own,
-            `config.map_loss_coefficient`.
+            Weight of [`~losses.map_loss`] towards the teacher's map. The same loss towards the box is part of the
+            model and has the weight `config.map_loss_coefficient`.
         teacher_map_rows (`str`, *optional*, defaults to `"all"`):
-            Which expressions learn the teacher's map: `"all"`, or only those `"without_box"`, where the map cannot
-            follow the box instead (see `config.map_loss_coefficient`).
+            Which expressions learn the teacher's map: `"all"`, or only those `"without_box"`, for which the map cannot
+            be learned from a box instead.
         student_temperature (`float`, *optional*, defaults to 0.05):
-            Divides the student's image-text similarities in the relation loss.
+            The student's image-text similarities are divided by this temperature in the relation loss.
         teacher_temperature (`float`, *optional*, defaults to 0.05):
-            Divides the teacher's image-text similarities in the relation loss.
+            The teacher's image-text similarities are divided by this temperature in the relation loss.
         map_temperature (`float`, *optional*, defaults to 0.05):
-            Divides the teacher's patch-text similarities in the map loss.
+            The teacher's patch-text similarities are divided by this temperature in the map loss.
         cache_teacher (`bool`, *optional*, defaults to `True`):
-            Compute the teacher's outputs once and read them back in every step, see [`~teacher_cache.TeacherCache`].
-            Only for map-style datasets that are not augmented; otherwise the teacher runs in every step.
+            Whether to compute the teacher's outputs once and read them from a cache in every step, see
+            [`~teacher_cache.TeacherCache`]. With augmented or streamed data the teacher runs in every step instead.
         teacher_cache_dir (`str`, *optional*):
-            Where those outputs are kept. Defaults to a folder in the cache of `datasets`.
+            Folder of that cache, by default within the cache of `datasets`.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
-            Must stay `False`: the collator reads the dataset's own columns.
+            Must stay `False`, because the collator reads columns that are not arguments of the model.
 
     Raises:
-        ValueError: a setting is out of its range, or not for this trainer.
+        ValueError: an argument is out of its range or not supported by [`EpmVGTrainer`].
 
     Example:
 
@@ -69,36 +73,44 @@ class EpmVGTrainingArguments(TrainingArguments):
     >>> from epmvg_hf import EpmVGTrainingArguments
 
     >>> args = EpmVGTrainingArguments("outputs/mine", learning_rate=1e-4, vision_learning_rate=1e-5, ema_decay=0.999)
-    >>> args.ema_decay, args.distils  # once there is a teacher
+    >>> args.ema_decay, args.distils  # the trainer distils if it is also given a teacher
     (0.999, True)
     ```
     """
 
     vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision backbone and its encoder."}
+        default=None,
+        metadata={"help": "Learning rate of the vision backbone and its encoder. Defaults to learning_rate."},
     )
-    text_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the text tower."})
+    text_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the text tower. Defaults to learning_rate."}
+    )
     lr_drop_epochs: list[float] | None = field(
-        default=None, metadata={"help": "Epochs after which learning rates are divided by 10, instead of a schedule."}
+        default=None,
+        metadata={"help": "Divide the learning rates by 10 after these epochs. Replaces lr_scheduler_type."},
     )
     frozen_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Regular expressions found in the names of parameters that are not trained."}
+        default=None,
+        metadata={"help": "Do not train parameters in whose name one of these regular expressions is found."},
     )
     ema_decay: float | None = field(
-        default=None, metadata={"help": "Decay of an average of the weights, which is what is evaluated and saved."}
+        default=None, metadata={"help": "Average the weights with this decay. The average is evaluated and saved."}
     )
     freeze_backbone_epochs: int = field(
-        default=0, metadata={"help": "First epochs in which the vision backbone and the text tower are not trained."}
+        default=0,
+        metadata={"help": "Do not train the vision backbone and the text tower in the first epochs, this many."},
     )
     max_expressions_per_image: int | None = field(
-        default=None, metadata={"help": "Train on a random choice of this many expressions of an image."}
+        default=None,
+        metadata={"help": "Train on at most this many expressions of an image at a time, chosen at random."},
     )
-    augment: bool = field(default=True, metadata={"help": "Whether to augment the training images."})
+    augment: bool = field(default=True, metadata={"help": "Augment the training images."})
     caption_ratio: float = field(
-        default=1.0, metadata={"help": "Caption images for each labelled image in an epoch, given a caption dataset."}
+        default=1.0, metadata={"help": "Use this many caption images for each image with boxes in an epoch."}
     )
     relation_loss_coefficient: float = field(
-        default=0.0, metadata={"help": "Weight of the relation loss; like what follows, only with a teacher."}
+        default=0.0,
+        metadata={"help": "Weight of the relation loss. This and the following arguments need a teacher."},
     )
     feature_loss_coefficient: float = field(default=0.0, metadata={"help": "Weight of the feature loss."})
     teacher_map_loss_coefficient: float = field(
@@ -117,17 +129,23 @@ class EpmVGTrainingArguments(TrainingArguments):
         default=0.05, metadata={"help": "Temperature of the teacher's patch-text similarities in the map loss."}
     )
     cache_teacher: bool = field(
-        default=True, metadata={"help": "Compute the teacher's outputs once if the data is not augmented."}
+        default=True,
+        metadata={"help": "Compute the teacher's outputs only once, unless the data is augmented or streamed."},
     )
-    teacher_cache_dir: str | None = field(default=None, metadata={"help": "Folder of the teacher's outputs."})
-    # Our collator reads the raw columns, which are no arguments of the model.
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the teacher's outputs. Defaults to a folder in the cache of datasets."},
+    )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the collator reads the dataset's own columns."}
+        default=False,
+        metadata={"help": "Must stay False: the collator reads columns that are not arguments of the model."},
     )
 
     def __post_init__(self) -> None:
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: the collator reads the dataset's own columns")
+            raise ValueError(
+                "remove_unused_columns must be False: the collator reads columns that are not arguments of the model"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}")
         if any(not 0 < epoch < self.num_train_epochs for epoch in self.lr_drop_epochs or ()):
@@ -147,24 +165,27 @@ class EpmVGTrainingArguments(TrainingArguments):
         if self.freeze_backbone_epochs > 0:
             if self.ddp_find_unused_parameters is False:
                 raise ValueError(
-                    "freeze_backbone_epochs needs ddp_find_unused_parameters: frozen parameters get no gradient"
+                    "freeze_backbone_epochs needs ddp_find_unused_parameters=True: frozen parameters get no gradient"
                 )
             self.ddp_find_unused_parameters = True
         if self.batch_eval_metrics:
             raise ValueError(
-                "batch_eval_metrics is not supported: every expression is counted once, after all batches"
+                "batch_eval_metrics must be False: metrics are computed after the last batch, so that rows that were "
+                "repeated to fill up a batch count only once"
             )
         super().__post_init__()
-        # Accelerate would collate streamed rows on one process and cut the batch by its first dimension, which is B
-        # for some tensors and N for others.
+        # By default, accelerate collates streamed rows on one process and splits the batch along the first dimension
+        # of its tensors, but that is B for some of them and N for others.
         if self.accelerator_config.dispatch_batches:
-            raise ValueError("dispatch_batches must not be True: a batch of B images and N expressions cannot be cut")
+            raise ValueError(
+                "dispatch_batches must not be True: a batch of B images and N expressions cannot be split evenly"
+            )
         self.accelerator_config.dispatch_batches = False
 
     @property
     def distillation_weights(self) -> DistillationWeights:
         """
-        Weights and temperatures of the terms that a teacher brings.
+        The weights and temperatures of the loss terms that need a teacher.
 
         Example:
 
@@ -188,7 +209,7 @@ class EpmVGTrainingArguments(TrainingArguments):
     @property
     def distils(self) -> bool:
         """
-        Whether any term of the loss needs a teacher.
+        Whether any loss term with a positive weight needs a teacher.
 
         Example:
 
@@ -199,12 +220,12 @@ class EpmVGTrainingArguments(TrainingArguments):
         False
         ```
         """
-        return self.distils_embeddings or self.teacher_map_loss_coefficient > 0
+        return self.distillation_weights.teaches
 
     @property
     def distils_embeddings(self) -> bool:
         """
-        Whether any term needs the student's projections to the teacher's image-text space.
+        Whether any loss term with a positive weight needs the student's projections to the teacher's image-text space.
 
         Example:
 
@@ -215,9 +236,12 @@ class EpmVGTrainingArguments(TrainingArguments):
         True
         ```
         """
-        return self.relation_loss_coefficient + self.feature_loss_coefficient > 0
+        return self.distillation_weights.compares_embeddings
 
     @property
     def n_gpu(self) -> int:
-        """At most 1: `DataParallel`, which plain `python` on several GPUs would give, cuts B and N apart."""
+        """
+        At most 1. On a machine with several GPUs, a script that is started without a launcher would otherwise use
+        `DataParallel`, which splits B images and N expressions without regard to which belong together.
+        """
         return min(super().n_gpu, 1)

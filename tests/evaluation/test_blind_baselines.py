@@ -16,15 +16,15 @@ def _dataset(rows: list[tuple[str, list[float]]], size=(100, 50)) -> Dataset:
     return Dataset.from_dict(columns, Features({**features, "box": List(Value("float32"), length=4)}))
 
 
-def test_each_predictor_knows_what_it_may_know():
+def test_each_baseline_uses_what_it_may_use():
     sky, dog = [0.0, 0.0, 100.0, 10.0], [40.0, 20.0, 60.0, 50.0]
     train = _dataset([("the sky", sky)] * 8 + [("a brown dog", dog)] * 12)
-    # Twice as large images: boxes are fitted relative to the image.
+    # These images are twice as large, but boxes are fitted as fractions of the image.
     test = _dataset(
         [
             ("the sky", [0.0, 0.0, 200.0, 20.0]),  # the same expression
             ("his dog", [80.0, 40.0, 120.0, 100.0]),  # the same last word
-            ("zebra", [80.0, 40.0, 120.0, 100.0]),  # unknown: the constant box, which is the dogs'
+            ("zebra", [80.0, 40.0, 120.0, 100.0]),  # an unknown word, so the constant box, which is the dogs'
             ("everything", [0.0, 0.0, 200.0, 100.0]),
         ],
         size=(200, 100),

@@ -10,8 +10,9 @@ def _batch(rows: list[int], loss: float | None = None, without_box: tuple[int, .
     predictions = np.array([[row, 0, row + 1, 1] for row in rows], np.float32)
     batch = {"row_index": rows, "predictions": predictions}
     if loss is not None:
+        batch["has_box"] = np.array([row not in without_box for row in rows])
         batch["references"] = predictions + 1
-        batch["references"][[row in without_box for row in rows]] = np.nan
+        batch["references"][~batch["has_box"]] = np.nan
         batch["losses"] = {"loss": loss, "loss_map": 2 * loss}
     return batch
 
@@ -27,6 +28,7 @@ def test_every_row_counts_once_in_the_order_of_the_dataset():
 def test_rows_without_a_box_weigh_nothing():
     rows = EvaluatedRows.merge([_batch([0, 1], 1.0, without_box=(1,)), _batch([2, 3], 4.0)])
     assert np.isnan(rows.references).any(-1).tolist() == [False, True, False, False]
+    assert rows.has_box.tolist() == [True, False, True, True]
     assert rows.predictions.shape == (4, 4) and rows.losses["loss"] == (1 * 1 + 2 * 4) / 3
     assert EvaluatedRows.merge([_batch([0], 0.0, without_box=(0,))]).losses == {}
 

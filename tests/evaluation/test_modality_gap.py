@@ -7,7 +7,7 @@ from epmvg_hf.evaluation.modality_gap import modality_gap
 
 
 def _expected(images: torch.Tensor, texts: torch.Tensor, image_index: list[int]) -> dict[str, float]:
-    """The same by loops over Python floats."""
+    """The expected values, by loops over Python floats."""
     images, texts = (
         [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in embeds.double().tolist()]
         for embeds in (images, texts)
@@ -29,7 +29,7 @@ def _expected(images: torch.Tensor, texts: torch.Tensor, image_index: list[int])
 
 def test_equals_a_float64_loop():
     generator = torch.Generator().manual_seed(0)
-    # Of any length, with a common offset, so that there is a gap; image 1 has no expression, image 2 three.
+    # Not normalised, with offsets that make a gap. Image 1 has no expression, image 2 has three.
     images = 3 * torch.randn(4, 6, generator=generator) + 1
     texts = torch.randn(6, 6, generator=generator) - 0.5
     image_index = [0, 2, 2, 3, 2, 0]

@@ -208,7 +208,8 @@ def test_the_card_tells_of_the_adapter_and_its_base(tmp_path, processor, dataset
     card = ModelCard.load(tmp_path / "card" / "README.md")
     assert card.data.library_name == "peft"
     assert "needs `pip install peft` and its base model, `base`" in card.text
-    assert f"of which the adapter's {count:,} were trained, from a saved model" in card.text
+    assert f"of which only the {count:,} of the adapter were trained" in card.text
+    assert "was trained from a saved model on" in card.text
     assert str(tmp_path) not in str(card)
 
 

@@ -149,3 +149,17 @@ def test_draws_depend_on_the_random_state_alone():
 
     first, second = draw(), draw()
     assert first[0].tobytes() == second[0].tobytes() and first[2].tolist() == second[2].tolist()
+
+
+def test_expressions_without_a_box_stay_so_and_are_not_cropped_away():
+    random.seed(0)
+    augmentation = GroundingAugmentation(flip=0.5, crop=1, color_jitter_probability=0)
+    boxes = np.array([[np.nan] * 4, BOX], np.float32)
+    mirrored = 0
+    for _ in range(20):
+        image, expressions, changed = augmentation(_picture(), ["a thing to the left", "a red thing"], boxes)
+        assert image.size == (160, 120) and np.isnan(changed[0]).all() and changed.dtype == np.float32
+        assert _red_box(image) == changed[1].tolist()
+        mirrored += expressions[0] == "a thing to the right"
+    assert 0 < mirrored < 20
+    assert boxes[1].tolist() == list(BOX)

@@ -1,0 +1,34 @@
+"""The named terms of the loss between two lines of the log."""
+
+import torch
+from accelerate import Accelerator
+
+
+class LossTerms:
+    """
+    Means of the loss's terms over all expressions seen since the last time they were taken, on all processes. Sums
+    stay on the device, so adding to them does not wait for it.
+
+    Args:
+        accelerator (`Accelerator`): knows the other processes.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, terms: dict[str, tuple[torch.Tensor, int]]) -> None:
+        """Adds terms, each with the number of this process's expressions that it is a mean of."""
+        for name, (term, count) in terms.items():
+            weighted = torch.stack([term.detach().float() * count, term.new_tensor(count).float()])
+            self._sums[name] = self._sums.get(name, 0) + weighted
+
+    def take(self) -> dict[str, float]:
+        """The means, without terms that no expression had; from here on, counting starts again."""
+        means = {}
+        for name, weighted in self._sums.items():
+            total, count = self.accelerator.reduce(weighted, reduction="sum").tolist()
+            if count:
+                means[name] = total / count
+        self._sums = {}
+        return means
