@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python (3.11 or newer) and make, nothing else.
+# All targets need Python (3.11 or newer) and make, and nothing else: the first call installs the environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ demo: $(VENV)/.train
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# transformers' own tests of models, configs and processors; RUN_SLOW=1 adds exports and torch.compile.
+# Runs transformers' own tests of models, configurations and processors. RUN_SLOW=1 adds exports and torch.compile.
 conformance: $(VENV)/.dev
 	$(BIN)/python tests/conformance/run.py
 
@@ -28,7 +28,7 @@ format: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs .conformance
 
-# The environment, installed again when what it is made from changes.
+# The environment is installed again when one of the files that describe it changes.
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@

@@ -1,4 +1,4 @@
-"""What the training examples' command lines have in common."""
+"""What the command lines of the training scripts have in common."""
 
 import os
 from pathlib import Path
@@ -11,8 +11,22 @@ from transformers.trainer_utils import get_last_checkpoint
 
 def parse_arguments(types: tuple[type, ...], description: str, default_file: Path, arguments: list[str]) -> tuple:
     """
-    Defaults come from one YAML or JSON file, the first argument if it is one, and from the file beside it that its key
-    `base` names, where it leaves something out; flags override both.
+    Parse a command line whose defaults come from a YAML or JSON file.
+
+    That file is the first argument, if the first argument is such a file, or else `default_file`. Its key `base` may
+    name a file in the same folder, which gives the defaults that it leaves out. Flags override both files.
+
+    Args:
+        types (`tuple[type, ...]`): dataclasses whose fields are the arguments.
+        description (`str`): text for `--help`.
+        default_file (`Path`): the file for a command line that begins with none.
+        arguments (`list[str]`): the command line.
+
+    Returns:
+        `tuple`: one instance of each of the `types`.
+
+    Raises:
+        ValueError: a file names an argument that does not exist.
     """
     file = default_file
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
@@ -23,21 +37,21 @@ def parse_arguments(types: tuple[type, ...], description: str, default_file: Pat
     parser = HfArgumentParser(types, description=description)
     unknown = sorted(set(defaults) - {action.dest for action in parser._actions})
     if unknown:
-        raise ValueError(f"{file}: unknown argument(s) {', '.join(unknown)}; --help lists them all")
-    # transformers takes bf16 on a machine without accelerator only if it is told that the CPU is meant.
+        raise ValueError(f"{file}: unknown argument(s) {', '.join(unknown)}; --help lists all that exist")
+    # On a machine without an accelerator, transformers accepts bf16 only together with use_cpu.
     parser.set_defaults(**{"use_cpu": not torch.accelerator.is_available(), **defaults})
     return parser.parse_args_into_dataclasses(arguments)
 
 
 def use_all_cores(arguments: TrainingArguments) -> None:
-    """On a CPU, share its cores among the local processes: `accelerate launch` gives each of them one thread."""
+    """Share a CPU's cores among the local processes, because `accelerate launch` gives each of them one thread."""
     if arguments.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """`--resume_from_checkpoint` takes a folder, or "true" for the last checkpoint in `--output_dir`."""
+    """The folder that `--resume_from_checkpoint` means, which with "true" is the last checkpoint in `--output_dir`."""
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint in ("true", "True"):
         folder = Path(arguments.output_dir)
@@ -48,6 +62,6 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
 
 
 def config_file(name: str, folder: Path) -> Path:
-    """A file of the user's, or one of this folder's by its name."""
+    """The file of this name, or else the one in `folder`."""
     file = Path(name)
     return file if file.exists() else folder / file

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""A checkpoint of the original TransVG -> a folder that `EpmVGForVisualGrounding.from_pretrained` loads.
+"""Converts a checkpoint of the original TransVG to a folder that `EpmVGForVisualGrounding.from_pretrained` loads.
 
 python examples/convert_original_checkpoint.py --checkpoint best_checkpoint.pth --output_dir transvg_unc
 python examples/convert_original_checkpoint.py --checkpoint best_checkpoint.pth --output_dir weights --tokenizer none
 
-Nothing in the checkpoint is executed. Each of its tensors is converted, or named below with the reason why it is not.
+Nothing in the checkpoint is executed. The script prints each tensor that it does not convert, with the reason.
 """
 
 import argparse
@@ -18,21 +18,22 @@ from epmvg_hf.model.convert_transvg import convert_transvg, read_transvg_checkpo
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="file .pth that TransVG saved")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="The .pth file that TransVG saved.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write.")
     parser.add_argument(
         "--tokenizer",
         default="google-bert/bert-base-uncased",
-        help='Hub name or folder of the tokenizer, which the checkpoint lacks; "none": model and image processor only',
+        help="Folder or Hub id of the tokenizer, which the checkpoint does not have. With none, only the model and an "
+        "image processor are written.",
     )
     parser.add_argument(
-        "--image_size", type=int, help="canvas in pixels, if the checkpoint does not tell it and it is not 640"
+        "--image_size", type=int, help="Canvas in pixels, for a checkpoint that does not say it; 640 by default."
     )
     arguments = parser.parse_args(command_line)
 
     tensors, args, unused = read_transvg_checkpoint(arguments.checkpoint)
     model, unused_tensors = convert_transvg(tensors, args, arguments.image_size)
-    # The evaluation transform of TransVG, written out so that the folder does not depend on defaults.
+    # This is the evaluation transform of TransVG. It is spelled out so that the folder does not depend on defaults.
     side = model.config.image_size
     processor = EpmVGImageProcessor(size={"height": side, "width": side}, pad_offset=0.5)
     if arguments.tokenizer != "none":
@@ -48,21 +49,25 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def load_tokenizer(name: str, model: EpmVGForVisualGrounding) -> BertTokenizer:
+    """The tokenizer of that name; raises a `ValueError` if there is none or if it has more tokens than the model."""
     try:
-        # TransVG knows no other; unlike AutoTokenizer, it also takes a folder with nothing but BERT's vocab.txt.
+        # TransVG uses BERT's tokenizer only. Unlike AutoTokenizer, this class loads a folder with just a vocab.txt.
         tokenizer = BertTokenizer.from_pretrained(name)
-    except Exception as error:  # a folder can be wrong in any way, and so can a download
+    except Exception as error:  # a folder or a download can fail in many ways
         raise ValueError(f"there is no tokenizer in {name}: {error}") from error
     text_config: PreTrainedConfig = model.config.text_config
     vocab_size = text_config.vocab_size
     if len(tokenizer) > vocab_size:
-        raise ValueError(f"{name} has {len(tokenizer)} tokens, but the checkpoint embeddings of {vocab_size} only.")
+        raise ValueError(
+            f"{name} has {len(tokenizer)} tokens, but the checkpoint has embeddings for {vocab_size} only"
+        )
     if len(tokenizer) < vocab_size:
-        print(f"warning: {name} has {len(tokenizer)} of the {vocab_size} tokens that the checkpoint embeds")
+        print(f"warning: {name} has only {len(tokenizer)} of the {vocab_size} tokens that the checkpoint embeds")
     return tokenizer
 
 
 def report(model: EpmVGForVisualGrounding, used: int, unused: dict[str, str]) -> str:
+    """What the model is made of, how many tensors were converted, and the others with their reasons."""
     config = model.config
     resnet: PreTrainedConfig = config.backbone_config
     bert: PreTrainedConfig = config.text_config

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Acc@0.5 on all splits of one or more benchmarks, as one table.
+"""Evaluates a model on all splits of one or more benchmarks, and writes Acc@0.5 and more as one table.
 
 accelerate launch examples/evaluate_benchmarks.py outputs/demo --benchmarks shapes
 accelerate launch examples/evaluate_benchmarks.py MODEL --benchmarks refcoco=DIR gref_umd=DIR flickr30k_entities=DIR
 accelerate launch examples/evaluate_benchmarks.py MODEL --benchmarks custom=DIR --splits test --box_format xyxy
 
-(It cannot be called evaluate.py: that would hide the library of this name, which it uses.)
-
-Writes `evaluation.md` and `evaluation.json` to `--output_dir`.
+The table goes to `evaluation.md` and `evaluation.json` in `--output_dir`. This script is not called evaluate.py,
+because that would hide the library of that name, which it uses.
 """
 
 import argparse
@@ -32,16 +31,29 @@ from epmvg_hf.evaluation.accuracy import evaluate_boxes
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub name of a trained model")
-    parser.add_argument("--benchmarks", nargs="+", required=True, help="NAME=FOLDER with its files, or shapes")
-    parser.add_argument("--splits", nargs="+", default=None, help="by default all but train and trainval")
-    parser.add_argument("--missing_images", choices=["error", "skip"], default="error")
-    parser.add_argument("--errors", choices=["raise", "skip"], default="raise")
-    parser.add_argument("--box_format", choices=["xyxy", "xywh"], default=None, help="of custom data")
-    parser.add_argument("--limit", type=int, default=None, help="first expressions of each split only")
-    parser.add_argument("--batch_size", type=int, default=16, help="images at a time, on each process")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"))
+    parser.add_argument("model", help="Folder or Hub id of a trained model.")
+    parser.add_argument("--benchmarks", nargs="+", required=True, help="NAME=FOLDER for each benchmark, or shapes.")
+    parser.add_argument(
+        "--splits", nargs="+", default=None, help="Splits to evaluate; all but train and trainval by default."
+    )
+    parser.add_argument(
+        "--missing_images", choices=["error", "skip"], default="error", help="What to do with rows without an image."
+    )
+    parser.add_argument(
+        "--errors", choices=["raise", "skip"], default="raise", help="What to do with rows that cannot be used."
+    )
+    parser.add_argument(
+        "--box_format",
+        choices=["xyxy", "xywh"],
+        default=None,
+        help="Meaning of the four numbers of a box in custom data.",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=None, help="Evaluate on the first expressions of each split only."
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="Images in a batch of each process.")
+    parser.add_argument("--bf16", action="store_true", help="Compute in bfloat16.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"), help="Folder for the table.")
     return parser.parse_args()
 
 
@@ -76,8 +88,9 @@ def main() -> None:
 
 
 def test_splits(name: str) -> list[str]:
+    """All splits of a benchmark but those to train on."""
     if name == "custom":
-        raise ValueError("custom data has the splits that you gave it: name them with --splits")
+        raise ValueError("custom data has no splits of its own: name the splits to evaluate with --splits")
     if name == "shapes":
         splits = tuple(SHAPES_SPLITS)
     else:
@@ -87,6 +100,7 @@ def test_splits(name: str) -> list[str]:
 
 
 def load(name: str, folder: str | None, split: str, arguments: argparse.Namespace) -> Dataset:
+    """One split, for Flickr30K Entities also with the column `boxes` that its second protocol needs."""
     options = {}
     if name != "shapes":
         options = {"missing_images": arguments.missing_images, "errors": arguments.errors}
@@ -99,6 +113,7 @@ def load(name: str, folder: str | None, split: str, arguments: argparse.Namespac
 
 
 def evaluate(trainer: EpmVGTrainer, dataset: Dataset) -> dict:
+    """What [`~accuracy.evaluate_boxes`] measures on a split, and the speed."""
     output = trainer.predict(dataset)
     every_box = dataset["boxes"][:] if "boxes" in dataset.column_names else None
     scores = evaluate_boxes(output.predictions, output.label_ids, dataset["image_id"][:], every_box)
@@ -106,6 +121,7 @@ def evaluate(trainer: EpmVGTrainer, dataset: Dataset) -> dict:
 
 
 def table(results: list[dict]) -> str:
+    """A Markdown table with one row per split."""
     lines = [
         "| benchmark | split | expressions | images | Acc@0.5 (95 % interval) | any box | mean IoU | expressions/s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -126,6 +142,7 @@ def table(results: list[dict]) -> str:
 
 
 def accuracy(result: dict, name: str) -> str:
+    """An accuracy with its 95 % interval, in percent."""
     low, high = result[f"{name}_interval"]
     return f"{100 * result[name]:.2f} ({100 * low:.2f} to {100 * high:.2f})"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A model as two programs, of ONNX or torch.export: an image is encoded once, its expressions whenever they come.
+"""Exports a model as two programs of ONNX or torch.export: one encodes an image, the other grounds expressions in it.
 
 python examples/export_model.py outputs/demo outputs/onnx                   # image.onnx and expression.onnx
 python examples/export_model.py outputs/demo outputs/pt2 --format torch     # image.pt2 and expression.pt2
@@ -7,9 +7,9 @@ python examples/export_model.py outputs/demo outputs/pt2 --format torch     # im
     pixel_values, pixel_mask                                             -> image      -> visual_tokens, visual_mask
     visual_tokens, visual_mask, input_ids, attention_mask, image_index   -> expression -> pred_boxes
 
-They take any number of images B, expressions N and tokens L (2 to `max_text_length`), on the canvas of the processor,
-which is saved beside them. Here they are run with other numbers than they were exported with: the boxes must be the
-model's.
+So an image is encoded once, however many expressions it has and whenever they come. The programs take any number of
+images B, expressions N and tokens L (2 to `max_text_length`), on the canvas of the processor, which is saved beside
+them. The script runs them with other numbers than they were exported with and compares the boxes with the model's.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGProcessor
 from epmvg_hf.utils import needs_extra
 
-TOLERANCE = 1e-4  # of a box, as a share of the canvas
+TOLERANCE = 1e-4  # largest difference of a box coordinate, as a share of the canvas
 IMAGE_INPUTS = ("pixel_values", "pixel_mask")
 EXPRESSION_INPUTS = ("visual_tokens", "visual_mask", "input_ids", "attention_mask", "image_index")
 
 
 class ImageHalf(EpmVGForVisualGrounding):
-    """The model up to what [`EpmVGModel`] takes back."""
+    """The visual branch alone, up to the image tokens that the model accepts as `visual_tokens`."""
 
     def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         features = self.get_image_features(pixel_values, pixel_mask, return_dict=True)
@@ -38,14 +38,14 @@ class ImageHalf(EpmVGForVisualGrounding):
 
 
 class ExpressionHalf(EpmVGForVisualGrounding):
-    """The model from there on."""
+    """The rest of the model, from image tokens and expressions to boxes."""
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"pred_boxes": super().forward(**inputs, return_dict=True).pred_boxes}
 
 
 def export(folder: str, output_format: str) -> ExportedModel:
-    """The two programs of a saved model, the components "image" and "expression"."""
+    """Export the model in a folder to "onnx" or "torch", with the components "image" and "expression"."""
     if output_format == "onnx":
         with needs_extra("The export", "onnx"):
             import onnxruntime  # noqa: F401
@@ -78,7 +78,7 @@ def export(folder: str, output_format: str) -> ExportedModel:
 
 
 def make_inputs(processor: EpmVGProcessor, num_images: int, num_expressions: int) -> dict[str, torch.Tensor]:
-    """Noise of various sizes, and expressions of various lengths, in turn about each image."""
+    """Images of noise of various sizes, with expressions of various lengths that take turns over the images."""
     rng = np.random.default_rng(num_images)
     sizes = rng.integers(40, 200, size=(num_images, 2))
     images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -91,7 +91,7 @@ def make_inputs(processor: EpmVGProcessor, num_images: int, num_expressions: int
 
 
 def run(exported: ExportedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Boxes `(N, 4)` by one program after the other."""
+    """Run one program after the other, which gives boxes `(N, 4)` as (cx, cy, w, h) in [0, 1] of the canvas."""
     seen = exported.runners["image"](**{name: inputs[name] for name in IMAGE_INPUTS})
     inputs = {**inputs, "visual_tokens": seen["visual_tokens"], "visual_mask": seen["visual_mask"]}
     found = exported.runners["expression"](**{name: inputs[name] for name in EXPRESSION_INPUTS})
@@ -100,9 +100,11 @@ def run(exported: ExportedModel, inputs: dict[str, torch.Tensor]) -> torch.Tenso
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub name of a trained model")
-    parser.add_argument("output", type=Path, help="folder for the two programs")
-    parser.add_argument("--format", choices=["onnx", "torch"], default="onnx")
+    parser.add_argument("model", help="Folder or Hub id of a trained model.")
+    parser.add_argument("output", type=Path, help="Folder for the two programs.")
+    parser.add_argument(
+        "--format", choices=["onnx", "torch"], default="onnx", help="ONNX, or a program of torch.export."
+    )
     arguments = parser.parse_args(command_line)
 
     export(arguments.model, arguments.format).save_pretrained(arguments.output)
@@ -117,7 +119,9 @@ def main(command_line: list[str] | None = None) -> None:
         length = inputs["input_ids"].shape[1]
         print(f"B {num_images}, N {num_expressions}, L {length}: largest difference of a box {difference:.1e}")
         if difference > TOLERANCE:
-            raise SystemExit(f"more than {TOLERANCE}: these programs are not the model")
+            raise SystemExit(
+                f"the boxes of the programs differ from those of the model by more than {TOLERANCE} of the canvas"
+            )
 
 
 if __name__ == "__main__":

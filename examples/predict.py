@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One image, one or more expressions -> boxes and a picture.
+"""Finds the box of each expression in one image, prints the boxes and draws them.
 
 python examples/predict.py outputs/demo photo.jpg "the man in blue" "the door"
 """
@@ -10,18 +10,18 @@ import numpy as np
 from transformers import pipeline
 from transformers.image_utils import load_image
 
-import epmvg_hf  # noqa: F401 (brings the task)
+import epmvg_hf  # noqa: F401 (registers the task)
 from epmvg_hf.evaluation.visualization import draw_grid
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("model", help="folder or Hub name of a trained model")
-parser.add_argument("image", help="image file or URL")
-parser.add_argument("expressions", nargs="+", help="what to look for")
-parser.add_argument("--output", default="prediction.png", help="picture to write")
+parser.add_argument("model", help="Folder or Hub id of a trained model.")
+parser.add_argument("image", help="Image file or URL.")
+parser.add_argument("expressions", nargs="+", help="One or more expressions to look for.")
+parser.add_argument("--output", default="prediction.png", help="Picture file to write.")
 arguments = parser.parse_args()
 
 grounder = pipeline("visual-grounding", model=arguments.model)
-image = load_image(arguments.image)  # upright, as its boxes are
+image = load_image(arguments.image)  # applies the EXIF orientation, in which the boxes are given
 results = grounder(image, arguments.expressions)
 
 boxes = np.array([list(result["box"].values()) for result in results])

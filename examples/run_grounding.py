@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Train, evaluate and look at a visual grounding model.
+"""Trains and evaluates a visual grounding model, draws its predictions and writes its model card.
 
-accelerate launch examples/run_grounding.py                                 # configs/shapes.yaml: needs no data
-accelerate launch examples/run_grounding.py --learning_rate 3e-4            # the same with one change
-accelerate launch examples/run_grounding.py --num_labelled_images 100       # few boxes, other images by captions
-accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my # all arguments from a YAML or JSON file
+accelerate launch examples/run_grounding.py                                 # configs/shapes.yaml, which needs no data
+accelerate launch examples/run_grounding.py --learning_rate 3e-4            # the same with another value
+accelerate launch examples/run_grounding.py --num_labelled_images 100       # boxes for few images only
+accelerate launch examples/run_grounding.py my.yaml --output_dir outputs/my # arguments from a YAML or JSON file
 accelerate launch examples/run_grounding.py examples/configs/refcoco.yaml --data_dir DIR    # a recipe
 accelerate launch examples/run_grounding.py --model_name_or_path MODEL --lora_rank 16       # an adapter of a model
 """
@@ -47,104 +47,128 @@ logger = logging.getLogger("run_grounding")
 
 @dataclass
 class ModelArguments:
-    """What to train: a saved model, a new one with pretrained towers, or a new one from a configuration alone."""
+    """The model to train: a saved one, a new one with pretrained towers, or a new one from a configuration alone."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model and processor to start from; without it a new model is made."}
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a model with its processor to start from; without it, a new model is made."
+        },
     )
     config_name: str = field(
         default="tiny.json",
-        metadata={"help": "JSON file with the new model's EpmVGConfig, or the name of one in examples/configs."},
+        metadata={"help": "JSON file with the EpmVGConfig of a new model, or the name of a file in examples/configs."},
     )
     vision_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Pretrained vision tower of a new model: a DETR, CLIP, ViT, timm model or AutoBackbone."},
+        metadata={
+            "help": "Pretrained vision tower of a new model: a DETR, CLIP, ViT, timm model or any AutoBackbone."
+        },
     )
     text_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Pretrained text tower of a new model, with its tokenizer: a BERT, RoBERTa, CLIP, ..."},
+        metadata={
+            "help": "Pretrained text tower of a new model with its tokenizer: a BERT, RoBERTa, CLIP and others."
+        },
     )
-    image_size: int | None = field(default=None, metadata={"help": "Canvas in pixels, instead of config_name's."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of a new model's canvas in pixels, instead of the one in config_name."}
+    )
     max_text_length: int | None = field(
-        default=None, metadata={"help": "Tokens of an expression, instead of config_name's."}
+        default=None,
+        metadata={"help": "Tokens of an expression for a new model, instead of the number in config_name."},
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={
-            "help": "Attention of text tower and transformers: eager, sdpa, ...; without it transformers chooses."
-        },
+        metadata={"help": "Attention implementation, such as eager or sdpa; without it, transformers chooses."},
     )
     map_loss_coefficient: float | None = field(
         default=None,
-        metadata={"help": "Weight of the map loss towards the box; with few labels and a teacher, 0 is better."},
+        metadata={"help": "Weight of the map loss towards the box. With few boxes and a teacher, 0 is better."},
     )
     lora_rank: int | None = field(
         default=None,
-        metadata={"help": "Train and save a LoRA adapter of model_name_or_path, of this rank, and nothing else."},
+        metadata={"help": "Train and save only a LoRA adapter of model_name_or_path, with this rank."},
     )
     lora_target_modules: str = field(
         default="all-linear",
         metadata={
-            "help": "Layers with an adapter: all linear ones of towers, fusion and box head, or those whose whole "
-            r"name a regular expression matches, such as '.*text_model.*\.(query|value)'."
+            "help": "Layers that get an adapter: all linear layers of towers, fusion and box head, or those whose "
+            r"whole name matches a regular expression, such as '.*text_model.*\.(query|value)'."
         },
     )
     tokenizer_name: str | None = field(
         default=None,
-        metadata={"help": "Tokenizer of a new model without towers; else one is trained on the training expressions."},
+        metadata={
+            "help": "Tokenizer of a new model without towers; without it, one is trained on the training expressions."
+        },
     )
     teacher_name: str | None = field(
         default=None,
         metadata={
-            "help": "CLIP to distil from: none, an open_clip architecture, a JSON config, or local-dir:, hf-hub: or "
-            "transformers: with the place."
+            "help": "CLIP to distil from: an open_clip architecture, a JSON config, or a place that starts with "
+            "local-dir:, hf-hub: or transformers:. With none, nothing is distilled."
         },
     )
     teacher_pretrained: str | None = field(
         default=None,
-        metadata={"help": "The teacher's weights, if its name is an architecture or a config; else none."},
+        metadata={"help": "Weights of a teacher that is named by its architecture or config; otherwise none."},
     )
 
 
 @dataclass
 class DataArguments:
-    """What to train on; see `load_grounding_dataset`."""
+    """The data to train and evaluate on, see `load_grounding_dataset`."""
 
     dataset_name: str = field(
         default="shapes",
         metadata={"help": "shapes, refcoco, refcoco+, refcocog, referitgame, flickr30k_entities or custom."},
     )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder with the benchmark's files."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with the files of the benchmark."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split that chooses the best checkpoint."})
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop when so many evaluations in a row found no better checkpoint."}
+        default=None, metadata={"help": "Stop after this many evaluations in a row without a better checkpoint."}
     )
-    test_split: str = field(default="test", metadata={"help": "Split for --do_predict."})
-    split_by: str | None = field(default=None, metadata={"help": "Way to split, such as unc, umd or google."})
-    image_dir: str | None = field(default=None, metadata={"help": "Folder with the images, if not below data_dir."})
-    box_format: str | None = field(default=None, metadata={"help": "xyxy or xywh, for custom data."})
-    missing_images: str = field(default="error", metadata={"help": "error or skip."})
-    errors: str = field(default="raise", metadata={"help": "raise or skip what cannot be used."})
+    test_split: str = field(default="test", metadata={"help": "Split that --do_predict evaluates and draws."})
+    split_by: str | None = field(
+        default=None, metadata={"help": "Whose division into splits to use, such as unc, umd or google."}
+    )
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the images, if they are not below data_dir."}
+    )
+    box_format: str | None = field(
+        default=None, metadata={"help": "What the four numbers of a box are in custom data: xyxy or xywh."}
+    )
+    missing_images: str = field(
+        default="error", metadata={"help": "What to do with rows whose image is missing: error or skip."}
+    )
+    errors: str = field(default="raise", metadata={"help": "What to do with rows that cannot be used: raise or skip."})
     num_labelled_images: int | None = field(
         default=None,
-        metadata={"help": "Use the boxes of the first training images only, the others for their expressions alone."},
+        metadata={
+            "help": "Keep the boxes of this many training images; the teacher learns from the others without boxes."
+        },
     )
-    num_train_images: int | None = field(default=None, metadata={"help": "How many training scenes `shapes` draws."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
-    picture_rows: int = field(default=24, metadata={"help": "Expressions in the picture of --do_predict."})
+    num_train_images: int | None = field(
+        default=None, metadata={"help": "How many training scenes of `shapes` to draw."}
+    )
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many rows at the start of a split."}
+    )
+    picture_rows: int = field(default=24, metadata={"help": "How many expressions --do_predict draws."})
 
 
 @dataclass
 class CardArguments:
-    """What the model card says beyond what the run knows; --push_to_hub uploads it with the model."""
+    """What the model card says that the run cannot know. --push_to_hub uploads the card with the model."""
 
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, such as apache-2.0."})
     language: str | None = field(
-        default=None, metadata={"help": "Language of the expressions; en, if it is no custom data."}
+        default=None, metadata={"help": "Language of the expressions; en by default, except for custom data."}
     )
     share_code: bool = field(
-        default=False, metadata={"help": "Save the code with the model, for those without the package."}
+        default=False, metadata={"help": "Save the code with the model, for users who do not have the package."}
     )
 
 
@@ -154,24 +178,35 @@ ARGUMENTS = (ModelArguments, DataArguments, EpmVGTrainingArguments, CardArgument
 def make_model(
     arguments: ModelArguments, expressions: list[str], teacher_projection_dim: int | None
 ) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
-    """The model and its processor, saved ones or new ones, with projections to a teacher's space of that width."""
+    """
+    Load or make the model and its processor.
+
+    Args:
+        arguments ([`ModelArguments`]): what to load or make.
+        expressions (`list[str]`): training expressions, from which the tokenizer of a new model is made.
+        teacher_projection_dim (`int`, *optional*): width of the teacher's space, for a student that needs projections
+            into it.
+
+    Raises:
+        ValueError: the arguments contradict each other.
+    """
     of_new_models = ("vision_name_or_path", "text_name_or_path", "image_size", "max_text_length")
     given = [name for name in of_new_models if getattr(arguments, name) is not None]
     if arguments.lora_rank is not None and arguments.model_name_or_path is None:
         raise ValueError(
-            "lora_rank needs model_name_or_path: an adapter is saved without the model that it belongs to"
+            "lora_rank needs model_name_or_path, because an adapter is saved without the model that it belongs to"
         )
     if arguments.model_name_or_path is not None:
         if given:
-            raise ValueError(f"a saved model has its own {', '.join(given)}: leave out one or the other")
+            raise ValueError(f"a saved model has its own {', '.join(given)}: leave that out, or model_name_or_path")
         config = EpmVGConfig.from_pretrained(arguments.model_name_or_path)
         if config.teacher_projection_dim is None and teacher_projection_dim is not None:
             if arguments.lora_rank is not None:
                 raise ValueError(
-                    "with lora_rank the adapter alone is saved, but the relation and feature losses need projections "
-                    f"that {arguments.model_name_or_path} has not"
+                    "with lora_rank only an adapter is saved, but the relation and feature losses need projections "
+                    f"that {arguments.model_name_or_path} does not have"
                 )
-            config.teacher_projection_dim = teacher_projection_dim  # two new projections; the rest is as saved
+            config.teacher_projection_dim = teacher_projection_dim  # adds two new projections to the saved weights
         model = EpmVGForVisualGrounding.from_pretrained(
             arguments.model_name_or_path, config=config, attn_implementation=arguments.attn_implementation
         )
@@ -205,20 +240,22 @@ def make_model(
 
 
 def with_lora(model: EpmVGForVisualGrounding, rank: int, target_modules: str) -> "PeftModel":
-    """The model, frozen, with a new LoRA adapter, which is saved alone."""
+    """Freeze the model and add a new LoRA adapter of this rank, which is all that will be trained and saved."""
     with needs_extra("lora_rank", "peft"):
         from peft import LoraConfig, get_peft_model
-    # Scaled by alpha / rank: this way a learning rate suits every rank.
+    # peft scales the adapter by alpha / rank. With alpha = rank, one learning rate suits every rank.
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules))
 
 
 def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, Dataset | None]:
-    """The rows of the first images, and those of the others without their boxes."""
+    """The rows of the first `num_images` images, and the rows of all others without the column `box`."""
     if num_images is None:
         return dataset, None
     images = dict.fromkeys(dataset["image_id"])
     if not 0 < num_images < len(images):
-        raise ValueError(f"num_labelled_images is {num_images}, expected from 1 to {len(images) - 1} of the images")
+        raise ValueError(
+            f"num_labelled_images is {num_images}, expected 1 to {len(images) - 1} of the {len(images)} images"
+        )
     labelled = set(list(images)[:num_images])
     chosen = [image_id in labelled for image_id in dataset["image_id"]]
     captioned = dataset.select([row for row, has_box in enumerate(chosen) if not has_box]).remove_columns("box")
@@ -255,13 +292,13 @@ def main(command_line: list[str] | None = None) -> None:
         limit = data_arguments.max_eval_rows
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
-    # The training expressions also give a new model its vocabulary, and the blind predictors their boxes.
+    # All training expressions give a new model its vocabulary, also those whose boxes are not used.
     train_dataset = load(data_arguments.train_split)
     expressions = train_dataset["expression"]
     train_dataset, caption_dataset = split_labelled(train_dataset, data_arguments.num_labelled_images)
     teacher = None
-    wanted = model_arguments.teacher_name not in (None, "none")
-    if wanted and training_arguments.do_train and training_arguments.distils:
+    has_teacher = model_arguments.teacher_name not in (None, "none")
+    if has_teacher and training_arguments.do_train and training_arguments.distils:
         pretrained = model_arguments.teacher_pretrained
         teacher = ClipTeacher.from_pretrained(
             model_arguments.teacher_name, None if pretrained == "none" else pretrained
@@ -285,7 +322,7 @@ def main(command_line: list[str] | None = None) -> None:
         caption_dataset=caption_dataset if teacher is not None else None,
     )
     if caption_dataset is not None and teacher is None:
-        logger.warning("without a teacher, the expressions of %d rows go unused", len(caption_dataset))
+        logger.warning("%d rows without boxes are not used, because there is no teacher", len(caption_dataset))
     trained = student.num_parameters(only_trainable=True)
     total = student.num_parameters() / 1e6
     logger.info("%d training expressions, %.1f M parameters, %d of them trained", len(train_dataset), total, trained)
@@ -313,7 +350,7 @@ def main(command_line: list[str] | None = None) -> None:
             print(f"\nAcc@0.5 on {data_arguments.dataset_name} {data_arguments.test_split}")
             print(f"{output.metrics['test_acc@0.5']:8.3f}  this model")
             for name, value in blind.items():
-                print(f"{value:8.3f}  no eyes: {name.replace('_', ' ')}")
+                print(f"{value:8.3f}  blind: {name.replace('_', ' ')}")
         trainer.log_metrics("test", metrics)
         trainer.save_metrics("test", metrics)
 
@@ -330,7 +367,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, picture_rows: int) -> None:
-    """`predictions.jsonl` with every expression, and `predictions.png` with some, spread over the dataset."""
+    """Write `predictions.jsonl` with every row, and `predictions.png` with some rows at even distances."""
     with (folder / "predictions.jsonl").open("w") as file:
         for row, box, true_box in zip(
             dataset.remove_columns("image"), output.predictions, output.label_ids, strict=True

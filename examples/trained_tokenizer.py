@@ -10,11 +10,19 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> BertTokenizer:
     """
-    Lower-cases and splits as BERT does. The vocabulary is that of the texts: all characters, from which any word can
-    be spelled, and whole words, the most frequent first, until there are `vocab_size` tokens.
+    Make a tokenizer that lower-cases and splits as BERT's does, with a vocabulary from the texts.
 
-    Not by `train_new_from_iterator`: its WordPiece trainer breaks ties at random, so that each training of a tokenizer
-    numbers the tokens, and with them a seed's initial embeddings, in another way.
+    The vocabulary has all characters of the texts, so that words outside it can be spelled, and then whole words, the
+    most frequent first. It depends on the texts alone. The WordPiece trainer behind `train_new_from_iterator` breaks
+    ties at random instead: tokens would be numbered in another way each time, and the same seed would give other
+    initial embeddings.
+
+    Args:
+        texts (`Iterable[str]`): the texts.
+        vocab_size (`int`): the largest number of tokens, special ones included.
+
+    Returns:
+        `BertTokenizer`: the tokenizer.
     """
     backend = BertTokenizer(vocab={token: index for index, token in enumerate(SPECIAL)}).backend_tokenizer
     counts: Counter[str] = Counter()

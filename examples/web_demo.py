@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""A web page on this machine: a picture and expressions in, their boxes out.
+"""Opens a web page on this machine that draws the boxes of expressions into an image.
 
-python examples/web_demo.py                                     # outputs/demo, which `make demo` trains
-python examples/web_demo.py me/my-epmvg --device cuda:0 --share # also under a public address of gradio's
+python examples/web_demo.py                                     # the model that `make demo` trains
+python examples/web_demo.py me/my-epmvg --device cuda:0 --share # also at a public address of gradio
 """
 
 import argparse
@@ -23,13 +23,24 @@ COLUMNS = ["expression", "xmin", "ymin", "xmax", "ymax"]
 
 
 def ground(grounder: VisualGroundingPipeline, image: Image.Image | None, text: str) -> tuple[tuple, list[list]]:
-    """The picture with a box for each line of `text`, as `gradio.AnnotatedImage` takes it, and the rows of a table."""
+    """
+    Find the box of each line of `text`.
+
+    Args:
+        grounder ([`VisualGroundingPipeline`]): the model.
+        image (`PIL.Image.Image`, *optional*): the image. The pipeline raises a `ValueError` if there is none.
+        text (`str`): one expression per line; empty lines are skipped.
+
+    Returns:
+        `tuple[tuple, list[list]]`: the image with outlines and labels, as `gradio.AnnotatedImage` takes it, and one
+        row of expression, xmin, ymin, xmax, ymax (pixels of the image) for each box.
+    """
     results = grounder(image, [line.strip() for line in text.splitlines() if line.strip()])
-    image = load_image(image)  # upright, as the boxes are
+    image = load_image(image)  # applies the EXIF orientation, in which the boxes are given
     outlines, rows = [], []
     for result in results:
         box = list(result["box"].values())
-        # By itself, gradio would fill a box with a colour, and what is in it could not be seen for what it is.
+        # Given a box, gradio would fill it with a colour and hide what is in it. So it gets a mask of the outline.
         mask = Image.new("L", image.size)
         ImageDraw.Draw(mask).rectangle(box, outline=1, width=max(2, max(image.size) // 250))
         outlines.append((np.asarray(mask), result["text"]))
@@ -38,7 +49,7 @@ def ground(grounder: VisualGroundingPipeline, image: Image.Image | None, text: s
 
 
 def make_page(model: str, device: str | None = None) -> "gr.Interface":
-    """The page of a model, a folder or Hub id."""
+    """The page for the model in a folder or with a Hub id, not launched yet."""
     with needs_extra("web_demo.py", "demo"):
         import gradio as gr
 
@@ -48,7 +59,8 @@ def make_page(model: str, device: str | None = None) -> "gr.Interface":
         try:
             return ground(grounder, image, text)
         except ValueError as error:
-            raise gr.Error(str(error)) from error  # any other exception is no more than "Error" on the page
+            # The page shows the words of a `gr.Error`, but only "Error" for any other exception.
+            raise gr.Error(str(error)) from error
 
     return gr.Interface(
         answer,
@@ -62,8 +74,15 @@ def make_page(model: str, device: str | None = None) -> "gr.Interface":
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="outputs/demo", help="folder or Hub id, by default outputs/demo")
-    parser.add_argument("--device", help='such as "cuda:0"; by default an accelerator if there is one')
-    parser.add_argument("--share", action="store_true", help="also open a public address, through gradio's servers")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="outputs/demo",
+        help="Folder or Hub id of a trained model; outputs/demo by default.",
+    )
+    parser.add_argument("--device", help='Device, such as "cuda:0"; an accelerator by default, if there is one.')
+    parser.add_argument(
+        "--share", action="store_true", help="Also open a public address through the servers of gradio."
+    )
     arguments = parser.parse_args()
     make_page(arguments.model, arguments.device).launch(share=arguments.share)

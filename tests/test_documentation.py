@@ -1,4 +1,4 @@
-"""Every example of the docstrings and every Python block of the README, run as a user would run them."""
+"""Every example of the docstrings and every Python block of the Markdown pages, run as a user would run them."""
 
 import dataclasses
 import doctest
@@ -23,7 +23,7 @@ from transformers.utils import PushToHubMixin
 
 import epmvg_hf
 from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
-from epmvg_hf.model.card_mixin import make_card
+from epmvg_hf.model.card_mixin import general_card
 from tests.fixtures import flickr30k_files, index_files, original_transvg, refer_files
 from tests.fixtures.hub import FakeHub
 from tests.fixtures.models import ONE_STEP, tiny_model, tiny_processor
@@ -63,10 +63,11 @@ ALSO_PUBLIC = {
     "data.readers.custom": ["CustomData"],
     "evaluation.accuracy": ["bootstrap_interval", "evaluate_boxes", "paired_iou"],
     "model.letterbox": ["Letterbox"],
-    "model.losses": ["box_loss", "box_map_target", "has_box", "map_loss"],
+    "model.losses": ["box_loss", "box_map_target", "grounding_loss", "has_box", "map_loss"],
     "distillation.losses": ["feature_loss", "relation_loss", "teacher_map_target"],
     "evaluation.modality_gap": ["modality_gap"],
-    "model.card_mixin": ["Evaluation", "make_card"],
+    "model.card_mixin": ["general_card"],
+    "training.model_card": ["Evaluation", "make_card"],
     "model.patch_backbone": ["PatchBackbone", "PatchBackboneConfig"],
     "distillation.patch_embeddings": ["pooled_and_patches"],
     "model.pipeline_visual_grounding": ["GroundingResults"],
@@ -86,7 +87,8 @@ ALSO_PUBLIC = {
 def folder(tmp_path_factory) -> Path:
     """The working folder that the examples have in mind: trained models, pictures, benchmarks, towers "of the Hub"."""
     root = tmp_path_factory.mktemp("documentation")
-    (root / "model_cards").symlink_to(ROOT / "model_cards")
+    for name in ("examples", "model_cards"):
+        (root / name).symlink_to(ROOT / name)
     tiny_model(box_head="map").save_pretrained(root / "outputs" / "demo")
     tiny_processor().save_pretrained(root / "outputs" / "demo")
 
@@ -101,7 +103,7 @@ def folder(tmp_path_factory) -> Path:
     own = {"image": "0001.png", "expression": ["the green triangle", "a triangle"], "box": [24, 59, 57, 88]}
     (root / "my_data" / "train.jsonl").write_text(json.dumps(own))
 
-    # The names and the columns of the README.
+    # The names and the columns that the guide, examples/README.md, uses.
     (root / "rows").mkdir()
     few = rows.select([0, 1, 8]).select_columns(["image", "expression", "box"])
     few.rename_columns({"image": "photo", "expression": "phrase", "box": "bbox"}).to_parquet(root / "rows/0.parquet")
@@ -305,8 +307,9 @@ def test_what_docstrings_name_is_there():
     unknown = []
     for where, value in DOCUMENTED.items():
         for owner, name in re.findall(r"\[`~(\w+)\.(\w+)`\]", value.__doc__ or ""):
+            in_module = any(qualified.endswith(f".{owner}.{name}") for qualified in DOCUMENTED)
             classes = [found for qualified, found in DOCUMENTED.items() if qualified.endswith(f".{owner}")]
-            if f"{owner}.{name}" not in DOCUMENTED and not any(hasattr(found, name) for found in classes):
+            if not in_module and not any(hasattr(found, name) for found in classes):
                 unknown.append(f"{owner}.{name} in {where}")
     assert unknown == []
 
@@ -318,15 +321,22 @@ def _run_blocks(markdown: str, values: dict[str, object]) -> Iterator[str]:
     """Runs the Python blocks one after the other in one namespace, and stops after each."""
     for block in re.finditer(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL):
         line = markdown.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], "README.md", "exec"), values)
+        exec(compile("\n" * line + block[1], "a page", "exec"), values)
         yield block[1]
 
 
-# By what a block of the README has, in their order: what it has made then.
-MADE = {
-    "rows = (": "result['text'] == 'the third object from the left' and len(result['box']) == 4",
+# For each page, its Python blocks in their order: a part of the block, and what must be true once it has run.
+README_BLOCKS = {
+    "grounder(": "len(results) == 2 and set(result['box']) == {'xmin', 'ymin', 'xmax', 'ymax'}",
+    "teacher=ClipTeacher": "trainer.state.global_step == 3 and trainer.teacher.embed_dim == 128",
+    'load_grounding_dataset("refcoco"': "dataset[0]['expression'] == 'in testA'",
+    "push_to_hub": "model.name_or_path == 'outputs/distilled'",
+    "trust_remote_code": "type(model).__name__ == 'EpmVGForVisualGrounding'",
+}
+GUIDE_BLOCKS = {
     "model(**inputs)": "len(outputs.pred_boxes) == 2 and result['box'].shape == (4,)",
-    "seen = {": "boxes[0]['box'].allclose(result['box'], atol=1e-4)",  # as by the block before
+    "seen = {": "boxes[0]['box'].allclose(result['box'], atol=1e-4)",  # as from the block before
+    "rows = (": "result['text'] == 'the third object from the left' and len(result['box']) == 4",
     "TorchAoConfig(": "'Int8' in type(quantized.model.text_projection.weight).__name__",
     "trainer.train()": "trainer.state.global_step == 3 and 'eval_acc@0.5' in trainer.state.log_history[-1]",
     "from_vision_text_pretrained": "processor.max_text_length == model.config.max_text_length == 40",
@@ -334,24 +344,30 @@ MADE = {
     "ClipTeacher": "trainer.teacher is teacher and trainer.caption_dataset is captions",
     'load_grounding_dataset("refcoco"': "dataset[0]['expression'] == 'in testA'",
     "as_grounding_dataset(": "next(iter(train))['expression'] == 'a star'",
-    "push_to_hub": "model.name_or_path == 'outputs/mine'",
-    "trust_remote_code": "type(model).__name__ == 'EpmVGForVisualGrounding'",
 }
 
 
-def test_readme(published):
-    values = {"dataset": _shapes(), "captions": _shapes().remove_columns("box")}
-    blocks = _run_blocks((ROOT / "README.md").read_text(), values)
-    for block, (part, made) in zip(blocks, MADE.items(), strict=True):
+def _check_page(name: str, values: dict[str, object], expected: dict[str, str]) -> None:
+    blocks = _run_blocks((ROOT / name).read_text(), values)
+    for block, (part, condition) in zip(blocks, expected.items(), strict=True):
         assert part in block
-        assert eval(made, values), block
+        assert eval(condition, values), block
+
+
+def test_readme(published):
+    _check_page("README.md", {}, README_BLOCKS)
     assert set(published.files) == {"me/distilled", "me/my-epmvg"}
+
+
+def test_guide():
+    values = {"dataset": _shapes(), "captions": _shapes().remove_columns("box")}
+    _check_page("examples/README.md", values, GUIDE_BLOCKS)
 
 
 @pytest.mark.parametrize("name", ["clip-tiny-shapes", "of a model"])
 def test_model_card(name):
     if name == "of a model":
-        text = make_card("demo", with_code=True).text.replace("OWNER/NAME", "outputs/demo")
+        text = general_card("demo", "outputs/demo", with_code=True).text
     else:
         text = (ROOT / "model_cards" / name / "README.md").read_text()
     values = {}

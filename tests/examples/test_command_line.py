@@ -13,7 +13,7 @@ def _parse(arguments: list[str]) -> tuple:
     return parse_arguments(run_grounding.ARGUMENTS, "", DEFAULT, arguments)
 
 
-def test_defaults_files_and_flags(tmp_path):
+def test_flags_override_files_and_files_override_defaults(tmp_path):
     model, data, training, _ = _parse(["--learning_rate", "0.5", "--use_cpu", "true"])
     assert (data.dataset_name, training.output_dir, training.learning_rate) == ("shapes", "outputs/demo", 0.5)
     assert training.do_train and training.do_predict and model.model_name_or_path is None
@@ -29,7 +29,7 @@ def test_defaults_files_and_flags(tmp_path):
         assert not training.do_train
 
 
-def test_a_file_can_build_on_another(tmp_path):
+def test_a_file_can_take_defaults_from_a_base_file(tmp_path):
     (tmp_path / "base.yaml").write_text("learning_rate: 0.1\nseed: 3\noutput_dir: x\n")
     (tmp_path / "a.yaml").write_text("base: base.yaml\nlearning_rate: 0.2\n")
     training = _parse([str(tmp_path / "a.yaml"), "--output_dir", str(tmp_path)])[2]
@@ -42,7 +42,7 @@ def test_an_unknown_argument_in_a_file_is_named(tmp_path):
         _parse([str(tmp_path / "a.yaml")])
 
 
-def test_resuming_from_nothing_is_an_error(tmp_path):
+def test_resuming_finds_the_last_checkpoint_or_says_that_there_is_none(tmp_path):
     def resume(value):
         arguments = TrainingArguments(str(tmp_path), resume_from_checkpoint=value, use_cpu=True)
         return checkpoint_to_resume(arguments)

@@ -1,4 +1,4 @@
-"""The example that exports image and expressions apart."""
+"""The script that exports a model as two programs, one for images and one for expressions."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tests.fixtures.models import tiny_model
 @pytest.fixture
 def folder(tmp_path, processor) -> Path:
     model = tiny_model(box_head="map")
-    # Zero in a new model: its boxes would have one size, and all but one centre.
+    # These weights are zero in a new model, whose boxes would then all have the same size and nearly the same centre.
     torch.nn.init.normal_(model.box_head[-1].weight)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -48,7 +48,7 @@ def test_two_programs_give_the_boxes_of_the_model(tmp_path, folder, capsys, outp
     differences = re.findall(r"^B \d, N \d, L \d+: largest difference of a box (.+)$", capsys.readouterr().out, re.M)
     assert len(differences) == 3 and all(float(difference) < 1e-5 for difference in differences)
 
-    # Four images seen once, then one expression after the other.
+    # Four images are encoded once. Then their expressions come one after the other.
     programs, processor = load(output), EpmVGProcessor.from_pretrained(output)
     inputs = example.make_inputs(processor, num_images=4, num_expressions=6)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_two_programs_give_the_boxes_of_the_model(tmp_path, folder, capsys, outp
     assert (boxes.amax(0) - boxes.amin(0)).min() > 1e-3
     seen = programs["image"](**{name: inputs[name] for name in example.IMAGE_INPUTS})
     for row, box in enumerate(boxes):
-        tokens = int(inputs["attention_mask"][row].sum())  # without padding
+        tokens = int(inputs["attention_mask"][row].sum())  # those that are not padding
         found = programs["expression"](
             **seen,
             input_ids=inputs["input_ids"][row : row + 1, :tokens],

@@ -1,4 +1,4 @@
-"""Two optimizer steps of every recipe, on benchmarks of a few rows in their original file formats."""
+"""Every recipe runs for two optimizer steps, on benchmarks of a few rows in their original file formats."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from epmvg_hf import EpmVGConfig, EpmVGProcessor
+from epmvg_hf import EpmVGConfig, EpmVGProcessor, load_grounding_dataset
 from epmvg_hf.data.benchmarks import BENCHMARKS
 from tests.fixtures import flickr30k_files, refer_files, referit_files
+from tests.fixtures.models import tiny_model, tiny_processor
 from tests.fixtures.paths import EXAMPLES
 from tests.fixtures.towers import save_clip, save_text_tower, save_vision_tower
 
@@ -29,7 +30,7 @@ BENCHMARK_OF = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:
-    """Each benchmark's folder, with a few rows of training and validation."""
+    """The folder of each benchmark, with a few rows for training and validation."""
     root = tmp_path_factory.mktemp("data")
     refer = {
         name: refer_files.write(root / name, name=name, split_by=split_by)
@@ -52,7 +53,7 @@ def towers(tmp_path_factory) -> dict[str, str]:
 
 
 def _train(recipe: str, folder: Path, data_dir: Path, vision: str, text: str, *further: str) -> list[dict]:
-    """Runs the recipe with tiny towers for two steps; what it logged."""
+    """Run the recipe with tiny towers for two steps, and return what it logged."""
     run_grounding.main([
         str(EXAMPLES / "configs" / f"{recipe}.yaml"), "--data_dir", str(data_dir), "--output_dir", str(folder),
         "--vision_name_or_path", vision, "--text_name_or_path", text, "--image_size", "64", "--max_steps", "2",
@@ -83,7 +84,7 @@ def test_two_steps(tmp_path, data, towers, benchmark, kind):
     assert terms == {"loss_bbox", "loss_giou"} | of_the_student
     assert "eval_acc@0.5" in json.loads((tmp_path / "all_results.json").read_text())
 
-    # The towers went in: the first stage of the backbone is never trained, and so still that of the folder.
+    # The towers were used: the first stage of the backbone is never trained, so it is still the one in their folder.
     saved, tower = load_file(tmp_path / "model.safetensors"), load_file(Path(towers["detr"]) / "model.safetensors")
     stem = "embedder.embedder.convolution.weight"
     original = next(value for key, value in tower.items() if key.endswith(stem))
@@ -95,7 +96,7 @@ def test_two_steps(tmp_path, data, towers, benchmark, kind):
 
 
 def test_two_steps_of_clip_vg(tmp_path, data, towers):
-    """Frozen towers and four levels: of the towers, the vision tower's positions alone are trained."""
+    """The towers are frozen except for the positions of the vision tower, and four of its layers are read."""
     short = ("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
     _train("clip_vg_refcoco", tmp_path, data["refcoco"], towers["clip"], towers["clip"], *short)
     saved, tower = load_file(tmp_path / "model.safetensors"), load_file(Path(towers["clip"]) / "model.safetensors")
@@ -110,13 +111,38 @@ def test_two_steps_of_clip_vg(tmp_path, data, towers):
     assert saved["model.input_projection.weight"].shape[1] == 4 * 16
 
 
-def test_every_recipe_is_run_here_and_says_what_was_published():
+def test_every_recipe_is_run_here_and_lists_published_figures():
     for benchmark, name in BENCHMARK_OF.items():
         for recipe in (benchmark, f"transvg_{benchmark}"):
             text = (EXAMPLES / "configs" / f"{recipe}.yaml").read_text()
             assert yaml.safe_load(text)["dataset_name"] == name
             assert "none of it measured by us" in text and "TransVG, ResNet-101 (its paper)" in text
     assert set(BENCHMARK_OF.values()) == set(BENCHMARKS)
+
+
+def test_two_steps_on_own_data(tmp_path):
+    """The command of the README fine-tunes a saved model on a folder of images and JSON lines."""
+    model = tiny_model(box_head="map")
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = load_grounding_dataset("shapes", split="validation", num_images=2)
+    for split in ("train", "validation"):
+        with (tmp_path / "data" / f"{split}.jsonl").open("w") as file:
+            for row in rows:
+                row["image"].save(tmp_path / "data" / f"{row['image_id']}.png")
+                line = {"image": f"{row['image_id']}.png", "expression": row["expression"], "box": row["box"]}
+                file.write(json.dumps(line) + "\n")
+    output = tmp_path / "output"
+    run_grounding.main([
+        str(EXAMPLES / "configs" / "custom.yaml"), "--data_dir", str(tmp_path / "data"), "--use_cpu", "true",
+        "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(output), "--max_steps", "2",
+        "--warmup_steps", "0", "--disable_tqdm", "true",
+    ])  # fmt: skip
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and state["best_metric"] is not None
+    saved = load_file(output / "model.safetensors")
+    assert not saved["box_head.0.weight"].equal(model.state_dict()["box_head.0.weight"])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +155,7 @@ def test_every_recipe_is_run_here_and_says_what_was_published():
     ],
 )
 def test_accelerate_understands_its_configs(name, kind):
-    """Read as `accelerate launch` reads them: an unknown key is an error there."""
+    """They are read as by `accelerate launch`, where an unknown key is an error."""
     file = EXAMPLES / "accelerate_configs" / f"{name}.yaml"
     config = load_config_from_file(str(file))
     assert config.distributed_type == kind
@@ -142,7 +168,7 @@ def test_accelerate_understands_its_configs(name, kind):
         assert config.fsdp_config["fsdp_version"] == 2
     if kind == DistributedType.DEEPSPEED:
         assert config.deepspeed_config["zero_stage"] == 2
-    # And merged with the command line, where it says what kind of launch it is.
+    # Merged with a command line, they decide the kind of launch.
     arguments, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(file), "script.py"]))
     assert arguments.use_fsdp == (kind == DistributedType.FSDP)
     assert arguments.use_deepspeed == (kind == DistributedType.DEEPSPEED)

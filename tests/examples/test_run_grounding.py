@@ -28,7 +28,7 @@ def test_every_config_parses(config, tmp_path):
 
 
 def test_main_job_and_prediction(tmp_path):
-    """What the README starts: train, evaluate and draw; then boxes for one picture from the saved folder."""
+    """The command of the README: train, evaluate and draw. Then boxes for one image from the saved folder."""
     output = tmp_path / "out"
     command = [
         str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1", "--num_machines", "1",
@@ -45,13 +45,13 @@ def test_main_job_and_prediction(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     for name in (
         "this model",
-        "no eyes: whole image",
-        "no eyes: best constant box",
-        "no eyes: best box per expression",
+        "blind: whole image",
+        "blind: best constant box",
+        "blind: best box per expression",
     ):
         assert name in result.stdout
 
-    # It distils from the teacher of the repository, also with images without boxes, and saves the student alone.
+    # It distils from the embedded teacher, also with images without boxes, and saves the student alone.
     logs = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert {"loss_relation", "loss_feature", "loss_teacher_map", "loss_bbox"} <= set(logs[0])
     saved = {name.split(".")[0] for name in load_file(output / "model.safetensors")}
@@ -96,17 +96,17 @@ def test_a_saved_model_without_projections_can_be_distilled_into(tmp_path, proce
     assert model.model.teacher_image_projection.out_features == 24
 
 
-def test_labelled_images_are_the_first_and_the_others_lose_their_boxes():
+def test_the_first_images_keep_their_boxes_and_the_others_lose_them():
     dataset = load_grounding_dataset("shapes", split="train", num_images=5)
     labelled, captioned = example.split_labelled(dataset, 2)
     assert list(dict.fromkeys(labelled["image_id"])) == list(dict.fromkeys(dataset["image_id"]))[:2]
     assert len(labelled) + len(captioned) == len(dataset) and "box" not in captioned.column_names
     assert example.split_labelled(dataset, None) == (dataset, None)
-    with pytest.raises(ValueError, match="expected from 1 to 4"):
+    with pytest.raises(ValueError, match="expected 1 to 4 of the 5 images"):
         example.split_labelled(dataset, 5)
 
 
-def test_towers_and_sizes_are_of_new_models(tmp_path):
+def test_towers_and_sizes_are_for_new_models_only(tmp_path):
     arguments = example.ModelArguments(model_name_or_path=str(tmp_path), image_size=64)
     with pytest.raises(ValueError, match="a saved model has its own image_size"):
         example.make_model(arguments, [], None)
@@ -129,7 +129,7 @@ def test_a_new_model_takes_towers_and_keeps_the_other_settings(tmp_path):
     assert type(processor.tokenizer).__name__ == "RobertaTokenizer" and processor.max_text_length == 20
 
 
-def test_an_adapter_of_a_saved_model(tmp_path, processor):
+def test_an_adapter_for_a_saved_model(tmp_path, processor):
     tiny_model(box_head="map").save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     output = tmp_path / "out"
@@ -146,15 +146,15 @@ def test_an_adapter_of_a_saved_model(tmp_path, processor):
     row = load_grounding_dataset("shapes", split="test", num_images=1)[0]
     found = pipeline("visual-grounding", model=str(output))(row["image"], row["expression"])["box"]
     assert list(found.values()) == pytest.approx(boxes[0], abs=1e-3)
-    assert "of which the adapter's 128 were trained" in (output / "README.md").read_text()
+    assert "of which only the 128 of the adapter were trained" in (output / "README.md").read_text()
 
 
-def test_an_adapter_needs_a_base_that_is_saved(tmp_path, processor):
+def test_an_adapter_needs_a_saved_base_model(tmp_path, processor):
     with pytest.raises(ValueError, match="lora_rank needs model_name_or_path"):
         example.make_model(example.ModelArguments(lora_rank=2), [], None)
     tiny_model(box_head="map").save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     arguments = example.ModelArguments(model_name_or_path=str(tmp_path), lora_rank=2)
     assert example.make_model(arguments, [], None)[0].config.teacher_projection_dim is None
-    with pytest.raises(ValueError, match=f"need projections that {tmp_path} has not"):
+    with pytest.raises(ValueError, match=f"need projections that {tmp_path} does not have"):
         example.make_model(arguments, [], 24)

@@ -11,21 +11,21 @@ def test_characters_come_first_then_words_by_frequency_and_alphabet():
     assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == expected
 
 
-def test_the_vocabulary_is_a_matter_of_the_texts_alone():
+def test_the_vocabulary_depends_on_the_texts_alone():
     assert train_tokenizer(TEXTS, 30).get_vocab() == train_tokenizer(reversed(TEXTS), 30).get_vocab()
 
 
-def test_words_that_are_not_known_are_spelled():
+def test_unknown_words_are_spelled():
     tokenizer = train_tokenizer(TEXTS, 1000)
     assert tokenizer.tokenize("The RED goat") == ["the", "red", "g", "##o", "##a", "##t"]
     assert tokenizer.tokenize("zoo") == ["[UNK]"]  # no text has a z
 
 
-def test_there_are_no_more_tokens_than_asked_for():
+def test_the_vocabulary_has_at_most_the_size_asked_for():
     tokenizer = train_tokenizer(TEXTS, 30)
     assert len(tokenizer) == 30 and tokenizer.tokenize("the dog") == ["t", "##h", "##e", "dog"]
 
 
-def test_tokens_like_those_of_bert_around_an_expression():
+def test_an_expression_stands_between_the_special_tokens_of_bert():
     tokenizer = train_tokenizer(TEXTS, 1000)
     assert tokenizer.convert_ids_to_tokens(tokenizer("red dog")["input_ids"]) == ["[CLS]", "red", "dog", "[SEP]"]

@@ -21,7 +21,7 @@ def folder(tmp_path, processor) -> str:
 
 @pytest.fixture
 def image(tmp_path) -> Image.Image:
-    """A picture to be turned by a quarter: 40 x 60 pixels (width x height) as displayed."""
+    """An image whose EXIF orientation asks for a quarter turn: displayed, it is 40 x 60 pixels (width x height)."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.effect_noise((60, 40), 80).convert("RGB").save(tmp_path / "image.png", exif=exif)
@@ -46,7 +46,7 @@ def test_the_page(folder, image):
     gradio = pytest.importorskip("gradio")
     page = make_page(folder, "cpu")
     (picture, outlines), rows = page.fn(image, TEXT)
-    # What the page is sent, and what it shows of it.
+    # `page.fn` gives what the page is sent; its components say what it shows of that.
     shown = page.output_components[0].postprocess((picture, outlines))
     assert [annotation.label for annotation in shown.annotations] == EXPRESSIONS
     table = page.output_components[1].postprocess(rows)

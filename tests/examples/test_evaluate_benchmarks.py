@@ -1,0 +1,28 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.fixtures.models import tiny_model
+from tests.fixtures.paths import EXAMPLES
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_table_on_any_number_of_processes(tmp_path, processor, processes):
+    tiny_model(box_head="map").save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2"] if processes == 2 else []
+    command = [
+        sys.executable, *launcher, str(EXAMPLES / "evaluate_benchmarks.py"), str(tmp_path / "model"),
+        "--benchmarks", "shapes", "--limit", "21", "--batch_size", "2", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("| shapes | test |") == 1
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    assert [row["split"] for row in results] == ["validation", "test", "test_composition"]
+    assert [row["expressions"] for row in results] == [21] * 3
+    assert "| shapes | validation | 21 | 3 |" in (tmp_path / "out" / "evaluation.md").read_text()
