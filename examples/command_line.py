@@ -1,6 +1,8 @@
 """What the command lines of the training scripts have in common."""
 
+import logging
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -8,13 +10,18 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from epmvg_hf.training.hardware import ComputeChoice, choose_compute, choose_threads
+
+logger = logging.getLogger("command_line")
+
 
 def parse_arguments(types: tuple[type, ...], description: str, default_file: Path, arguments: list[str]) -> tuple:
     """
     Parse a command line whose defaults come from a YAML or JSON file.
 
     That file is the first argument, if the first argument is such a file, or else `default_file`. Its key `base` may
-    name a file in the same folder, which gives the defaults that it leaves out. Flags override both files.
+    name a file in the same folder, which gives the defaults that it leaves out. Flags override both files. Where
+    neither says `bf16` or `fp16`, and `accelerate launch` was given no mixed precision, the hardware decides.
 
     Args:
         types (`tuple[type, ...]`): dataclasses whose fields are the arguments.
@@ -39,15 +46,40 @@ def parse_arguments(types: tuple[type, ...], description: str, default_file: Pat
     if unknown:
         raise ValueError(f"{file}: unknown argument(s) {', '.join(unknown)}; --help lists all that exist")
     # On a machine without an accelerator, transformers accepts bf16 only together with use_cpu.
-    parser.set_defaults(**{"use_cpu": not torch.accelerator.is_available(), **defaults})
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available(), bf16=None, fp16=None)
+    parser.set_defaults(**defaults)
+    given = parser.parse_known_args(arguments)[0]
+    bf16 = given.bf16
+    if given.bf16 is None and given.fp16 is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
+        bf16 = hardware_choice(given.use_cpu).precision == "bf16"
+    parser.set_defaults(bf16=bool(bf16), fp16=bool(given.fp16))
     return parser.parse_args_into_dataclasses(arguments)
 
 
-def use_all_cores(arguments: TrainingArguments) -> None:
-    """Share a CPU's cores among the local processes, because `accelerate launch` gives each of them one thread."""
-    if arguments.device.type == "cpu":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+@cache
+def hardware_choice(use_cpu: bool) -> ComputeChoice:
+    """What is fast on the device that a training will use; measured once."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not use_cpu else None
+    return choose_compute(device or torch.device("cpu"))
+
+
+def use_hardware(arguments: TrainingArguments) -> str | None:
+    """
+    Set the threads of a process on a CPU, and say in one line of the log how this machine computes and why.
+
+    Returns:
+        `str` or `None`: the attention implementation that is fast in the precision of `arguments`, `None` for what
+        transformers chooses.
+    """
+    choice = hardware_choice(arguments.use_cpu)
+    on_cpu = arguments.device.type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(choose_threads())
+    precision = {"bf16": "bfloat16", "fp16": "float16"}.get(arguments.mixed_precision, "float32")
+    attention = choice.attn_implementation if arguments.mixed_precision == choice.precision else None
+    threads = f", {torch.get_num_threads()} threads" if on_cpu else ""
+    logger.info("computing in %s%s (%s)", precision, threads, choice.reason)
+    return attention
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from command_line import checkpoint_to_resume, config_file, parse_arguments, use_all_cores
+from command_line import checkpoint_to_resume, config_file, parse_arguments, use_hardware
 from datasets import Dataset
 from trained_tokenizer import train_tokenizer
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedConfig, set_seed
@@ -80,7 +80,7 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention implementation, such as eager or sdpa; without it, transformers chooses."},
+        metadata={"help": "Attention implementation, such as eager or sdpa; without it, the hardware decides."},
     )
     map_loss_coefficient: float | None = field(
         default=None,
@@ -271,7 +271,9 @@ def main(command_line: list[str] | None = None) -> None:
     set_seed(training_arguments.seed)
     if card_arguments.share_code:
         register_for_hub()
-    use_all_cores(training_arguments)
+    attention = use_hardware(training_arguments)
+    if model_arguments.attn_implementation is None:
+        model_arguments.attn_implementation = attention
 
     def load(split: str) -> Dataset:
         with training_arguments.main_process_first(desc=f"preparing {split}"):

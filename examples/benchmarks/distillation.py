@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the modules that all e
 from run_grounding import ModelArguments, make_model
 
 from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
+from epmvg_hf.training.hardware import choose_compute
 
 EXAMPLES = Path(__file__).parents[1]
+COMPUTE = choose_compute(torch.device("cpu"))
 # In the order of their turns. The one after "on the fly" finds the processor's caches filled by the teacher. If that
 # slows it down, it should be "cached", whose speed is in question, and not the baseline.
 MODES = ("on the fly", "cached", "no teacher")
@@ -96,12 +98,14 @@ def make_trainer(
     arguments: argparse.Namespace, mode: str, teacher: ClipTeacher, dataset: Dataset, folder: str, turns: Turns
 ) -> EpmVGTrainer:
     torch.manual_seed(0)
-    model_arguments = ModelArguments(config_name=arguments.config_name, attn_implementation="eager")
+    model_arguments = ModelArguments(
+        config_name=arguments.config_name, attn_implementation=COMPUTE.attn_implementation
+    )
     model, processor = make_model(model_arguments, dataset["expression"], None)
     args = EpmVGTrainingArguments(
         output_dir=folder,
         use_cpu=True,
-        bf16=True,
+        bf16=COMPUTE.precision == "bf16",
         max_steps=WARM_UP + arguments.steps,
         per_device_train_batch_size=arguments.batch_size,
         augment=False,

@@ -46,8 +46,10 @@ from epmvg_hf.data.shapes import KINDS
 from epmvg_hf.evaluation.accuracy import paired_iou
 from epmvg_hf.evaluation.modality_gap import modality_gap
 from epmvg_hf.model.modeling_epmvg import MODEL_INPUTS
+from epmvg_hf.training.hardware import choose_compute
 
 EXAMPLES = Path(__file__).parents[1]
+COMPUTE = choose_compute(torch.device("cpu"))
 NO_TERM = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_loss_coefficient": 0.0}
 RELATION, FEATURE = {"relation_loss_coefficient": 1.0}, {"feature_loss_coefficient": 1.0}
 TEACHER_MAP = {"teacher_map_loss_coefficient": 1.0, "teacher_map_rows": "all"}
@@ -169,7 +171,7 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
             weight_decay=1e-2,
             augment=False,
             use_cpu=True,
-            bf16=True,
+            bf16=COMPUTE.precision == "bf16",
             eval_strategy="steps",
             eval_steps=arguments.steps // 2,
             save_strategy="no",
@@ -265,7 +267,7 @@ def make_teacher_towers(teacher: ClipTeacher, map_weight: float) -> tuple[EpmVGF
 
 def build(config: EpmVGConfig) -> EpmVGForVisualGrounding:
     # On the CPU of the study, this was faster than sdpa.
-    config._attn_implementation = "eager"
+    config._attn_implementation = COMPUTE.attn_implementation
     return EpmVGForVisualGrounding(config)
 
 

@@ -1,10 +1,15 @@
 import json
 from pathlib import Path
 
+import command_line
 import pytest
 import run_grounding
-from command_line import checkpoint_to_resume, config_file, parse_arguments
+import torch
+import yaml
+from command_line import checkpoint_to_resume, config_file, parse_arguments, use_hardware
 from transformers import TrainingArguments
+
+from epmvg_hf.training.hardware import ComputeChoice
 
 DEFAULT = Path(run_grounding.__file__).parent / "configs" / "shapes.yaml"
 
@@ -58,3 +63,54 @@ def test_a_config_is_a_file_or_a_name(tmp_path):
     (tmp_path / "own.json").touch()
     assert config_file(str(tmp_path / "own.json"), Path("configs")) == tmp_path / "own.json"
     assert config_file("tiny.json", Path("configs")) == Path("configs/tiny.json")
+
+
+@pytest.fixture
+def fast_in(monkeypatch):
+    """A machine that is fast in a precision."""
+
+    def set_fast(precision: str):
+        attention = "eager" if precision == "bf16" else None
+        choice = ComputeChoice(precision, attention, "as this test says")
+        monkeypatch.setattr(command_line, "hardware_choice", lambda use_cpu: choice)
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    return set_fast
+
+
+@pytest.mark.parametrize(
+    ("fast", "arguments", "launched", "precision"),
+    [
+        ("bf16", [], "no", "bf16"),
+        ("no", [], "no", "no"),
+        ("no", ["--bf16", "true"], "no", "bf16"),
+        ("bf16", ["--bf16", "false"], "no", "no"),
+        ("no", [], "bf16", "bf16"),
+    ],
+)
+def test_the_hardware_decides_on_the_precision_where_nobody_else_does(
+    fast_in, monkeypatch, fast, arguments, launched, precision
+):
+    fast_in(fast)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    training = _parse([*arguments, "--use_cpu", "true"])[2]
+    assert training.mixed_precision == precision
+
+
+def test_one_line_of_the_log_says_how_and_why(fast_in, monkeypatch, caplog):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    threads = torch.get_num_threads()
+    caplog.set_level("INFO")
+    try:
+        fast_in("bf16")
+        assert use_hardware(_parse(["--use_cpu", "true"])[2]) == "eager"
+        assert use_hardware(_parse(["--use_cpu", "true", "--bf16", "false"])[2]) is None
+    finally:
+        torch.set_num_threads(threads)
+    lines = [record.getMessage() for record in caplog.records if record.name == "command_line"]
+    assert lines == [f"computing in {name}, 3 threads (as this test says)" for name in ("bfloat16", "float32")]
+
+
+def test_no_configuration_asks_for_a_precision():
+    for file in DEFAULT.parent.rglob("*.yaml"):
+        assert not {"bf16", "fp16"} & set(yaml.safe_load(file.read_text())), file

@@ -65,7 +65,7 @@ def _train(recipe: str, folder: Path, data_dir: Path, vision: str, text: str, *f
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    monkeypatch.setattr(run_grounding, "use_all_cores", lambda arguments: None)
+    monkeypatch.setattr(run_grounding, "use_hardware", lambda arguments: None)
 
 
 @pytest.mark.parametrize("kind", ["student", "transvg"])
