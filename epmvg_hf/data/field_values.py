@@ -46,16 +46,14 @@ def list_expressions(expressions: Any) -> list[Any]:
     return expressions if isinstance(expressions, list) else [expressions]
 
 
-def to_xyxy(box: Any, box_format: str) -> list[float] | None:
+def to_xyxy(box: Any, box_format: str) -> list[float]:
     """
-    A box in either format as xyxy, and `None` as it is. [`place_rows`] checks that a box is not empty and within its
-    image. An empty xywh box is refused here already, where the error can repeat the numbers that the user wrote.
+    A box in either format as xyxy. [`place_rows`] checks that a box is not empty and within its image. An empty xywh
+    box is refused here already, where the error can repeat the numbers that the user wrote.
 
     Raises:
         `ValueError`: The box is not four finite numbers, or its width or height in xywh is not positive.
     """
-    if box is None:
-        return None
     if not is_box(box):
         raise ValueError(f"the box is {reprlib.repr(box)}, expected 4 finite numbers")
     box = [float(value) for value in box]

@@ -241,7 +241,8 @@ def _read_sample(
         if len(box) != len(expressions):
             raise ValueError(f"{len(box)} boxes, expected one, or one for each of the {len(expressions)} expressions")
         boxes = box
-    return [(expression, to_xyxy(box, box_format)) for expression, box in zip(expressions, boxes, strict=True)]
+    converted = [None if box is None else to_xyxy(box, box_format) for box in boxes]
+    return list(zip(expressions, converted, strict=True))
 
 
 def _pick_nested(batch: dict[str, list], name: str, position: int) -> Any:

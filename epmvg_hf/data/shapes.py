@@ -1,4 +1,4 @@
-"""The built-in benchmark `shapes`: drawn scenes of coloured shapes, with expressions that each name exactly one object.
+"""The built-in benchmark `shapes`: drawn scenes of coloured shapes, with expressions that each name just one object.
 
 A scene depends on nothing but (seed, split, index), so nothing has to be downloaded and any scene can be drawn again.
 Boxes are `(left, top, right, bottom)` in pixels, 0-based and half-open: `right` and `bottom` are one past the object.
@@ -32,9 +32,9 @@ COLORS = {
     "cyan": (40, 200, 220),
     "gray": (130, 130, 130),
 }
-# Pairs that only `test_composition` shows, so that it tests whether a model can combine a colour and a shape that it has
-# only seen apart. There is one pair per shape and at most one per colour: the other splits still show every shape in
-# seven colours and every colour in at least five shapes.
+# Pairs that only `test_composition` shows, so that it tests whether a model can combine a colour and a shape that it
+# has only seen apart. There is one pair per shape and at most one per colour: the other splits still show every shape
+# in seven colours and every colour in at least five shapes.
 _HELD_OUT = "red triangle, green star, blue circle, yellow cross, purple square, cyan diamond"
 HELD_OUT_PAIRS = tuple((color, shape) for color, shape in map(str.split, _HELD_OUT.split(", ")))
 
@@ -111,7 +111,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and its expressions. `background` is the RGB of the top and bottom rows, with a gradient in between."""
+    """A picture and its expressions. `background` is the RGB of the top and bottom rows of its gradient."""
 
     width: int
     height: int
@@ -192,8 +192,8 @@ def _draw_pairs(held_out: bool, rng: Rng) -> list[tuple[str, str]]:
     Draws the (colour, shape) pair of each object. Only a few colours and shapes are used in a scene, so that objects
     share them and expressions need more than one word.
 
-    With `held_out`, the colours and shapes are those of two or three held-out pairs. The first object and about half of
-    the others are such a pair; the rest recombine their colours and shapes.
+    With `held_out`, the colours and shapes are those of two or three held-out pairs. The first object and about half
+    of the others are such a pair; the rest recombine their colours and shapes.
     """
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS, endpoint=True))
     if held_out:
@@ -226,7 +226,7 @@ def _place_objects(width: int, height: int, pairs: list[tuple[str, str]], rng: R
 
 
 def _gaps(a: Box, b: Box) -> dict[str, int]:
-    """For each direction, the free pixels between two boxes if `a` lies that way of `b`, and a negative number if not."""
+    """For each direction, the free pixels between two boxes if `a` lies that way of `b`, or else a negative number."""
     return {"left": b[0] - a[2], "right": a[0] - b[2], "top": b[1] - a[3], "bottom": a[1] - b[3]}
 
 

@@ -45,7 +45,8 @@ def read_coco(file: Path) -> Iterator[Entry | str]:
                 raise ValueError(f"its image_id {image_id!r} is not among the images")
             image = images[image_id]
             if image is not None:  # otherwise the image itself is reported
-                box = None if captions_only else to_xyxy(get_field(entry, "bbox"), "xywh")
+                bbox = None if captions_only else get_field(entry, "bbox")
+                box = None if bbox is None else to_xyxy(bbox, "xywh")
                 yield Entry(str(annotation_id), image[0], _get_expressions(entry), box, image[1])
         except ValueError as error:
             yield f"{where}: {error}."

@@ -95,7 +95,7 @@ class HubParquet(GroundingSource):
         return f"{names} of lmms-lab/{lmms} or jxu124/{jxu} (there or in data, {lmms}/data or {jxu}/data)"
 
     @cached_property
-    def images(self) -> ImageFolders:
+    def images(self) -> ImageFolders:  # type: ignore[override]
         """The image files. Writes those that are inside the parquet files, unless they are in the cache."""
         if not self.has_images:
             return self.request.images
@@ -144,15 +144,15 @@ class HubParquet(GroundingSource):
         if (row["image_id"], row["split"]) != (image_id, short_split_name(self.split)):
             found = f"image_id {row['image_id']} and split {reprlib.repr(row['split'])}"
             raise ValueError(f"{found} do not belong to {row['file_name']} of the {self.split} split")
-        raw = _parse_json(row, "raw_anns").get("bbox") or []
-        box, bbox = to_xyxy(raw, "xywh"), row["bbox"] or []
-        if not any(np.allclose(box, each, rtol=0, atol=BOX_TOLERANCE) for each in (to_xyxy(bbox, "xywh"), bbox)):
-            raise ValueError(f"bbox is {bbox}, expected {raw} (xywh, as in raw_anns) or {box} (xyxy)")
-        image = _parse_json(row, "raw_image_info")
+        raw, image = _parse_json(row, "raw_anns"), _parse_json(row, "raw_image_info")
+        size: tuple[Any, Any] = (image.get("width"), image.get("height"))  # which [`place_rows`] checks
+        box, candidates = to_xyxy(raw.get("bbox"), "xywh"), [to_xyxy(row["bbox"], each) for each in ("xywh", "xyxy")]
+        if not any(np.allclose(box, each, rtol=0, atol=BOX_TOLERANCE) for each in candidates):
+            raise ValueError(f"bbox is {row['bbox']}, expected {raw['bbox']} (xywh, as in raw_anns) or {box} (xyxy)")
         ids = {"where": where, "box": box, "ref_id": row["ref_id"], "ann_id": row["ann_id"]}
         sentences = [sentence or {} for sentence in list_expressions(row["sentences"])]
         rows = [{"expression": each.get("sent"), "sent_id": each.get("sent_id"), **ids} for each in sentences]
-        return AnnotatedImage(name, image_id, (image.get("width"), image.get("height")), rows)
+        return AnnotatedImage(name, image_id, size, rows)
 
 
 # Which files
@@ -202,7 +202,7 @@ def _read_images(files: list[Path]) -> Iterator[tuple[str, bytes]]:
 
 def _parse_lmms(row: dict[str, Any], where: str) -> AnnotatedImage:
     name, image_id = _parse_file_name(row["file_name"])
-    same = {"where": where, "box": to_xyxy(row["bbox"] or [], "xywh"), "ann_id": row["question_id"]}
+    same = {"where": where, "box": to_xyxy(row["bbox"], "xywh"), "ann_id": row["question_id"]}
     rows = [{"expression": expression, **same} for expression in list_expressions(row["answer"])]
     return AnnotatedImage(name, image_id, None, rows)
 
@@ -236,6 +236,7 @@ def _separate_ways(
     known, other = request.benchmark.splits  # the first is the one whose numbers are published
     official = request.benchmark.counts[known, request.split]
     size = official.references
+    assert size is not None
     for run, rest in ((objects[:size], objects[size:]), (objects[-size:], objects[:-size])):
         usable = [item for item in run if not isinstance(item, str)]
         if official == Counts(sum(len(item.rows) for item in usable), size, len({item.name for item in usable})):
