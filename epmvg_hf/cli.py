@@ -26,8 +26,8 @@ def check_data(
     source: Annotated[str | None, typer.Option(help="Which files to read: refer, index, parquet or official.")] = None,
 ) -> None:
     """
-    Compare what a folder has of a benchmark with the official counts. The exit status is 1 if any split differs from
-    them, or none is there.
+    Compare the files of a benchmark in a folder with the official counts. The exit status is 1 if any split differs
+    from them or if the folder has no split.
     """
     try:
         benchmark, implied = resolve_name(name)
@@ -62,9 +62,9 @@ def _table(benchmark: Benchmark, reports: list[SplitReport]) -> str:
             (None, None, None) if official is None else (official.expressions, official.references, official.images)
         )
         counts = [
-            _beside(report.expressions, expressions),
-            _beside(report.references, references),
-            _beside(len(report.image_ids), images),
+            _with_official(report.expressions, expressions),
+            _with_official(report.references, references),
+            _with_official(len(report.image_ids), images),
             f"{report.missing_images:,}",
             f"{len(report.problems):,}",
             "unknown" if official is None else "yes" if report.is_official else "NO",
@@ -73,8 +73,8 @@ def _table(benchmark: Benchmark, reports: list[SplitReport]) -> str:
     return "\n".join(lines)
 
 
-def _beside(found: int | None, official: int | None) -> str:
-    shown = "-" if found is None else f"{found:,}"
+def _with_official(count: int | None, official: int | None) -> str:
+    shown = "-" if count is None else f"{count:,}"
     return shown if official is None else f"{shown} ({official:,})"
 
 

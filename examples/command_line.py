@@ -1,4 +1,4 @@
-"""What the command lines of the training scripts have in common."""
+"""The parts that the command lines of the training scripts share."""
 
 import logging
 import os

@@ -67,7 +67,7 @@ def load_tokenizer(name: str, model: EpmVGForVisualGrounding) -> BertTokenizer:
 
 
 def report(model: EpmVGForVisualGrounding, used: int, unused: dict[str, str]) -> str:
-    """What the model is made of, how many tensors were converted, and the others with their reasons."""
+    """Describes the model, and lists how many tensors were converted and why the others were not."""
     config = model.config
     resnet: PreTrainedConfig = config.backbone_config
     bert: PreTrainedConfig = config.text_config

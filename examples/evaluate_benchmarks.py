@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def test_splits(name: str) -> list[str]:
-    """All splits of a benchmark but those to train on."""
+    """All splits of a benchmark except the training splits."""
     if name == "custom":
         raise ValueError("custom data has no splits of its own: name the splits to evaluate with --splits")
     if name == "shapes":
@@ -113,7 +113,7 @@ def load(name: str, folder: str | None, split: str, arguments: argparse.Namespac
 
 
 def evaluate(trainer: EpmVGTrainer, dataset: Dataset) -> dict:
-    """What [`~accuracy.evaluate_boxes`] measures on a split, and the speed."""
+    """Measures [`~accuracy.evaluate_boxes`] and the speed on a split."""
     output = trainer.predict(dataset)
     every_box = dataset["boxes"][:] if "boxes" in dataset.column_names else None
     scores = evaluate_boxes(output.predictions, output.label_ids, dataset["image_id"][:], every_box)

@@ -7,7 +7,7 @@ python examples/export_model.py outputs/demo outputs/pt2 --format torch     # im
     pixel_values, pixel_mask                                             -> image      -> visual_tokens, visual_mask
     visual_tokens, visual_mask, input_ids, attention_mask, image_index   -> expression -> pred_boxes
 
-So an image is encoded once, however many expressions it has and whenever they come. The programs take any number of
+An image is encoded once, however many expressions it has and whenever they are given. The programs take any number of
 images B, expressions N and tokens L (2 to `max_text_length`), on the canvas of the processor, which is saved beside
 them. The script runs them with other numbers than they were exported with and compares the boxes with the model's.
 """

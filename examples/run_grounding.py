@@ -161,7 +161,7 @@ class DataArguments:
 
 @dataclass
 class CardArguments:
-    """What the model card says that the run cannot know. --push_to_hub uploads the card with the model."""
+    """Facts for the model card that the run cannot know. --push_to_hub uploads the card with the model."""
 
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, such as apache-2.0."})
     language: str | None = field(

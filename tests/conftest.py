@@ -16,9 +16,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import BertTokenizer
 
-from epmvg_hf import (
-    EpmVGProcessor,
-)
+from epmvg_hf import EpmVGProcessor
 from tests.fixtures.hub import FakeHub
 from tests.fixtures.models import tiny_processor, tiny_tokenizer
 
@@ -45,7 +43,7 @@ def processor() -> EpmVGProcessor:
 
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
-    """What tiny teachers see."""
+    """Images for tiny teachers, in [0, 1]."""
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 

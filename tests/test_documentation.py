@@ -53,7 +53,7 @@ HOOKS = {
     "VisualGroundingPipeline": {"collate", "get_iterator", "postprocess", "preprocess", "run_single"},
 }
 
-# What README, examples and docstrings name beside `__all__`.
+# Names besides `__all__` that README, examples and docstrings use.
 ALSO_PUBLIC = {
     "training.augmentation": ["mirror"],
     "data.benchmarks": ["resolve_name"],
@@ -136,7 +136,7 @@ def _trainer() -> EpmVGTrainer:
     return EpmVGTrainer(tiny_model(box_head="map"), arguments, processing_class=tiny_processor(), **data)
 
 
-# What the examples have at hand, beside what they import.
+# The names that examples use without importing them.
 AT_HAND = {
     "model": lambda: tiny_model(box_head="map", teacher_projection_dim=128),
     "processor": tiny_processor,
@@ -154,14 +154,14 @@ def _quiet_and_in_its_folder(folder, monkeypatch):
     for value in DOCUMENTED.values():
         if inspect.isclass(value) and issubclass(value, PushToHubMixin):
             monkeypatch.setattr(value, "_auto_class", None, raising=False)  # put back if an example registers them
-    # What a trainer shows of its progress is for the screen, and never twice the same.
+    # A trainer's progress bars are for the screen, and differ from run to run.
     for callback in (PrinterCallback, ProgressCallback):
         monkeypatch.setattr(callback, "on_log", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
 def published(hub: FakeHub, folder) -> FakeHub:
-    """The Hub; what is pushed to it lies in a folder of that name, which is where transformers looks first."""
+    """A fake Hub. Uploads lie in a folder with the name of the repository, where transformers looks first."""
     upload = hub.create_commit
 
     def create_commit(repo_id, operations, **kwargs):
@@ -232,7 +232,7 @@ def test_no_code_block_goes_unrun():
 
 
 def _public_methods(cls: type) -> Iterator[tuple[type, str, object]]:
-    """Those that the package defines and a user calls, each with the class of the package that defines it."""
+    """The methods that the package defines and a user calls, each with the class that defines it."""
     for owner in cls.__mro__:
         if owner.__module__.startswith("epmvg_hf."):
             for method, function in _methods(owner):
@@ -249,7 +249,7 @@ def test_every_public_name_has_an_example():
     lacking = {name for name, value in PUBLIC.items() if not _has_example(value)}
     for name in epmvg_hf.__all__:
         for owner, method, _ in _public_methods(PUBLIC[name]) if inspect.isclass(PUBLIC[name]) else ():
-            # What overrides a method of the package may leave the words to that, and the other way round.
+            # An overriding method may leave the documentation to the method that it overrides, or the other way round.
             same = (vars(cls)[method] for cls in PUBLIC[name].__mro__ if method in vars(cls))
             if not any(_has_example(other) for other in same):
                 lacking.add(f"{owner.__name__}.{method}")
@@ -263,7 +263,7 @@ def test_hooks_are_those_of_a_library():
 
 
 def test_nothing_public_is_without_words():
-    """Also what only the package calls; what overrides a method has the words of that."""
+    """This includes internal functions. A method that overrides another one may rely on its docstring."""
     without = set()
     for name, value in DOCUMENTED.items():
         owner, _, own = name.rpartition(".")
@@ -275,7 +275,7 @@ def test_nothing_public_is_without_words():
 
 
 def _parameters(value: object) -> list[str]:
-    """What the docstring of a class, function or method has to describe."""
+    """The arguments that the docstring of a class, function or method has to describe."""
     if dataclasses.is_dataclass(value):
         names = list(vars(value).get("__annotations__", ()))
     elif inspect.isclass(value) and "__init__" not in vars(value):

@@ -51,7 +51,7 @@ def image(tmp_path) -> Image.Image:
 
 @pytest.fixture
 def with_code(monkeypatch):
-    """Whatever the test saves is saved with its code."""
+    """Makes all that the test saves include its code."""
     classes = (EpmVGConfig, EpmVGModel, EpmVGForVisualGrounding, EpmVGProcessor)
     for cls in (*classes, EpmVGImageProcessor, EpmVGImageProcessorPil):
         monkeypatch.setattr(cls, "_auto_class", None)  # monkeypatch restores it after the test

@@ -1,4 +1,4 @@
-"""What every reader makes of its annotation format: images with expressions and boxes in one convention."""
+"""The form into which all readers bring their annotations, and the checks of rows that they share."""
 
 import math
 import reprlib
@@ -13,7 +13,7 @@ MAX_COORDINATE = 1e9  # larger than any image; JSON and pickles can hold integer
 @dataclass
 class AnnotatedImage:
     """
-    One image and its expressions, as an annotation file has them.
+    One image and its expressions, as read from an annotation file.
 
     Args:
         name (`str`): The name of the image file in the benchmark's folder of images.
@@ -82,7 +82,7 @@ def is_box(value: Any) -> bool:
 
 
 def _problem_with_size(annotated: AnnotatedImage, stored_size: tuple[int, int] | None) -> str | None:
-    """What is wrong with the size of the image that the boxes were drawn on, if anything."""
+    """The problem with the size of the image that the boxes were drawn on, or `None`."""
     if annotated.size is None:
         return None
     if not all(_is_coordinate(value) and value > 0 for value in annotated.size):
@@ -96,7 +96,7 @@ def _problem_with_size(annotated: AnnotatedImage, stored_size: tuple[int, int] |
 
 
 def _problem_with(expression: Any, box: Any) -> str | None:
-    """What is wrong with an expression or a box, whatever the image is, if anything."""
+    """The problem with an expression or a box that shows without knowing the image, or `None`."""
     if not _has_words(expression):
         return f"the expression is {reprlib.repr(expression)}, expected words"
     if box is None:

@@ -140,7 +140,7 @@ def short_split_name(split: str) -> str:
 
 
 def _image_folders(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The folders that match the patterns, in their order; a pattern without `*` counts even if there is no folder."""
+    """The folders that match the patterns, in their order; one without `*` counts even if there is no folder."""
     found = []
     for pattern in patterns:
         found += sorted(folder.glob(pattern)) if "*" in pattern else [folder / pattern]

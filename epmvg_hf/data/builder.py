@@ -22,7 +22,7 @@ from .readers.source import GroundingSource
 logger = logging.getLogger(__name__)
 
 ROWS_PER_TABLE = 1_000
-MAX_REPORTED = 20  # problems that errors="skip" reports in full; the others are counted
+MAX_REPORTED = 20  # problems that errors="skip" logs in full; the others are only counted
 
 
 def open_source(
@@ -80,7 +80,7 @@ class GroundingConfig(datasets.BuilderConfig):
             raise ValueError(f'errors must be "raise" or "skip", not {self.errors!r}.')
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        # Names a folder in the cache, so it has to differ when the same files give other rows.
+        # The id names a folder in the cache, so settings that make other rows of the same files need another id.
         parts = [self.source.split, self.missing_images, self.errors]
         if self.exclude:
             parts.append(hashlib.sha256("\n".join(sorted(self.exclude)).encode()).hexdigest()[:16])
@@ -95,10 +95,10 @@ class GroundingBuilder(datasets.ArrowBasedBuilder):
     twice as long (15 s against 9 s for the four splits of RefCOCO).
     """
 
-    VERSION = datasets.Version("2.0.0")  # to be raised when the same files give other rows
+    VERSION = datasets.Version("2.0.0")  # raise it when a change of the code makes other rows of the same files
     BUILDER_CONFIG_CLASS = GroundingConfig
 
-    # The problems in rows that this process has met: all of them while it prepares rows, `None` in a stream.
+    # All problems that this process has met while it prepares rows; `None` in a stream.
     problems: list[str] | None = None
 
     def _info(self) -> datasets.DatasetInfo:
@@ -215,8 +215,8 @@ def _handle_problems(problems: list[str], errors: str) -> None:
 
 def _report_once(problems: list[str], reported: set[str]) -> None:
     """
-    Logs the problems of a stream as they come up, but no more than `MAX_REPORTED` and each only once, as a stream may
-    be read for many epochs. How many there are is not known before its end.
+    Logs the problems of a stream as they come up. Each is logged only once, because a stream may be read for many
+    epochs, and no more than `MAX_REPORTED`, because their number is not known before the end.
     """
     for problem in problems:
         if problem not in reported and len(reported) <= MAX_REPORTED:

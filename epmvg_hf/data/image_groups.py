@@ -21,7 +21,7 @@ class ImageGroup:
 
     Args:
         image (`PIL.Image.Image` or `None`): the decoded image; `None` if the dataset keeps rows without image files.
-        image_id (`str`): what the dataset calls the image.
+        image_id (`str`): the id of the image in the dataset.
         expressions (`list[str]`): the expressions.
         boxes (`np.ndarray` of shape `(n, 4)` or `None`):
             float32 boxes, xyxy in pixels of the image, 0-based and half-open. A row of NaN means that the expression
@@ -118,7 +118,7 @@ class CaptionedGroups(Dataset):
 
     Args:
         labelled ([`ImageGroups`]): images with boxes.
-        captioned ([`ImageGroups`]): images with expressions or sentences; if they have boxes, those are not read.
+        captioned ([`ImageGroups`]): images with expressions or sentences; their boxes, if any, are not read.
         ratio (`float`): how many captioned images there are for each labelled image.
         seed (`int`): decides the order of the captioned images.
 
@@ -149,8 +149,8 @@ class CaptionedGroups(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """
-        Sets the epoch, which decides whose turn it is. [`EpmVGTrainer`] calls this itself, because accelerate passes
-        the epoch on to the dataset on one process only.
+        Sets the epoch, which decides which captioned images are shown. [`EpmVGTrainer`] calls this itself, because
+        accelerate passes the epoch on to the dataset on one process only.
         """
         self.epoch.fill_(epoch)
 
@@ -170,7 +170,7 @@ class CaptionedGroups(Dataset):
 
 def group_rows(rows: list[dict[str, Any]]) -> list[ImageGroup]:
     """
-    Groups rows that come one by one, as those of a stream do. [`ImageGroups`] does this for a whole dataset.
+    Groups rows that are read one by one, as from a stream. [`ImageGroups`] does this for a whole dataset.
 
     Args:
         rows (`list[dict]`): rows with `image`, `image_id` and `expression`, all or none of them with `box` and with
@@ -195,13 +195,13 @@ def group_rows(rows: list[dict[str, Any]]) -> list[ImageGroup]:
 
 
 def boxes_to_array(boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
-    """Boxes as a float32 array `(n, 4)`: this is where "no box", `None` in a dataset, becomes a row of NaN."""
+    """Boxes as a float32 array `(n, 4)`. Here, and nowhere else, the `None` of a missing box becomes a row of NaN."""
     return np.array([[np.nan] * 4 if box is None else box for box in boxes], np.float32).reshape(-1, 4)
 
 
 def number_rows(dataset: "datasets.IterableDataset", reader: int, readers: int) -> "datasets.IterableDataset":
     """
-    A stream whose rows have a `row_index` that no other reader of the same dataset gives to a row of its own.
+    Adds a `row_index` to the rows of a stream, which no two readers of the dataset give to different rows.
 
     Args:
         dataset (`datasets.IterableDataset`): the stream.

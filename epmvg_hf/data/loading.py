@@ -83,7 +83,7 @@ def load_grounding_dataset(
         box_format (`str`, *optional*):
             `"xyxy"` or `"xywh"`, in pixels. Only for `"custom"`, where JSONL and CSV files require it.
         columns (`dict[str, str]`, *optional*):
-            What your file calls `image`, `expression` and `box`. Only for `"custom"`.
+            The names that `image`, `expression` and `box` have in your file. Only for `"custom"`.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` with the columns
@@ -177,8 +177,8 @@ def load_grounding_dataset(
 
 def find_reader(request: SplitRequest, source: str | None = None) -> "GroundingSource":
     """
-    The reader of one split: for the first kind of files that is in the data folder, or for the kind that `source`
-    names.
+    Finds the reader of one split: the one for the first kind of files that is in the data folder, or for the kind that
+    `source` names.
 
     Raises:
         `FileNotFoundError`: None of the files is there; the message lists what was looked for.
@@ -217,12 +217,12 @@ def _find_folder(path: str | os.PathLike | None, name: str, argument: str = "dat
         raise ValueError(f'{argument} is needed for "{name}": the folder with its annotations and images.')
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{argument} {folder} is no folder.")
+        raise FileNotFoundError(f"{argument} {folder} is not a folder.")
     return folder
 
 
 def _refuse(name: str, valid: str, **arguments: object) -> None:
-    """Raises for the first argument that was given but means nothing for this benchmark."""
+    """Raises a `ValueError` for the first argument that was given although this benchmark has no use for it."""
     for argument, value in arguments.items():
         if value is not None:
-            raise ValueError(f'{argument} does not apply to "{name}"; of its own it takes {valid}.')
+            raise ValueError(f'{argument} does not apply to "{name}"; its own arguments are {valid}.')

@@ -117,7 +117,7 @@ class ClipTeacher(nn.Module):
         self.image_size = height
         self.image_mean = tuple(map(float, preprocess["mean"]))
         self.image_std = tuple(map(float, preprocess["std"]))
-        # open_clip resizes bicubically unless it is told "bilinear", even when it is told "random".
+        # open_clip resizes bicubically unless the setting is "bilinear", even if it is "random".
         self.interpolation = "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"
         # On a CPU in bfloat16 this makes a ResNet several times as fast; to a ViT it makes no difference.
         self.to(memory_format=torch.channels_last)
@@ -351,7 +351,7 @@ class ClipTeacher(nn.Module):
 
 
 def _tokenizer_content(tokenizer: "SimpleTokenizer | HFTokenizer") -> dict[str, Any]:
-    """What decides, together with the model configuration, which tokens a text becomes."""
+    """The content of a tokenizer that, with the model configuration, decides which tokens a text becomes."""
     from open_clip import SimpleTokenizer
 
     if isinstance(tokenizer, SimpleTokenizer):
@@ -359,7 +359,7 @@ def _tokenizer_content(tokenizer: "SimpleTokenizer | HFTokenizer") -> dict[str, 
     inner = tokenizer.tokenizer
     if not inner.is_fast:
         return inner.get_vocab()
-    # These two are left over from the last call.
+    # These two settings are left over from the tokenizer's last call.
     content = json.loads(inner.backend_tokenizer.to_str())
     return {key: value for key, value in content.items() if key not in ("truncation", "padding")}
 

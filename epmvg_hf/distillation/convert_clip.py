@@ -77,7 +77,7 @@ def load_transformers_clip(
 
     with _reading("configuration", name):
         settings, _ = CLIPConfig.get_config_dict(name, cache_dir=cache_dir)
-    # In both cases transformers would go on with default values after a warning, or without one.
+    # In both cases transformers would continue with default values, at best after a warning.
     if not settings:
         raise FileNotFoundError(f"there is no config.json in {name}.")
     if settings.get("model_type") != "clip":
@@ -102,7 +102,7 @@ def load_transformers_clip(
             weights_only=True,
             # The configuration may name another implementation, whose kernel would be downloaded and executed.
             attn_implementation="eager",
-            # So that wrong shapes are in the report, with everything else that is wrong.
+            # Wrong shapes then appear in the report, with everything else that is wrong.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -218,15 +218,15 @@ def _convert_state_dict(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def _mlp_ratio(intermediate_size: int, hidden_size: int) -> float:
-    # open_clip computes int(width * ratio), which a rounding error of the exact ratio may make one less. Half a unit
-    # more is far from either neighbour. The exact ratio is kept where it works, since it is part of fingerprints.
+    # open_clip computes int(width * ratio), which may come out one too small because the exact ratio is rounded. Half
+    # a unit more avoids that. The exact ratio is kept where it works, since it is part of fingerprints.
     exact = intermediate_size / hidden_size
     return exact if int(hidden_size * exact) == intermediate_size else (intermediate_size + 0.5) / hidden_size
 
 
 @contextmanager
 def _reading(what: str, name: str) -> Iterator[None]:
-    """Around reading a part of a model: any error becomes one sentence that says what was being read."""
+    """Turns any error while a part of a model is read into one sentence that says what was being read."""
     try:
         yield
     except pickle.UnpicklingError as error:  # torch's own message would tell how to run the code

@@ -1,4 +1,4 @@
-"""The teacher's terms of a training step, over the batch of all processes."""
+"""The loss terms of a training step that need the teacher, over the batches of all processes."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,15 +17,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class DistillationWeights:
     """
-    How much each term of [`DistillationLoss`] counts, and the temperatures of their distributions. All of it is our
+    The weights of the terms of [`DistillationLoss`], and the temperatures of their distributions. All of them are our
     reading of EpmVG, of which only the abstract is public.
 
     Args:
         relation, feature, teacher_map (`float`): weight of each term; a term of weight 0 is not computed.
         teacher_map_rows (`str`): which expressions learn the teacher's map, `"all"` or those `"without_box"`.
-        student_temperature, teacher_temperature (`float`): what image-text cosines are divided by in the relation
-            term.
-        map_temperature (`float`): what the teacher's patch-text cosines are divided by.
+        student_temperature, teacher_temperature (`float`): divisors of the image-text cosines in the relation term.
+        map_temperature (`float`): divisor of the teacher's patch-text cosines.
     """
 
     relation: float = 0.0
@@ -65,7 +64,7 @@ class DistillationLoss:
 
     Args:
         weights ([`DistillationWeights`]): weights and temperatures.
-        accelerator (`Accelerator`): knows the processes.
+        accelerator (`Accelerator`): connects the processes.
     """
 
     weights: DistillationWeights
@@ -82,8 +81,8 @@ class DistillationLoss:
     ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int]]]:
         """
         Args:
-            outputs ([`EpmVGGroundingOutput`]): the student's, for this process's B images and N expressions.
-            teacher ([`TeacherOutput`]): the teacher's, for the same.
+            outputs ([`EpmVGGroundingOutput`]): the student's outputs for this process's B images and N expressions.
+            teacher ([`TeacherOutput`]): the teacher's outputs for the same images and expressions.
             image_index (`torch.LongTensor` of shape `(N,)`): the image of each expression.
             labels (`torch.FloatTensor` of shape `(N, 4)`): NaN for expressions without a box.
             num_boxes, num_expressions (`int`):
@@ -91,15 +90,15 @@ class DistillationLoss:
 
         Returns:
             The weighted sum, to be added to the loss that is differentiated, and the unweighted terms of this batch,
-            each with the number of this process's expressions that it speaks for: `loss_relation`, `loss_feature`
-            (both over all processes) and `loss_teacher_map` (of this process).
+            each with the number of this process's expressions that it covers: `loss_relation`, `loss_feature` (both
+            over all processes) and `loss_teacher_map` (of this process).
         """
         weights = self.weights
         total = torch.zeros((), device=image_index.device)
         terms: dict[str, tuple[torch.Tensor, int]] = {}
         if weights.compares_embeddings:
             relation, feature, batch_expressions = self._embedding_terms(outputs, teacher)
-            # The accumulated batches of a step share it by their numbers of expressions.
+            # Each accumulated batch of a step counts by its number of expressions.
             share = batch_expressions / num_expressions
             for name, weight, term in (
                 ("loss_relation", weights.relation, relation),
@@ -112,7 +111,7 @@ class DistillationLoss:
             term, count = self._map_term(outputs, teacher, image_index, labels)
             terms["loss_teacher_map"] = (term, count)
             taught = num_expressions if weights.teacher_map_rows == "all" else num_expressions - num_boxes
-            # The term is a mean over this process's rows, and this makes it its part of the mean over all rows.
+            # The term is a mean over this process's rows. This factor makes it a part of the mean over all rows.
             share = count * self.accelerator.num_processes / max(taught, 1)
             total = total + weights.teacher_map * share * term
         return total, terms
@@ -121,7 +120,7 @@ class DistillationLoss:
         self, outputs: EpmVGGroundingOutput, teacher: TeacherOutput
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
         """The relation and feature terms, `None` where the weight is 0, and the number of gathered expressions."""
-        assert outputs.image_embeds is not None and outputs.text_embeds is not None  # check_teacher wants projections
+        assert outputs.image_embeds is not None and outputs.text_embeds is not None  # see check_teacher
         images, teacher_images = self._gather(outputs.image_embeds, teacher.image_embeds)
         texts, teacher_texts = self._gather(outputs.text_embeds, teacher.text_embeds)
         embeds = (images, texts, teacher_images, teacher_texts)
@@ -136,9 +135,9 @@ class DistillationLoss:
     def _map_term(
         self, outputs: EpmVGGroundingOutput, teacher: TeacherOutput, image_index: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, int]:
-        """The teacher's map, a mean over the rows of this process that are taught it, and how many these are."""
+        """The map term, a mean over those rows of this process that learn the map, and the number of these rows."""
         assert outputs.visual_mask is not None and outputs.similarity_map is not None
-        assert teacher.patch_embeds is not None  # asked for when this term has a weight
+        assert teacher.patch_embeds is not None  # `Teaching` requests them for this term
         mask = outputs.visual_mask[image_index].bool()
         temperature = self.weights.map_temperature
         target = teacher_map_target(teacher.patch_embeds, teacher.text_embeds, image_index, mask, temperature)
@@ -152,7 +151,7 @@ class DistillationLoss:
         return term + (self.accelerator.num_processes - 1) * (term - term.detach())
 
     def _gather(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of all processes, in their order, from those of this one; their numbers may differ."""
+        """Gathers the rows of all processes in their order. The processes may have different numbers of rows."""
         student, teacher = student.float(), teacher.float()
         if self.accelerator.num_processes == 1:
             return student, teacher

@@ -13,8 +13,8 @@ def teacher_map_target(
     temperature: float | torch.Tensor,
 ) -> torch.Tensor:
     """
-    Where the teacher finds an expression in its image, as a distribution over the student's grid: the cosines of the
-    expression with all patches of its image, resized to the grid, then a softmax over positions. The cosines are the
+    Computes where the teacher finds an expression in its image, as a distribution over the student's grid: the cosines
+    of the expression with all patches, resized to the grid, then a softmax over positions. The cosines are the
     score map of DenseCLIP (raoyongming/DenseCLIP: segmentation/denseclip/denseclip.py), which MaskCLIP (Zhou et al.
     2022, "Extract Free Dense Labels from CLIP") takes from CLIP without training. Both compare several classes at one
     position; comparing several positions for one expression is our reading of EpmVG.
@@ -26,7 +26,7 @@ def teacher_map_target(
         image_index (`torch.LongTensor` of shape `(N,)` or `None`):
             The image of each expression. With `None`, expression i is about image i, and N = B.
         visual_mask (`torch.BoolTensor` of shape `(N, grid_height, grid_width)`): False on padding.
-        temperature (`float`): what the cosines are divided by.
+        temperature (`float`): divisor of the cosines.
 
     Returns:
         `torch.FloatTensor` of shape `(N, grid_height * grid_width)`: 0 on padding; rows sum to 1, or to 0 if the whole
@@ -67,8 +67,8 @@ def relation_loss(
     teacher_temperature: float | torch.Tensor,
 ) -> torch.Tensor:
     """
-    How differently student and teacher relate images and expressions. From the cosines, both compute a distribution of
-    each image over the batch's expressions, and of each expression over the batch's images. The loss is the KL
+    Measures how differently student and teacher relate images and expressions. The cosines of each give a distribution
+    of each image over the batch's expressions, and of each expression over the batch's images. The loss is the KL
     divergence of the student's distributions from the teacher's, averaged over images, averaged over expressions, and
     then over these two.
 
@@ -86,8 +86,8 @@ def relation_loss(
         teacher_image_embeds (`torch.FloatTensor` of shape `(B, e')`):
             The teacher's images, L2-normalised; e' may differ from e.
         teacher_text_embeds (`torch.FloatTensor` of shape `(N, e')`): the teacher's expressions, L2-normalised.
-        student_temperature (`float`): what the student's cosines are divided by; may be a tensor that is learned.
-        teacher_temperature (`float`): what the teacher's cosines are divided by.
+        student_temperature (`float`): divisor of the student's cosines; may be a tensor that is learned.
+        teacher_temperature (`float`): divisor of the teacher's cosines.
 
     Returns:
         `torch.FloatTensor`, a scalar in nats.

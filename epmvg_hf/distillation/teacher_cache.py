@@ -100,7 +100,7 @@ class TeacherCache:
                 The folder in which each cache gets a folder. Defaults to a folder in the cache of `datasets`.
             output_patches (`bool`, *optional*, defaults to `True`): whether to keep patch embeddings.
             batch_size (`int`, *optional*, defaults to 64): how many images or expressions the teacher sees at a time.
-            disable_tqdm (`bool`, *optional*, defaults to `False`): show no progress.
+            disable_tqdm (`bool`, *optional*, defaults to `False`): whether to hide the progress bars.
 
         Raises:
             ValueError: the dataset has no rows, or a row has no image.
@@ -166,6 +166,8 @@ class TeacherCache:
 
     def lookup(self, groups: Sequence[int], expressions: Sequence[str]) -> dict[str, torch.Tensor]:
         """
+        Reads the embeddings of a batch.
+
         Args:
             groups (`Sequence[int]`): numbers of B images, see [`~TeacherCache.build`].
             expressions (`Sequence[str]`): N expressions.
@@ -177,8 +179,8 @@ class TeacherCache:
             - **teacher_patch_embeds** `(B, h, w, e)`, if built with patches.
 
         Raises:
-            IndexError: the cache has no image of such a number.
-            ValueError: the cache has no such expression.
+            IndexError: the cache has no image with such a number.
+            ValueError: the cache does not have an expression.
         """
         try:
             expression_rows = [self._expression_rows[expression] for expression in expressions]
@@ -186,7 +188,7 @@ class TeacherCache:
             raise ValueError(f"the teacher cache has no expression {error.args[0]!r}") from None
         missing = [group for group in groups if not 0 <= group < len(self._images)]
         if missing:
-            raise IndexError(f"the teacher cache has {len(self._images)} images, and there is no number {missing[0]}")
+            raise IndexError(f"the teacher cache has {len(self._images)} images, so there is no image {missing[0]}")
         images, texts = self._images[list(groups)], self._expressions[expression_rows]
         embeds = {f"teacher_{name}": _from_arrow(images[name]) for name in images.column_names}
         return {**embeds, "teacher_text_embeds": _from_arrow(texts["text_embeds"])}
@@ -199,8 +201,8 @@ class TeacherCache:
 @dataclass
 class _Shard:
     """
-    A file for the items from `start` to `stop`. It is written under another name and renamed when it is complete, so a
-    file with this name is complete. Only the holder of `lock` writes it. That is a lock of the operating system, which
+    A file for the items from `start` to `stop`. It is written under another name and renamed at the end, so a file
+    with this name is complete. Only the holder of `lock` writes it. That is a lock of the operating system, which
     is released even when its process is killed.
     """
 
@@ -214,7 +216,7 @@ class _Shard:
 
     @property
     def lock(self) -> FileLock:
-        """Held by the process that computes the items."""
+        """The lock that the process holds which computes the items."""
         return FileLock(self.path.with_suffix(".lock"))
 
     def is_complete(self) -> bool:
@@ -236,7 +238,7 @@ class _Shard:
 
 
 def _open(paths: Sequence[Path]) -> datasets.Dataset:
-    """The rows of all files, memory-mapped, which are read as Arrow tables."""
+    """The rows of all files, memory-mapped, which indexing returns as Arrow tables."""
     parts = [datasets.Dataset.from_file(str(path)) for path in paths]
     kinds = {str(part.features) for part in parts}
     if len(kinds) > 1:
@@ -263,7 +265,7 @@ def _from_arrow(column: pa.ChunkedArray) -> torch.Tensor:
 
 
 def _split(folder: Path, name: str, count: int, size: int, columns: tuple[str, ...]) -> list[_Shard]:
-    """`count` items as shards of `size` items; the last one may be smaller."""
+    """Divides `count` items into shards of `size` items; the last one may be smaller."""
     starts = range(0, count, size)
     return [
         _Shard(folder / f"{name}-{index:05d}-of-{len(starts):05d}.arrow", start, min(start + size, count), columns)

@@ -34,7 +34,7 @@ def load_clip(
     name: str, pretrained: str | None, cache_dir: str | None
 ) -> tuple[CLIP | CustomTextCLIP | CoCa, SimpleTokenizer | HFTokenizer, dict[str, Any]]:
     """
-    Model, tokenizer and open_clip configuration of a teacher. Arguments and errors are those of
+    Loads the model, tokenizer and open_clip configuration of a teacher. Arguments and errors are those of
     [`~ClipTeacher.from_pretrained`].
     """
     source = _find_source(name, pretrained, cache_dir)
@@ -53,8 +53,8 @@ def load_clip(
 
 def name_for_cards(name: str) -> str:
     """
-    What [`~ClipTeacher.from_pretrained`] was given, with only the last part of a path: model cards show it to anyone,
-    whom the folders of this machine do not concern.
+    The name of a teacher as a model card may show it: only the last part of a path is kept, because a published card
+    must not reveal the folders of this machine.
     """
     prefix, colon, where = name.rpartition(":")
     if prefix == "hf-hub" or not Path(where).exists():
@@ -78,7 +78,7 @@ def _find_source(name: str, pretrained: str | None, cache_dir: str | None) -> _S
     weights = _find_checkpoint_in_dir(Path(where))
     if weights is None:
         raise FileNotFoundError(f"the folder {where} has no weights, such as open_clip_model.safetensors.")
-    # As in open_clip: whichever Hugging Face tokenizer the configuration names, the folder's own is used.
+    # As in open_clip, the folder's own tokenizer replaces the Hugging Face tokenizer that the configuration names.
     has_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
     return _Source(model_config, preprocess, Path(weights), where if has_tokenizer else None)
 
@@ -96,7 +96,7 @@ def _find_named_source(name: str, pretrained: str | None, cache_dir: str | None)
         raise ValueError(f"{name} is neither an open_clip architecture nor the path of a .json file.")
     if pretrained is not None and open_clip.is_pretrained_cfg(architecture, pretrained):
         tag = open_clip.get_pretrained_cfg(architecture, pretrained)
-        # open_clip only warns when it is about to run with GELU what was trained with QuickGELU.
+        # For weights that were trained with QuickGELU, open_clip only warns and then runs them with GELU.
         model_config["quick_gelu"] = model_config.get("quick_gelu", False) or tag.get("quick_gelu", False)
         return _Source(model_config, tag, _download(tag, f"the weights {pretrained} of {name}", cache_dir))
     if pretrained is None or not Path(pretrained).is_file():
@@ -133,7 +133,7 @@ def _build(source: _Source, registered: str, name: str) -> CLIP | CustomTextCLIP
         _check_weights(source.weights)
     try:
         _check_text_tower(source.model_config["text_cfg"])
-        # The random weights that the real ones replace must not use up random numbers: with the same seed, a student
+        # open_clip first draws random weights. That must not use up random numbers: with the same seed, a student
         # starts from the same weights with and without a teacher.
         with torch.random.fork_rng(devices=[]):
             if isinstance(source.weights, Path):
@@ -152,8 +152,8 @@ def _build(source: _Source, registered: str, name: str) -> CLIP | CustomTextCLIP
 
 def _check_weights(path: Path) -> None:
     """
-    Raises for a file that is missing, or that holds more than tensors. open_clip loads with `weights_only=True` too,
-    but after a `TypeError`, which a file can provoke, once more without it.
+    Raises an error for a file that is missing or that holds more than tensors. open_clip loads with
+    `weights_only=True` too, but after a `TypeError`, which a crafted file can provoke, it loads again without it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}.")
@@ -171,8 +171,8 @@ def _check_weights(path: Path) -> None:
 
 def _check_text_tower(text_config: dict[str, Any]) -> None:
     """
-    Raises for a Hugging Face text tower that comes with code, or asks for an attention kernel to be downloaded:
-    open_clip cannot be told to refuse them, and transformers would ask the user in the middle of a run.
+    Raises an error for a Hugging Face text tower that comes with code, or asks for an attention kernel to be
+    downloaded: open_clip has no option to refuse them, and transformers would ask the user in the middle of a run.
     """
     tower = text_config.get("hf_model_name")
     settings = PreTrainedConfig.get_config_dict(tower)[0] if tower else {}
@@ -184,14 +184,15 @@ def _load_tokenizer(
     text_config: dict[str, Any], registered: str, name: str, cache_dir: str | None
 ) -> SimpleTokenizer | HFTokenizer:
     hf_tokenizer = text_config["hf_tokenizer_name"]
-    # Otherwise a downloaded configuration may say yes for the user, or transformers may ask in the middle of a run.
+    # Without this option, a downloaded configuration could allow code, or transformers might ask in the middle of a
+    # run.
     options = {"trust_remote_code": False} if hf_tokenizer else {}
     try:
         tokenizer = open_clip.get_tokenizer(registered, cache_dir=cache_dir, **options)
         tokens = tokenizer(["a"])
     except Exception as error:  # missing files, no network, wrong options
         raise ValueError(f"the tokenizer of {name} could not be loaded: {in_short(error)}") from error
-    # Of a folder without a vocabulary, AutoTokenizer makes a tokenizer that knows no words.
+    # From a folder without a vocabulary, AutoTokenizer makes a tokenizer that knows no words.
     if hf_tokenizer and tokenizer.tokenizer.vocab_size <= len(tokenizer.tokenizer.all_special_ids):
         raise ValueError(f"the tokenizer of {name} has no words: {hf_tokenizer} lacks a tokenizer.json or vocab.json.")
     # Without its end token, such a tower would return the embedding of the first token, which all texts share.

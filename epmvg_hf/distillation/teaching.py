@@ -1,4 +1,4 @@
-"""A teacher at work in a training run: what it needs of a batch, what it answers, and the loss that comes of it."""
+"""The teacher in a training run: what it needs from a batch, its outputs, and the loss that compares the student."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,16 +17,16 @@ from .teacher_cache import TeacherCache
 
 class Teaching:
     """
-    The one owner of what a teacher needs. Where training images are neither augmented nor streamed, the teacher's
-    outputs are computed once and looked up for each batch; elsewhere the batch carries its expressions and the
-    teacher runs in every step. The teacher is not part of the student: nothing that wraps, optimises or saves the
-    student sees it.
+    Holds everything about the teacher that a training run needs, so that the trainer and the collator need not know
+    it. Where training images are neither augmented nor streamed, the teacher's outputs are computed once and looked
+    up for each batch; otherwise the batch carries its expressions and the teacher runs in every step. The teacher is
+    not part of the student, so nothing that wraps, optimises or saves the student touches it.
 
     Args:
         teacher ([`ClipTeacher`]): the teacher, which is moved to the accelerator's device.
-        weights ([`~distillation_loss.DistillationWeights`]): which terms it teaches.
-        image_processor ([`EpmVGImageProcessor`]): the student's, whose canvas the teacher sees.
-        accelerator (`Accelerator`): knows the device, the precision and the other processes.
+        weights ([`~distillation_loss.DistillationWeights`]): the weights of the loss terms that need the teacher.
+        image_processor ([`EpmVGImageProcessor`]): the student's image processor, whose canvas the teacher sees.
+        accelerator (`Accelerator`): gives the device, the precision and the other processes.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Teaching:
         self, train_datasets: Sequence[datasets.Dataset], cache_dir: str | None = None, disable_tqdm: bool = False
     ) -> None:
         """
-        Computes the teacher's outputs for all images and expressions of these datasets, whose images are numbered one
-        dataset after the other, or finds them where an earlier run left them.
+        Computes the teacher's outputs for all images and expressions of these datasets, or finds them in the cache of
+        an earlier run. The images are numbered through all datasets, in their order.
 
         Args:
             train_datasets (`Sequence[datasets.Dataset]`): rows with `image`, `image_id` and `expression`.
-            cache_dir (`str`, *optional*): where they are kept, by default in the cache of `datasets`.
-            disable_tqdm (`bool`, *optional*, defaults to `False`): show no progress.
+            cache_dir (`str`, *optional*): folder for the outputs, by default in the cache of `datasets`.
+            disable_tqdm (`bool`, *optional*, defaults to `False`): whether to hide the progress bars.
         """
         with self.accelerator.autocast():
             caches = [
@@ -72,15 +72,15 @@ class Teaching:
     @property
     def columns(self) -> Callable[..., dict[str, Any]]:
         """
-        The function with which a collator gets what a batch carries along for the teacher, from the numbers of its B
-        images and its N expressions: the cached outputs, see [`TeacherCache.lookup`], or else the `expressions`,
-        which the teacher reads with a tokenizer of its own. It can be sent to the workers of a data loader, since it
-        does not hold the teacher.
+        The function that gives a collator the teacher's columns of a batch. From the numbers of the B images and the
+        N expressions it makes the cached outputs (see [`TeacherCache.lookup`]) or, without a cache, the column
+        `expressions`, which the teacher reads with its own tokenizer. The function does not hold the teacher, so it
+        can be sent to the workers of a data loader.
         """
         return keep_expressions if self._cache is None else self._cache.lookup
 
     def outputs(self, batch: dict[str, Any]) -> TeacherOutput:
-        """The teacher's outputs for a batch: those that came with it, or else computed on the student's canvases."""
+        """The teacher's outputs for a batch: those from the cache, or computed on the student's canvases."""
         if "teacher_image_embeds" in batch:
             return TeacherOutput(
                 image_embeds=batch["teacher_image_embeds"],
@@ -96,12 +96,12 @@ class Teaching:
         self, outputs: EpmVGGroundingOutput, batch: dict[str, Any], num_boxes: int, num_expressions: int
     ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int]]]:
         """
-        The terms of [`~distillation_loss.DistillationLoss`] for a batch.
+        Computes the terms of [`~distillation_loss.DistillationLoss`] for a batch.
 
         Args:
-            outputs ([`EpmVGGroundingOutput`]): the student's.
-            batch (`dict`): what the collator made, with `image_index`, `labels` and the teacher's columns.
-            num_boxes, num_expressions (`int`): those of the whole optimiser step, on all processes.
+            outputs ([`EpmVGGroundingOutput`]): the student's outputs.
+            batch (`dict`): the collator's batch, with `image_index`, `labels` and the teacher's columns.
+            num_boxes, num_expressions (`int`): the counts of the whole optimiser step, on all processes.
 
         Returns:
             `tuple`: the weighted sum of the terms, and each term with the number of expressions that it is a mean of.
@@ -112,7 +112,7 @@ class Teaching:
         )
 
     def describe(self, name: str) -> str:
-        """Sentences for the model card: which teacher taught what. `name` is what the card calls the teacher."""
+        """Sentences for the model card on the teacher and what it taught. `name` is the teacher's name in the card."""
         kinds = {
             "its map of patches and expressions": self.weights.teacher_map,
             "its similarities between images and expressions": self.weights.relation,
@@ -137,7 +137,7 @@ def check_teacher(teacher: ClipTeacher, config: EpmVGConfig, weights: Distillati
     Args:
         teacher ([`ClipTeacher`]): the teacher.
         config ([`EpmVGConfig`]): the student's configuration.
-        weights ([`~distillation_loss.DistillationWeights`]): which terms it is to teach.
+        weights ([`~distillation_loss.DistillationWeights`]): the weights of the loss terms.
     """
     width = config.teacher_projection_dim
     if weights.compares_embeddings and width is None:
@@ -168,8 +168,8 @@ def check_captions(
     Args:
         caption_dataset (`datasets.Dataset`): the rows without boxes.
         train_dataset (`datasets.Dataset`): the rows with boxes.
-        teacher ([`ClipTeacher`]): the teacher, the only one that such rows can learn from.
-        weights ([`~distillation_loss.DistillationWeights`]): which terms it is to teach.
+        teacher ([`ClipTeacher`]): the teacher, without which such rows cannot train anything.
+        weights ([`~distillation_loss.DistillationWeights`]): the weights of the loss terms.
     """
     if teacher is None:
         raise ValueError("caption_dataset needs a teacher: without one, expressions without boxes teach nothing")

@@ -1,5 +1,5 @@
 """
-How good predicted boxes are: accuracy with its uncertainty, blind baselines, the modality gap and plots of boxes.
+Measures of a model: accuracy with its uncertainty, blind baselines, the modality gap, and plots of predicted boxes.
 
 May use `utils`.
 """

@@ -96,7 +96,7 @@ def evaluate_boxes(
 
     >>> predictions, references = np.array([[0, 0, 9, 9], [0, 0, 9, 9]]), np.array([[0, 0, 9, 9], [5, 5, 20, 20]])
     >>> result = evaluate_boxes(predictions, references, image_ids=["a", "b"])
-    >>> result["acc@0.5"], result["acc@0.5_interval"]  # two images say nothing more precise
+    >>> result["acc@0.5"], result["acc@0.5_interval"]  # with two images, no narrower interval is possible
     (0.5, [0.0, 1.0])
     ```
     """
@@ -180,7 +180,7 @@ def bootstrap_interval(
     counts = np.bincount(image_index, minlength=len(images))
     rng = np.random.default_rng(0)
     means = np.empty(num_resamples)
-    for resample in range(num_resamples):  # in one array, the draws would take images x resamples numbers of memory
+    for resample in range(num_resamples):  # all draws in one array would need too much memory
         drawn = rng.integers(len(images), size=len(images))
         means[resample] = sums[drawn].sum() / counts[drawn].sum()
     tail = (1 - level) / 2

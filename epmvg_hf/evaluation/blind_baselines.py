@@ -1,8 +1,8 @@
 """
 Baselines that never look at the image.
 
-Boxes and words of a benchmark are not evenly distributed, so a guess without the image is sometimes right. A model has
-learned to see only as far as it is better than these baselines.
+Boxes and words of a benchmark are not evenly distributed, so a guess without the image is sometimes right. Only as far
+as a model is better than these baselines has it learned to look at the image.
 """
 
 from collections import defaultdict
@@ -87,7 +87,7 @@ def _relative_boxes(dataset: Dataset) -> np.ndarray:
 
 
 def _best_box(boxes: np.ndarray, threshold: float) -> np.ndarray:
-    """The one of these boxes, or the whole image, that is right for the most of them."""
+    """The box, among these and the whole image, whose IoU with as many of these as possible reaches the threshold."""
     rng = np.random.default_rng(0)
     candidates = boxes if len(boxes) <= _MAX_CANDIDATES else rng.choice(boxes, _MAX_CANDIDATES, replace=False)
     candidates = np.concatenate([candidates, [[0.0, 0.0, 1.0, 1.0]]])

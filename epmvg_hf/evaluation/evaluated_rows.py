@@ -1,4 +1,4 @@
-"""What an evaluation found, in the order of the dataset's rows, on any number of processes."""
+"""The results of an evaluation on any number of processes, in the order of the dataset's rows."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 @dataclass
 class EvaluatedRows:
     """
-    N rows of a dataset, each of them once.
+    The results for N rows of a dataset, each row once.
 
     Args:
         predictions (`np.ndarray` of shape `(N, 4)`): predicted boxes, xyxy in pixels.
@@ -28,6 +28,8 @@ class EvaluatedRows:
     @classmethod
     def merge(cls, batches: list[dict[str, Any]]) -> "EvaluatedRows":
         """
+        Merges the batches of all processes.
+
         Args:
             batches (`list[dict[str, Any]]`):
                 The batches of all processes, of n rows each: `row_index` (`list[int]`), `predictions` `(n, 4)` and,

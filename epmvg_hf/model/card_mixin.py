@@ -16,7 +16,8 @@ from transformers.utils import PushToHubMixin
 PIPELINE_TAG = "zero-shot-object-detection"
 TAGS = ("visual-grounding", "referring-expression-comprehension", "epmvg")
 
-# Cards are also written before it is known where they will be uploaded. `ModelCardMixin` then fills in the repository.
+# Stands for the repository in cards that are written before it is known. `ModelCardMixin` replaces it when it uploads
+# a card.
 REPOSITORY = "OWNER/NAME"
 
 # The card of a training run (`training/model_card_template.md`) extends this Jinja template and fills its blocks.
@@ -131,7 +132,7 @@ class ModelCardMixin(PushToHubMixin):
         if card is None and not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
             card = general_card(repo_id.split("/")[-1], repo_id, with_code=self._auto_class is not None)
         if card is not None:
-            # The only useful content of the form that transformers wrote are the tags that the caller asked for.
+            # The only useful part of the form that transformers wrote is the tags that the caller asked for.
             readme = Path(working_dir) / "README.md"
             requested_tags = ModelCard.load(readme).data.get("tags") if readme.is_file() else None
             card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *(requested_tags or ())]))
@@ -142,7 +143,7 @@ class ModelCardMixin(PushToHubMixin):
 
 def general_card(title: str, repository: str = REPOSITORY, with_code: bool = False) -> ModelCard:
     """
-    A card for weights of which nothing more is known than that they are a grounding model.
+    A card for weights about which nothing is known except that they belong to a grounding model.
 
     Args:
         title (`str`): title of the card.

@@ -46,7 +46,7 @@ _ORIGINAL_NAMES = (
     (r"^box_head\.(\d+)\.", lambda match: f"bbox_embed.layers.{int(match[1]) // 2}."),
 )
 
-# Tensors that a checkpoint may hold, that no box depends on, and that this model does not have; with the reasons.
+# Tensors of a checkpoint that no box depends on and that this model does not have, each with the reason.
 _UNUSED = {
     rf"{_RESNET}\.(.+\.)?(bn\d|downsample\.1)\.num_batches_tracked": "frozen batch norms do not read this counter",
     rf"{_BERT}\.embeddings\.position_ids": "it is the constant 0, 1, 2, ..., which some versions of BERT save",
@@ -56,7 +56,7 @@ _UNUSED = {
 # What TransVG's train.py saves along with the weights.
 _TRAINING_STATE = ("args", "epoch", "lr_scheduler", "optimizer", "val_accu")
 
-# TransVG's defaults, for settings that are neither in the tensors nor in the saved arguments.
+# TransVG's defaults for settings that neither the tensors nor the saved arguments tell.
 _ATTENTION_HEADS = 8
 _IMAGE_SIZE = 640
 # TransVG uses 40 tokens for RefCOCOg and 20 for the other benchmarks.
@@ -149,7 +149,7 @@ def convert_transvg(
 
     Raises:
         ValueError: a tensor is missing, unknown, of the wrong shape or not of floating point; TransVG's arguments ask
-            for something that this model does not do; or the image size cannot be told.
+            for something that this model does not do; or the image size cannot be inferred.
 
     Example:
 
@@ -314,5 +314,5 @@ def _original_name(name: str) -> str:
 def _check_names(tensors: dict[str, torch.Tensor], expected: set[str], unused: dict[str, str]) -> None:
     problems = {"missing": expected - tensors.keys(), "unexpected": tensors.keys() - expected - unused.keys()}
     if any(problems.values()):
-        found = "; ".join(f"{kind}: {list_first(sorted(names))}" for kind, names in problems.items() if names)
-        raise ValueError(f"these are not the tensors of a TransVG ({found}).")
+        details = "; ".join(f"{kind}: {list_first(sorted(names))}" for kind, names in problems.items() if names)
+        raise ValueError(f"these are not the tensors of a TransVG ({details}).")

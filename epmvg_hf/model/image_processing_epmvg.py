@@ -116,7 +116,8 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
 
     def letterbox(self, image_sizes: torch.Tensor | np.ndarray | list[tuple[int, int]], **kwargs: Any) -> Letterbox:
         """
-        Where images of these sizes lie on the canvas. What a call returned has its own geometry, in `letterbox`.
+        Computes where images of these sizes lie on the canvas. The geometry of a batch that was already prepared is in
+        its entry `letterbox`.
 
         Args:
             image_sizes (`torch.LongTensor` of shape `(B, 2)` or list of `(height, width)`): image sizes in pixels.
@@ -172,8 +173,8 @@ def count_channels(images: list) -> int:
 
 def zeros(shape: tuple[int, ...], dtype: type[np.generic], device: torch.device) -> torch.Tensor:
     """
-    Zeros of a NumPy `dtype`. On the CPU NumPy makes them: it takes zeroed pages from the system where torch writes
-    every zero, which halves the time of a batch of 640 x 640 pixels.
+    A tensor of zeros with the type of a NumPy `dtype`. On the CPU, NumPy allocates it: NumPy takes pages from the
+    system that are zero already, while torch writes every zero. This halves the time of a batch of 640 x 640 pixels.
     """
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(shape, dtype))
@@ -183,13 +184,13 @@ def zeros(shape: tuple[int, ...], dtype: type[np.generic], device: torch.device)
 class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
     r"""
     Resizes images to a square canvas without changing their aspect ratio: the longer side gets the length of the
-    canvas, and what stays free is padded with 0 after normalisation. With the default settings this is the evaluation
+    canvas, and the rest of it is padded with 0 after normalisation. With the default settings this is the evaluation
     transform of TransVG (djiajunustc/TransVG, `datasets/transforms.py`). Some pixels differ from TransVG's by one of
     255 levels, because TransVG resizes with PIL; those of [`EpmVGImageProcessorPil`] (`backend="pil"`) are the same.
 
     Images are PIL images, arrays or tensors (channels first or last; gray ones with a channel axis), or paths. EXIF
     orientation is **not** applied: boxes refer to the pixels as they are stored. For an array with a side of 3 pixels
-    pass `input_data_format`, since nobody can tell that side from its channels.
+    pass `input_data_format`, because that side cannot be told from the channels.
 
     Args:
         size (`dict[str, int]`, *optional*, defaults to `{"height": 640, "width": 640}`):

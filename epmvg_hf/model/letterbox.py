@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers.image_transforms import center_to_corners_format, corners_to_center_format
 
-# How many pixels a box may stick out of its image. Some annotations are rounded outwards or count the last pixel in.
+# How many pixels a box may stick out of its image: some annotators round boxes outwards or include the last pixel.
 MAX_OVERHANG = 1.0
 
 
@@ -126,7 +126,7 @@ class Letterbox:
 
     def to_tensor(self) -> torch.Tensor:
         """
-        Writes the letterbox down, so that it can travel in a batch.
+        Packs the letterbox into one tensor, so that it can travel in a batch.
 
         Returns:
             `torch.LongTensor` of shape `(B, 4)`: (longer side of the picture in canvas pixels, top, left, side of the
@@ -139,7 +139,7 @@ class Letterbox:
     @classmethod
     def from_tensor(cls, letterbox: torch.Tensor | np.ndarray, image_sizes: torch.Tensor | np.ndarray) -> "Letterbox":
         """
-        Reads what [`Letterbox.to_tensor`] wrote.
+        Unpacks the tensor that [`Letterbox.to_tensor`] made.
 
         Args:
             letterbox (`torch.LongTensor` of shape `(B, 4)`): an image processor's `letterbox`.
@@ -151,13 +151,13 @@ class Letterbox:
         Raises:
             ValueError: the two have other shapes, or the canvases differ in size.
         """
-        written, sizes = (torch.as_tensor(values).cpu() for values in (letterbox, image_sizes))
-        if written.shape != (len(sizes), 4) or sizes.shape != (len(sizes), 2):
+        packed, sizes = (torch.as_tensor(values).cpu() for values in (letterbox, image_sizes))
+        if packed.shape != (len(sizes), 4) or sizes.shape != (len(sizes), 2):
             raise ValueError(
                 f"`letterbox` must have the shape (B, 4) and the sizes of the images (B, 2), but they have "
-                f"{tuple(written.shape)} and {tuple(sizes.shape)}."
+                f"{tuple(packed.shape)} and {tuple(sizes.shape)}."
             )
-        long_sides, top, left, canvases = written.unbind(1)
+        long_sides, top, left, canvases = packed.unbind(1)
         if len(canvases.unique()) != 1:
             sides = canvases.unique().tolist()
             raise ValueError(f"The pictures of a batch must share one canvas side, but `letterbox` has {sides}.")

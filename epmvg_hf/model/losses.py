@@ -70,8 +70,9 @@ def grounding_loss(
 
 def has_box(labels: torch.Tensor) -> torch.Tensor:
     """
-    Which expressions have a box. Those of image-caption data have none, and their boxes or labels are NaN throughout.
-    A row that is NaN in part is a mistake. It counts as a box, so that it shows in the loss.
+    Tells which expressions have a box. Image captions have none: all four numbers of their boxes or labels are NaN. A
+    row in which only some numbers are NaN is a mistake. It counts as a box, so that the mistake makes the loss NaN
+    instead of going unnoticed.
 
     Args:
         labels (`torch.FloatTensor` of shape `(N, 4)`): labels or boxes, some of them NaN.
@@ -94,7 +95,7 @@ def has_box(labels: torch.Tensor) -> torch.Tensor:
 
 def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    L1, summed over the four coordinates, and generalized IoU loss, as in TransVG (djiajunustc/TransVG,
+    The L1 loss, summed over the four coordinates, and the generalized IoU loss, as in TransVG (djiajunustc/TransVG,
     `utils/loss_utils.py`). TransVG takes the diagonal of an N x N matrix of IoUs; here only the N pairs are computed.
 
     Args:
@@ -120,8 +121,8 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
     {'loss_bbox': tensor(0.2500), 'loss_giou': tensor(1.)}
     ```
     """
-    # Only training needs torchvision. Before transformers loads shared code (see `register_for_hub`), it asks for all
-    # libraries that the code imports, except in a `try`. This one therefore lets grounding work without torchvision.
+    # Only training needs torchvision. Before transformers loads shared code (see `register_for_hub`), it requires all
+    # libraries that the code imports outside of a `try`. This `try` therefore lets inference work without torchvision.
     try:
         from torchvision.ops import box_convert, generalized_box_iou_loss
     except ImportError as error:
@@ -205,7 +206,7 @@ def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Ten
     ```
     """
     grid_height, grid_width = visual_mask.shape[1:]
-    # In place of a missing box stands an empty one, which shares no area with any cell.
+    # A missing box is replaced by an empty one, which shares no area with any cell.
     labels = torch.where(has_box(labels)[:, None], labels.float(), 0)
     cx, cy, width, height = labels.unbind(-1)
     in_columns = _overlap(cx - width / 2, cx + width / 2, grid_width)
@@ -216,8 +217,8 @@ def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Ten
 
 def _mean_over(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """
-    Mean of `values` `(N,)` where `rows` `(N,)` is True, 0 if it is so nowhere. All shapes are fixed, because selecting
-    the rows would make torch.compile break the graph.
+    Mean of `values` `(N,)` over the entries where `rows` `(N,)` is True; 0 if there are none. All shapes are fixed,
+    because selecting the rows would make torch.compile break the graph.
     """
     return torch.where(rows, values, 0).sum() / rows.sum().clamp(min=1)
 

@@ -104,14 +104,14 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
     def train(self, mode: bool = True) -> "EpmVGModel":
         """
-        As in PyTorch, except for the backbone's batch norms: with `config.frozen_batch_norm` they are not trained and
-        stay in evaluation mode.
+        Sets the mode as in PyTorch, except for the backbone's batch norms: with `config.frozen_batch_norm` they are
+        not trained and stay in evaluation mode.
         """
         super().train(mode)
         for norm in self.vision_model.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 # This cannot be done in __init__, because from_pretrained replaces the parameters afterwards. It ends
-                # with a call of eval(), which comes here.
+                # with a call of eval(), which calls this method.
                 if self.config.frozen_batch_norm:
                     norm.requires_grad_(False)
                 if not norm.weight.requires_grad:
@@ -298,14 +298,15 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         text_tokens = self.text_projection(text.last_hidden_state)
         text_mask = _token_mask(text_tokens, attention_mask)
 
-        own_visual, own_mask = visual_tokens, visual_mask.flatten(1).bool()
+        # One row for each expression: the tokens of its image.
+        paired_tokens, paired_mask = visual_tokens, visual_mask.flatten(1).bool()
         if image_index is not None:
-            own_visual, own_mask = own_visual[image_index], own_mask[image_index]
+            paired_tokens, paired_mask = paired_tokens[image_index], paired_mask[image_index]
         count, length = text_tokens.shape[:2]
         reg = self.reg_token.expand(count, 1, -1)
         fused = self.fusion(
-            torch.cat([reg, text_tokens, own_visual], dim=1),
-            attention_mask=torch.cat([text_mask.new_ones(count, 1), text_mask, own_mask], dim=1),
+            torch.cat([reg, text_tokens, paired_tokens], dim=1),
+            attention_mask=torch.cat([text_mask.new_ones(count, 1), text_mask, paired_mask], dim=1),
             position_embeddings=self._fusion_positions(length, visual_mask.shape[1:]),
             return_dict=True,
             **kwargs,
@@ -314,7 +315,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         # The first term gives words a direct way to what they name, since its gradient does not pass through the
         # fusion transformer. The second term is what fusion adds.
         scale = self.config.d_model**-0.5
-        similarity_map = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), own_visual) * scale
+        similarity_map = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), paired_tokens) * scale
         consistency_map = similarity_map + torch.einsum("nd,nvd->nv", reg_state, fused_visual) * scale
 
         return EpmVGModelOutput(
@@ -373,7 +374,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         return torch.cat([before_visual, visual])[None]
 
 
-# What `EpmVGForVisualGrounding` reads from a batch. The other entries of a batch are for post-processing, metrics or a
+# The entries of a batch that `EpmVGForVisualGrounding` reads. The other entries are for post-processing, metrics or a
 # teacher.
 MODEL_INPUTS = ("pixel_values", "pixel_mask", "input_ids", "attention_mask", "image_index", "labels")
 
@@ -401,8 +402,8 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
     def __init__(self, config: EpmVGConfig):
         super().__init__(config)
         self.model = EpmVGModel(config)
-        # TransVG's head reads the state of [REG] alone. The map head also reads the visual tokens that the map points
-        # at.
+        # TransVG's head reads only the state of [REG]. The map head also reads the visual tokens that the map points
+        # to.
         head_input = config.d_model if config.box_head == "reg" else 2 * config.d_model
         self.box_head = nn.Sequential(
             nn.Linear(head_input, config.d_model),
@@ -504,17 +505,17 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        own_mask = outputs.visual_mask.bool()
+        paired_mask = outputs.visual_mask.bool()  # one row for each expression: the mask of its image
         if image_index is not None:
-            own_mask = own_mask[image_index]
+            paired_mask = paired_mask[image_index]
         if self.config.box_head == "reg":
             pred_boxes = self.box_head(outputs.reg_state).float().sigmoid()
         else:
-            pred_boxes = self._boxes_from_map(outputs, own_mask)
+            pred_boxes = self._boxes_from_map(outputs, paired_mask)
 
         loss = loss_dict = None
         if labels is not None:
-            loss, loss_dict = grounding_loss(self.config, pred_boxes, labels, outputs.consistency_map, own_mask)
+            loss, loss_dict = grounding_loss(self.config, pred_boxes, labels, outputs.consistency_map, paired_mask)
 
         return EpmVGGroundingOutput(
             loss=loss,
@@ -533,7 +534,7 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
     def _boxes_from_map(self, outputs: EpmVGModelOutput, visual_mask: torch.Tensor) -> torch.Tensor:
         """
         The boxes of the map head. The centre of a box is the soft-argmax of the consistency map plus an offset of at
-        most half the canvas; offset and size are regressed from `[REG]` and the visual tokens that the map points at.
+        most half the canvas; offset and size are regressed from `[REG]` and the visual tokens that the map points to.
         """
         grid_height, grid_width = visual_mask.shape[1:]
         # If two candidates shared the map, the soft-argmax would lie between them. Sharper scores choose one of them.
@@ -544,12 +545,12 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         x = (torch.arange(grid_width, device=scores.device) + 0.5) / grid_width
         y = (torch.arange(grid_height, device=scores.device) + 0.5) / grid_height
         per_cell = weights.view(-1, grid_height, grid_width)
-        # Autocast would compute matrix products in bfloat16, which is an error of some pixels, but not these sums.
+        # Under autocast these sums stay in float32. Matrix products would be in bfloat16, an error of some pixels.
         centre = torch.stack([(per_cell.sum(1) * x).sum(-1), (per_cell.sum(2) * y).sum(-1)], dim=-1)
 
         fused_visual = outputs.last_hidden_state[:, -visual_mask[0].numel() :]
-        pointed_at = torch.einsum("nv,nvd->nd", weights.to(fused_visual.dtype), fused_visual)
-        offset, size = self.box_head(torch.cat([outputs.reg_state, pointed_at], dim=-1)).float().split(2, dim=-1)
+        attended = torch.einsum("nv,nvd->nd", weights.to(fused_visual.dtype), fused_visual)
+        offset, size = self.box_head(torch.cat([outputs.reg_state, attended], dim=-1)).float().split(2, dim=-1)
         return torch.cat([(centre + 0.5 * offset.tanh()).clamp(0, 1), size.sigmoid()], dim=-1)
 
 

@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Expressions and boxes as users nest them: checked, grouped by image, and flattened to one row per expression.
+Checks expressions and boxes in the nesting that users give them, groups them by image, and flattens them to one row
+per expression.
 
 Errors name the place in the user's own nesting, such as `boxes[1][0]`.
 """
@@ -29,13 +30,13 @@ from .losses import has_box
 
 
 def has_words(expression: Any) -> bool:
-    """Whether this is an expression: a string that is more than white space."""
+    """Whether a value can be an expression: a string with more than white space."""
     return isinstance(expression, str) and bool(expression.strip())
 
 
 def group_expressions(text: str | list[str] | list[list[str]], single_image: bool) -> list[list[str]]:
     """
-    The expressions of each image.
+    Groups expressions by image.
 
     Args:
         text (`str`, `list[str]` or `list[list[str]]`): expressions, nested as [`EpmVGProcessor`] documents it.
@@ -72,7 +73,7 @@ def flatten_boxes(
     boxes: Sequence | np.ndarray | torch.Tensor, text: str | list[str] | list[list[str]]
 ) -> torch.Tensor:
     """
-    One row for the box of each expression.
+    Brings nested boxes into one row per expression.
 
     Args:
         boxes (list, `np.ndarray` or `torch.Tensor`): boxes nested like `text`; `None` or a row that is NaN throughout

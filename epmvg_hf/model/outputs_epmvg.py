@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the models return."""
+"""The outputs of the models."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 @dataclass
 class EpmVGModelOutput(ModelOutput):
     """
-    What [`EpmVGModel`] returns for B images, N expressions of L tokens, and V visual tokens per image.
+    Outputs of [`EpmVGModel`] for B images, N expressions of L tokens, and V visual tokens per image.
 
     Args:
         reg_state (`torch.FloatTensor` of shape `(N, d_model)`):
@@ -70,7 +70,7 @@ class EpmVGModelOutput(ModelOutput):
 @dataclass
 class EpmVGImageFeatures(BaseModelOutputWithPooling):
     """
-    What [`EpmVGModel.get_image_features`] returns for B images with V visual tokens each.
+    Outputs of [`EpmVGModel.get_image_features`] for B images with V visual tokens each.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, V, d_model)`):
@@ -92,7 +92,7 @@ class EpmVGImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class EpmVGGroundingOutput(ModelOutput):
     """
-    What [`EpmVGForVisualGrounding`] returns for B images and N expressions.
+    Outputs of [`EpmVGForVisualGrounding`] for B images and N expressions.
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*):

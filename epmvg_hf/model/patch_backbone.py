@@ -117,7 +117,7 @@ class PatchBackbone(BackboneMixin, PreTrainedModel):
         tower: PreTrainedConfig = config.tower_config
         self.patch_size = tower.patch_size
         self.num_features = [tower.hidden_size] * len(config.stage_names)
-        # Pooling layer and CLIP's last norm are left out. Only the class token passes through them, so that their
+        # The pooling layer and CLIP's last norm are left out. Only the class token passes through them, so their
         # weights would never get a gradient.
         self.tower = MODEL_MAPPING[type(tower)](tower, **without_pooling(tower))
         if isinstance(tower, CLIPVisionConfig):

@@ -190,10 +190,10 @@ class VisualGroundingPipeline(Pipeline):
             `dict`: `{"image": PIL image, "text": an expression or a list of expressions}`.
         """
         if not isinstance(input_, Mapping) or not {"image", "text"} <= set(input_):
-            found = f"the keys {sorted(map(str, input_))}" if isinstance(input_, Mapping) else _type_name(input_)
+            given = f"the keys {sorted(map(str, input_))}" if isinstance(input_, Mapping) else _type_name(input_)
             raise ValueError(
                 'Expected `text` beside `image`, or rows {"image": an image, "text": an expression or a list of '
-                f"expressions}}, but there is {found}."
+                f"expressions}}, but there is {given}."
             )
         text = input_["text"]
         expressions = [text] if isinstance(text, str) else text
@@ -302,16 +302,16 @@ def _read_image(image: Any, timeout: float | None) -> Image.Image:
     Reads an image in RGB and applies its EXIF orientation.
 
     Raises:
-        ValueError: it cannot be read, whatever the reason.
+        ValueError: the image cannot be read, for whatever reason.
     """
     source = os.fspath(image) if isinstance(image, os.PathLike) else image
     try:
         return load_image(source, timeout=timeout)
     except Exception as error:
         # Pillow, file systems and HTTP clients raise many types, most of which do not say which image it was.
-        found = f"{source!r:.100}" if isinstance(source, str) else _type_name(source)
+        given = f"{source!r:.100}" if isinstance(source, str) else _type_name(source)
         raise ValueError(
-            f"`image` is {found}, which cannot be read ({type(error).__name__}): expected a PIL image, the path of an "
+            f"`image` is {given}, which cannot be read ({type(error).__name__}): expected a PIL image, the path of an "
             "image file, an http(s) URL or base64 data."
         ) from error
 

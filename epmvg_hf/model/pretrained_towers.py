@@ -30,15 +30,15 @@ from .patch_backbone import PatchBackboneConfig, without_pooling
 
 logger = logging.get_logger(__name__)
 
-# The norms that backbones of transformers apply to their feature maps. Most checkpoints were trained without them, so
-# a checkpoint may lack them. New ones have the weight 1 and the bias 0.
+# The norms that backbones of transformers apply to their feature maps. Most checkpoints were trained without these
+# norms, so it is no error if they are missing. New ones have the weight 1 and the bias 0.
 _FRESH_NORMS = "hidden_states_norms."
 
 # The sizes of DETR's encoder. The settings of EpmVGConfig have the same names.
 _DETR_SETTINGS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "activation_function")
 
 # The settings of an image processor that say how a tower's images are rescaled and normalised.
-_STATISTICS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_NORMALISATION_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 class FromTowersMixin:
@@ -87,10 +87,10 @@ class FromTowersMixin:
             text (`str`): folder or Hub id of a BERT, RoBERTa, DistilBERT, CLIP, or another text encoder.
             out_features (`list[str]`, *optional*): the feature maps of the backbone to use, by default the last one.
                 For CLIP-VG's maps of ViT-B/16 it is `["stage1", "stage4", "stage8", "stage12"]`.
-            output_loading_info (`bool`, *optional*, defaults to `False`): whether to return the rows of the table,
-            too. config: settings of [`EpmVGConfig`], except for the towers and `backbone_stride`. The sizes of the
-            encoder are
-                those of a DETR, if there is one; the default of `image_size` is that of a CLIP or ViT, otherwise 640.
+            output_loading_info (`bool`, *optional*, defaults to `False`): whether to return the rows of the table too.
+            config: settings of [`EpmVGConfig`], except for the towers and `backbone_stride`. If `vision` is a DETR,
+                the sizes of the encoder are the DETR's. The default of `image_size` is that of a CLIP or ViT, and 640
+                for other towers.
 
         Returns:
             The model in evaluation mode, float32. With `output_loading_info` a tuple of the model and a list with one
@@ -122,7 +122,7 @@ class FromTowersMixin:
 @dataclass
 class Tower:
     """
-    What a grounding model takes from a pretrained checkpoint.
+    The parts of a pretrained checkpoint that a grounding model uses.
 
     Args:
         name (`str`): folder or Hub id of the checkpoint.
@@ -174,6 +174,8 @@ def model_from_towers(
 
 def load_vision_tower(name: str, out_features: list[str] | None = None) -> Tower:
     """
+    Loads the vision tower of a checkpoint.
+
     Args:
         name (`str`): folder or Hub id of a DETR, CLIP, ViT, timm model or backbone that `AutoBackbone` accepts.
         out_features (`list[str]`, *optional*): the feature maps of the backbone to use, by default the last one.
@@ -213,6 +215,8 @@ def load_vision_tower(name: str, out_features: list[str] | None = None) -> Tower
 
 def load_text_tower(name: str) -> Tower:
     """
+    Loads the text tower of a checkpoint.
+
     Args:
         name (`str`): folder or Hub id of a BERT, RoBERTa, DistilBERT, CLIP or another text encoder of `AutoModel`.
 
@@ -245,7 +249,7 @@ def tower_statistics(vision: str) -> dict[str, Any]:
             f"{vision} has no image processor, which would give the mean and deviation of its images: save the image "
             "processor of the tower there, or make an EpmVGImageProcessor with image_mean and image_std"
         ) from error
-    return {name: settings[name] for name in _STATISTICS}
+    return {name: settings[name] for name in _NORMALISATION_SETTINGS}
 
 
 def tower_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -259,7 +263,7 @@ def tower_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def _loading_table(rows: list[dict[str, Any]]) -> str:
-    """What came from where, as text in columns."""
+    """The source of each part of the model, as text in columns."""
     lines = [("part", "from", "parameters", "fresh", "not used")]
     for row in rows:
         fresh = "all" if row["source"] is None else list_first(_modules(row["fresh"]))
@@ -296,7 +300,7 @@ def _load_checked(
     tensors in the checkpoint that the tower has no place for.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers would log what is missing or unused, which our own table says
+    logging.set_verbosity_error()  # what transformers would log is in `_loading_table`
     try:
         model, report = model_class.from_pretrained(
             name,
@@ -315,9 +319,9 @@ def _load_checked(
         "of another shape": sorted(key for key, *_ in report["mismatched_keys"]),
     }
     if any(problems.values()):
-        found = "; ".join(f"{kind}: {list_first(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"{name} does not hold the tensors of a {model_class.__name__} ({found})")
-    # Loading has chosen an implementation. The grounding model that gets this config chooses its own.
+        details = "; ".join(f"{kind}: {list_first(keys)}" for kind, keys in problems.items() if keys)
+        raise ValueError(f"{name} does not hold the tensors of a {model_class.__name__} ({details})")
+    # Loading has set an attention implementation. The grounding model that gets this config chooses its own.
     model.config._attn_implementation = None
     return model.eval(), fresh, sorted(report["unexpected_keys"])
 
@@ -375,7 +379,7 @@ def _stride(tower: Tower, image_size: int) -> int:
         except Exception as error:  # backbones refuse an image size with errors of many types
             raise ValueError(f"{tower.name} cannot read a canvas of {image_size} pixels: {error}") from error
         try:
-            # On a large canvas it matters least that some backbones round up to whole cells.
+            # Some backbones round up to whole cells, which distorts this ratio least on a large canvas.
             stride = round(16 * image_size / cells(16 * image_size))
         except Exception:  # some backbones only take images of one size
             stride = round(image_size / count)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Processor class for EpmVG: makes model inputs of images, expressions and boxes, and pixels of predicted boxes."""
+"""Processor class for EpmVG: turns images, expressions and boxes into inputs, and predictions into pixel boxes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -236,7 +236,7 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
 
         >>> inputs = processor(images=image, text=["the star", "the green triangle"])
         >>> outputs = model(**inputs)
-        >>> outputs.pred_boxes = torch.tensor([[0.5, 0.5, 0.1, 0.2], [0.5, 0.5, 1.0, 1.0]])  # were they these
+        >>> outputs.pred_boxes = torch.tensor([[0.5, 0.5, 0.1, 0.2], [0.5, 0.5, 1.0, 1.0]])  # for example
         >>> [result["box"] for result in processor.post_process_grounding(outputs, inputs)]
         [tensor([49.6000, 51.2000, 62.4000, 76.8000]), tensor([  0.,   0., 113., 128.])]
         ```

@@ -1,5 +1,5 @@
 """
-PEFT adapters on a model.
+Recognises the PEFT adapters of a model and loads their weights.
 
 There are two kinds: `peft.get_peft_model` wraps the model in a `PeftModel`, which the Trainer of transformers supports
 fully, and `add_adapter` of the model puts the adapter into the model itself, which the Trainer supports only in part.

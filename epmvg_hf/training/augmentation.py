@@ -65,8 +65,8 @@ class GroundingAugmentation:
     position of the image on the canvas. All draws come from the global random states of Python and PyTorch, which the
     Trainer seeds.
 
-    TransVG (djiajunustc/TransVG, datasets/transforms.py) also crops objects away, swaps the letters of `left` inside
-    words such as `bleft`, and crops and mirrors images whose expressions then become false. This class does not.
+    TransVG (djiajunustc/TransVG, datasets/transforms.py) may also crop an object away, replaces `left` within words
+    such as `bleft`, and crops and mirrors images whose expressions then become false. This class does none of these.
 
     Args:
         flip (`float`, *optional*, defaults to 0.5):
@@ -120,7 +120,7 @@ class GroundingAugmentation:
         Returns:
             `tuple[PIL.Image.Image, list[str], np.ndarray]`: the changed image with its expressions and boxes.
         """
-        # Where the object of an expression without a box is, is not known, so any crop could cut it away.
+        # Nobody knows where the object of an expression without a box is, so any crop could cut it away.
         croppable = bool(has_box(torch.from_numpy(boxes)).all()) and not any(map(_UNCROPPABLE.search, expressions))
         if random.random() < self.crop and croppable:
             image, boxes = self._crop(image, boxes)

@@ -1,4 +1,4 @@
-"""What the trainer does at the start of an epoch and after each optimiser step."""
+"""Callbacks that the trainer runs at the start of an epoch and after each optimiser step."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ TRAINED_WEIGHTS = "trained_weights.safetensors"
 
 class EpochCallback(TrainerCallback):
     """
-    Counts the epochs, that is the passes over the data. On a stream `state.epoch` does not do that: there it is the
+    Counts the epochs, that is the passes over the data. `state.epoch` does not count them on a stream, where it is the
     share of `max_steps` that is done.
     """
 
@@ -34,12 +34,12 @@ class EpochCallback(TrainerCallback):
         self.next_epoch += 1
 
     def begin_epoch(self, epoch: int) -> None:
-        """What to do before an epoch, counted from 0."""
+        """Prepares an epoch, counted from 0."""
         raise NotImplementedError
 
 
 class CaptionTurnsCallback(EpochCallback):
-    """Tells the captioned images which epoch begins, so that all of them get their turn."""
+    """Sets the epoch of the captioned images, so that all of them get their turn."""
 
     def __init__(self) -> None:
         self.groups: CaptionedGroups | None = None
@@ -51,11 +51,11 @@ class CaptionTurnsCallback(EpochCallback):
 
 class FreezeBackbonesCallback(EpochCallback):
     """
-    Keeps the vision backbone and the text tower as they are for the first epochs.
+    Does not train the vision backbone and the text tower in the first epochs.
 
     Args:
         model ([`EpmVGForVisualGrounding`]): the student.
-        epochs (`int`): for how many epochs.
+        epochs (`int`): the number of these epochs.
     """
 
     def __init__(self, model: EpmVGForVisualGrounding, epochs: int):
@@ -106,7 +106,7 @@ class WeightAverage(TrainerCallback):
         if self.checkpoint is not None:
             file = Path(self.checkpoint) / TRAINED_WEIGHTS
             if not file.is_file():
-                raise ValueError(f"{self.checkpoint} cannot be resumed with ema_decay: it was saved without")
+                raise ValueError(f"{self.checkpoint} cannot be resumed with ema_decay: it has no average")
             model.load_state_dict(load_file(file), strict=False)
             self.model.n_averaged.fill_(state.global_step)
             self.checkpoint = None

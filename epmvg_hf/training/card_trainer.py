@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that remembers what it measured and writes it into the model card."""
+"""A `transformers.Trainer` that records the results of its evaluations and writes them into the model card."""
 
 import dataclasses
 from pathlib import Path
@@ -24,8 +24,8 @@ from .model_card import (
 
 class CardTrainer(Trainer):
     """
-    The part of [`EpmVGTrainer`] that shares a model: it records what the weights reached on each split, and writes the
-    card that `push_to_hub` uploads.
+    The part of [`EpmVGTrainer`] that shares a model: it records the results of the weights on each split, and writes
+    the card that `push_to_hub` uploads.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -34,7 +34,7 @@ class CardTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`. From the start of training, the model has the card of this run."""
+        """Trains as `Trainer` does. From the start of training, the model has the card of this run."""
         self._use_card_of_this_run()
         return super().train(*args, **kwargs)
 
@@ -137,8 +137,8 @@ class CardTrainer(Trainer):
         teacher: str | None = None,
     ) -> None:
         """
-        Writes a model card, README.md, into `args.output_dir`: how to use the model, what it reached, what it was
-        trained on and by which command, its teacher and its limits. The arguments are those of
+        Writes a model card, README.md, into `args.output_dir`: how to use the model, its results, its training data
+        and command, its teacher and its limits. The arguments are those of
         `Trainer.create_model_card` and `teacher`; `push_to_hub` takes them too.
 
         Args:
@@ -152,9 +152,9 @@ class CardTrainer(Trainer):
             tasks (`str` or `list[str]`, *optional*): task on the Hub instead of `"zero-shot-object-detection"`.
             dataset_tags (`str` or `list[str]`, *optional*):
                 Identifiers of the training data on the Hub, by default its name.
-            dataset (`str` or `list[str]`, *optional*): name of the training data, by default what it calls itself.
+            dataset (`str` or `list[str]`, *optional*): name of the training data, by default the dataset's own.
             dataset_args (`str` or `list[str]`, *optional*): configuration of the training data, such as `"unc"`.
-            teacher (`str`, *optional*): name of the teacher, by default the name that it was loaded by.
+            teacher (`str`, *optional*): name of the teacher, by default the name under which it was loaded.
 
         Example:
 
@@ -195,7 +195,7 @@ class CardTrainer(Trainer):
         self._use_card_of_this_run()
 
     def _describe_data(self, name: str) -> str:
-        """What the model was trained on, as it follows "trained on" in the card."""
+        """The training data, worded to follow "trained on" in the card."""
         raise NotImplementedError
 
     def _describe_teacher(self, name: str | None) -> str | None:
@@ -220,7 +220,7 @@ class CardTrainer(Trainer):
         self._evaluations[evaluation.dataset, evaluation.split, self._step_of_present_weights()] = evaluation
 
     def _evaluations_of_present_weights(self, training_data: str | None, config: str) -> list[Evaluation]:
-        """What the present weights reached. `config` is the configuration of the training data, "" if unknown."""
+        """The results of the present weights. `config` is the training data's configuration, "" if unknown."""
         return [
             dataclasses.replace(evaluation, config=config or None if dataset == (training_data or "custom") else None)
             for (dataset, _, step), evaluation in self._evaluations.items()

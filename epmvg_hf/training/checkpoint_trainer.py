@@ -1,4 +1,4 @@
-"""What a checkpoint holds beyond the weights of a plain model: their average, or an adapter."""
+"""Saves and loads what a checkpoint holds beyond the weights of a plain model: their average, or an adapter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class CheckpointTrainer(CardTrainer):
     _average: WeightAverage | None = None
 
     def _average_weights(self, decay: float) -> None:
-        """From now on, keep an average of the weights, which is what is evaluated and saved."""
+        """Keeps an average of the weights from now on, which is then evaluated and saved in place of the weights."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("ema_decay needs whole weights on every process, which FSDP and DeepSpeed do not keep")
         self._average = WeightAverage(decay)
@@ -28,7 +28,7 @@ class CheckpointTrainer(CardTrainer):
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Within this context, while training, the model is its average, if there is one."""
+        """A context in which `self.model` is the average of the weights, if training keeps one."""
         trained = self.model
         if self._average is not None and self._average.model is not None:
             self.model = self._average.model.module

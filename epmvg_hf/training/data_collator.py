@@ -1,4 +1,4 @@
-"""From images with their expressions to batches of B images and N expressions."""
+"""Makes batches of B images and N expressions from images with their expressions."""
 
 import random
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .augmentation import GroundingAugmentation
 @dataclass
 class EpmVGDataCollator:
     """
-    Makes one batch of B images and N expressions, with one visual pass for each image.
+    Makes one batch of B images and N expressions, in which each image stands once, however many expressions it has.
 
     Args:
         processor (`EpmVGProcessor`):
@@ -25,10 +25,10 @@ class EpmVGDataCollator:
         augmentation (`GroundingAugmentation`, *optional*):
             Changes training images; all expressions of an image share one draw.
         max_expressions_per_image (`int`, *optional*):
-            Keeps a random choice of this many expressions of each image, for images that have very many.
+            Limit for images with very many expressions: of each image, this many are chosen at random.
         teacher_columns (`Callable`, *optional*):
-            Gives what a teacher needs of the batch, from the indices of its images and the list of its expressions;
-            see [`~teaching.Teaching.columns`].
+            Makes the columns that a teacher needs from the indices of the batch's images and the list of its
+            expressions, see [`~teaching.Teaching.columns`].
 
     Example:
 
@@ -56,20 +56,19 @@ class EpmVGDataCollator:
                 `expression` and optionally `box` and `row_index`, which are grouped by their `image_id` here.
 
         Returns:
-            What the processor gives, with the expressions ordered by image. If there are boxes, also `boxes`
-            `(N, 4)`, float32 xyxy pixels of the image that the processor saw; in a row of `boxes` and of `labels`
-            that is NaN the expression has no box. If the rows are numbered, also `row_index` `(N,)`. With a teacher,
-            also its columns.
+            The processor's inputs, with the expressions ordered by image. Datasets with boxes add `boxes` `(N, 4)`,
+            float32 xyxy pixels of the image that the processor saw; where an expression has no box, its rows of
+            `boxes` and `labels` are NaN. Numbered rows add `row_index` `(N,)`, and a teacher adds its columns.
 
         Raises:
-            ValueError: an image is missing, augmentation finds no boxes, or the processor refuses a text or a box.
+            ValueError: an image is missing, augmentation lacks the boxes, or the processor refuses a text or a box.
         """
         groups = examples if isinstance(examples[0], ImageGroup) else group_rows(examples)
         groups = [self._choose_expressions(group) for group in groups]
         for group in groups:
             if group.image is None:
                 raise ValueError(
-                    f"image {group.image_id!r} is not there (missing_images='keep' serves work on annotations only)"
+                    f"image {group.image_id!r} is missing: rows loaded with missing_images='keep' cannot be batched"
                 )
         has_boxes = groups[0].boxes is not None
         placements = None
@@ -104,6 +103,6 @@ class EpmVGDataCollator:
     def _augment(group: ImageGroup, augmentation: GroundingAugmentation) -> ImageGroup:
         if group.boxes is None:
             raise ValueError("augmentation needs the boxes, and these rows have no column box")
-        assert group.image is not None  # checked before
+        assert group.image is not None  # __call__ has checked it
         image, expressions, boxes = augmentation(group.image, group.expressions, group.boxes)
         return replace(group, image=image, expressions=expressions, boxes=boxes.astype(np.float32, copy=False))

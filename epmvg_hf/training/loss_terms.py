@@ -1,4 +1,4 @@
-"""The named terms of the loss between two lines of the log."""
+"""Averages the named terms of the loss between two lines of the log."""
 
 import torch
 from accelerate import Accelerator
@@ -6,11 +6,11 @@ from accelerate import Accelerator
 
 class LossTerms:
     """
-    Means of the loss's terms over all expressions seen since the last time they were taken, on all processes. Sums
-    stay on the device, so adding to them does not wait for it.
+    The mean of each loss term over the expressions of all processes since the last call of [`LossTerms.take`]. The
+    sums stay on the device, so that adding a term does not wait for it.
 
     Args:
-        accelerator (`Accelerator`): knows the other processes.
+        accelerator (`Accelerator`): connects the processes.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -24,7 +24,7 @@ class LossTerms:
             self._sums[name] = self._sums.get(name, 0) + weighted
 
     def take(self) -> dict[str, float]:
-        """The means, without terms that no expression had; from here on, counting starts again."""
+        """Returns the means, without terms that no expression contributed to, and starts counting again."""
         means = {}
         for name, weighted in self._sums.items():
             total, count = self.accelerator.reduce(weighted, reduction="sum").tolist()

@@ -25,9 +25,9 @@ _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # Columns of `parse_log_history` that the card shows; the others are the single terms of the loss.
 _HISTORY_COLUMNS = ("Step", "Epoch", "Training Loss", "Validation Loss", "Acc@0.5", "Mean Iou")
 
-# `datasets` names a dataset after the format of its files if it has no other name, and this package names rows of the
-# user's own "custom". In a card, such names would say nothing.
-_NO_DATASET_NAMES = (
+# `datasets` names a dataset after the format of its files if it has no other name, and this package names the user's
+# own data "custom". In a card, such names would say nothing.
+_GENERIC_DATASET_NAMES = (
     "arrow", "csv", "custom", "generator", "imagefolder", "json", "pandas", "parquet", "text", "webdataset",
 )  # fmt: skip
 
@@ -35,13 +35,13 @@ _NO_DATASET_NAMES = (
 @dataclasses.dataclass
 class Evaluation:
     """
-    What a model reached on one split of a dataset.
+    The results of a model on one split of a dataset.
 
     Args:
         metrics (`dict[str, float]`): `acc@0.5`, `acc@0.7` and `mean_iou`, each in [0, 1]; other keys are ignored.
         dataset (`str`, *optional*, defaults to `"custom"`): name of the dataset.
         split (`str`, *optional*): name of the split.
-        expressions (`int`, *optional*): number of evaluated expressions, which is not known of a stream.
+        expressions (`int`, *optional*): number of evaluated expressions, which is unknown for a stream.
         config (`str`, *optional*): configuration of the dataset, such as `"unc"`.
 
     Example:
@@ -78,7 +78,7 @@ def make_card(
     training: dict[str, Any] | None = None,
 ) -> ModelCard:
     """
-    The card of a trained model: the general card of `model.card_mixin`, and what is known of the training.
+    Makes the card of a trained model: the general card of `model.card_mixin`, with the results and the training.
 
     Args:
         model_name (`str`): title of the card.
@@ -93,7 +93,7 @@ def make_card(
         tags (`Iterable[str]`, *optional*): further tags.
         datasets (`Iterable[str]`, *optional*): names of the training data.
         base_models (`Iterable[str]`, *optional*): models of the Hub that the training started from.
-        evaluations (`Sequence[Evaluation]`, *optional*): what the model reached.
+        evaluations (`Sequence[Evaluation]`, *optional*): the results of the model.
         training (`dict[str, Any]`, *optional*): the training, as [`describe_training`] returns it.
 
     Returns:
@@ -141,12 +141,12 @@ def make_card(
 
 def describe_training(trainer: Trainer, base_models: Sequence[str], data: str, teacher: str | None) -> dict[str, Any]:
     """
-    What the card's section on training says.
+    Collects what the card's section on training shows.
 
     Args:
         trainer (`Trainer`): the trainer after training.
         base_models (`Sequence[str]`): models of the Hub that the training started from, see [`find_base_models`].
-        data (`str`): what the model was trained on, as it follows "trained on" in a sentence.
+        data (`str`): the training data, worded to follow "trained on" in a sentence.
         teacher (`str`, *optional*): sentences about the teacher and what it taught.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -171,7 +171,7 @@ def describe_training(trainer: Trainer, base_models: Sequence[str], data: str, t
 
 def find_base_models(config: PreTrainedConfig, finetuned_from: str | None = None) -> list[str]:
     """
-    Names of the models of the Hub that a model started from, as a whole or in its towers.
+    Finds the models of the Hub that a model, or one of its towers, started from.
 
     Args:
         config (`PreTrainedConfig`): the model's configuration. Names of existing folders in it are left out.
@@ -185,7 +185,7 @@ def find_base_models(config: PreTrainedConfig, finetuned_from: str | None = None
 def dataset_name(dataset: Dataset | IterableDataset) -> str | None:
     """The name of a dataset, or `None` if it has no name of its own."""
     name = dataset.info.dataset_name
-    return None if name in _NO_DATASET_NAMES else name
+    return None if name in _GENERIC_DATASET_NAMES else name
 
 
 def training_command(argv: Sequence[str], world_size: int) -> str | None:
@@ -233,7 +233,7 @@ def strip_private_paths(text: str) -> str:
     if path.is_absolute():
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
         return f"{option}{equals}{shown}"
-    # A path within other text, such as "local-dir:/home/me/clip" or JSON, begins where no path could go on.
+    # A path within other text, such as "local-dir:/home/me/clip" or JSON, begins after a character that no path has.
     return re.sub(r"(?<![\w./~-])[~/]/?(?:[^\s\"',:/]+/)*([^\s\"',:/]+)", r"\1", text)
 
 

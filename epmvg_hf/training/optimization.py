@@ -1,4 +1,4 @@
-"""Which parameters are trained, at which learning rate, and how the rates fall."""
+"""Decides which parameters are trained, at which learning rates, and when the rates drop."""
 
 import re
 from collections import defaultdict
@@ -24,23 +24,23 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
         patterns (`Sequence[str]`): regular expressions, searched in the names of parameters.
 
     Raises:
-        ValueError: a pattern is found in no name.
+        ValueError: a pattern matches no name.
     """
     for pattern in patterns:
-        found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
-        if not found:
+        matching = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        if not matching:
             raise ValueError(f"frozen_parameters has {pattern!r}, which is found in no parameter's name")
-        for parameter in found:
+        for parameter in matching:
             parameter.requires_grad_(False)
 
 
 def parameter_groups(model: nn.Module, args: EpmVGTrainingArguments, decayed: Collection[str]) -> list[dict[str, Any]]:
     """
-    The trained parameters in groups of one learning rate and one weight decay each.
+    Puts the trained parameters into groups with one learning rate and one weight decay each.
 
     Args:
         model (`nn.Module`): the student, or the student with an adapter.
-        args ([`EpmVGTrainingArguments`]): the rates of vision backbone with encoder, text tower, and everything else.
+        args ([`EpmVGTrainingArguments`]): gives the rates of vision backbone and encoder, text tower, and the rest.
         decayed (`Collection[str]`): names of the parameters that weight decay applies to.
 
     Returns:
@@ -75,9 +75,9 @@ def drop_schedule(
 
     Args:
         optimizer (`torch.optim.Optimizer`): the optimiser.
-        drop_epochs (`Sequence[float]`): of the `args.num_train_epochs`, those after which the rates drop.
-        args ([`EpmVGTrainingArguments`]): how many epochs and warmup steps there are.
-        num_training_steps (`int`): optimiser steps of the whole run.
+        drop_epochs (`Sequence[float]`): the epochs after which the rates drop.
+        args ([`EpmVGTrainingArguments`]): gives the numbers of epochs and of warmup steps.
+        num_training_steps (`int`): number of optimiser steps of the whole run.
     """
     steps_per_epoch = num_training_steps / args.num_train_epochs
     drops = [round(epoch * steps_per_epoch) for epoch in drop_epochs]

@@ -40,7 +40,7 @@ class EpmVGTrainer(CheckpointTrainer):
     Metrics are `acc@0.5`, `acc@0.7` and `mean_iou` of boxes in pixels of the original images. Every expression with a
     box counts once, on any number of processes. `predict` gives `predictions` and `label_ids`, xyxy pixel boxes
     `(N, 4)` in the order of the dataset's rows; several processes or workers that read a stream interleave theirs.
-    `eval_loss` on several processes weighs a batch that was filled up with repeated images by its new rows.
+    Where several processes fill up the last batches with repeated images, `eval_loss` weights a batch by its new rows.
 
     With a teacher, training adds the terms of [`~distillation_loss.DistillationLoss`]. The teacher is not part of the
     model: it is not wrapped, not optimised and not saved. Its outputs are computed once where the data is not
@@ -66,8 +66,8 @@ class EpmVGTrainer(CheckpointTrainer):
         kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: there is no processor, or an argument contradicts another: a caption dataset or a term of the
-            distillation without what it needs, `frozen_parameters` that are not there, ...
+        ValueError: there is no processor, a caption dataset or a term of the distillation lacks what it needs,
+            `frozen_parameters` match no parameter, or another argument does not fit.
 
     Example:
 
@@ -135,7 +135,7 @@ class EpmVGTrainer(CheckpointTrainer):
     def _prepare_student(self, student: EpmVGForVisualGrounding) -> None:
         """Freezes what is not trained and adds the callbacks that act on the student, which may carry an adapter."""
         if self.teaching is None or not self.teaching.weights.compares_embeddings:
-            # Some wrappers of models wait for the gradient of every parameter that asks for one.
+            # Some wrappers, such as DDP, expect a gradient for every parameter that requires one.
             for name, parameter in student.named_parameters():
                 if "teacher_image_projection" in name or "teacher_text_projection" in name:
                     parameter.requires_grad_(False)
@@ -283,7 +283,7 @@ class EpmVGTrainer(CheckpointTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
-        """Keeps the batch's results: processes hold different N, which the Trainer's own gathering cannot take."""
+        """Keeps the batch's results: N differs between processes, which the Trainer's own gathering cannot take."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -308,7 +308,7 @@ class EpmVGTrainer(CheckpointTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._evaluated = []
-        # Batch norms that are trained have statistics of their own in each process, and those of the first are saved.
+        # Trained batch norms have other statistics in each process, and those of the first process are saved.
         broadcast(list(self.model.buffers()))
         with self._averaged_weights():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)

@@ -98,7 +98,7 @@ class EpmVGTrainingArguments(TrainingArguments):
     )
     freeze_backbone_epochs: int = field(
         default=0,
-        metadata={"help": "Do not train the vision backbone and the text tower in the first epochs, this many."},
+        metadata={"help": "Do not train the vision backbone and the text tower in this many epochs at the start."},
     )
     max_expressions_per_image: int | None = field(
         default=None,

@@ -31,8 +31,8 @@ from epmvg_hf.training.hardware import choose_compute
 
 EXAMPLES = Path(__file__).parents[1]
 COMPUTE = choose_compute(torch.device("cpu"))
-# In the order of their turns. The one after "on the fly" finds the processor's caches filled by the teacher. If that
-# slows it down, it should be "cached", whose speed is in question, and not the baseline.
+# The modes in the order of their turns. The one after "on the fly" finds the processor's caches filled by the teacher,
+# which may slow it down. That should be "cached", whose speed is in question, and not the baseline.
 MODES = ("on the fly", "cached", "no teacher")
 WARM_UP = 5
 
@@ -56,7 +56,7 @@ class Turns(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
         self.following.release()
         self.own.acquire()
-        # From here, so that the time of a step includes loading its batch.
+        # The clock starts here, so that the time of a step includes loading its batch.
         self.start = time.perf_counter()
 
     def on_train_end(

@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def check_study(arguments: argparse.Namespace) -> None:
-    """The folder remembers its arguments, so that results under other arguments do not end up in the same table."""
+    """Writes the arguments into the folder, so that results with other arguments do not end up in the same table."""
     study = {name: str(getattr(arguments, name)) for name in ("teacher", "dataset_name", "steps", "eval_rows")}
     file = arguments.output_dir / "study.json"
     if file.exists() and (other := json.loads(file.read_text())) != study:

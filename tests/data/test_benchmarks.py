@@ -39,7 +39,7 @@ NAMES = {
     "flickr": ("flickr30k_entities", None),
 }
 
-# Expressions, references and images of all splits together, as published, by those of which no two overlap.
+# Published counts of expressions, references and images of all splits together, for splits that do not overlap.
 TOTALS = [
     ("refcoco", "unc", ("train", "validation", "testA", "testB"), Counts(142_210, 50_000, 19_994)),
     ("refcoco+", "unc", ("train", "validation", "testA", "testB"), Counts(141_564, 49_856, 19_992)),

@@ -96,7 +96,7 @@ def ids(root: Path, **options) -> list[str]:
 
 @pytest.fixture
 def reports(caplog):
-    """What was logged since it was last asked for."""
+    """The messages that were logged since the last call."""
     caplog.set_level(logging.WARNING, logger="epmvg_hf.data.builder")
 
     def take() -> list[str]:

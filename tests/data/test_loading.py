@@ -56,7 +56,7 @@ def test_shapes(streaming):
     [
         ({"name": "refcoco3"}, "name must be one of refcoco, refcoco[+], .* shapes and custom, not 'refcoco3'"),
         ({"name": "shapes", "split": "testA"}, "train, validation, test, test_composition"),
-        ({"name": "shapes", "data_dir": "x"}, 'data_dir does not apply to "shapes"; of its own it takes seed and num'),
+        ({"name": "shapes", "data_dir": "x"}, 'data_dir does not apply to "shapes"; its own arguments are seed and'),
         ({"name": "shapes", "split_by": "umd"}, 'split_by does not apply to "shapes"'),
         ({"name": "shapes", "missing_images": "skip"}, 'missing_images does not apply to "shapes"'),
         ({"name": "shapes", "exclude": [3]}, 'exclude does not apply to "shapes"'),
@@ -65,7 +65,7 @@ def test_shapes(streaming):
         ({"name": "custom"}, 'data_dir is needed for "custom"'),
         ({"name": "custom", "data_dir": ".", "split_by": "umd"}, 'split_by does not apply to "custom"'),
         ({"name": "flickr", "data_dir": ".", "num_images": 3}, 'num_images does not apply to "flickr"'),
-        ({"name": "flickr", "data_dir": ".", "seed": 1}, "takes data_dir, split_by, image_dir and source"),
+        ({"name": "flickr", "data_dir": ".", "seed": 1}, "own arguments are data_dir, split_by, image_dir and source"),
         ({"name": "flickr", "data_dir": ".", "columns": {"box": "b"}}, 'columns does not apply to "flickr"'),
         ({"name": "flickr", "data_dir": ".", "split_by": "umd"}, "can be split by standard, not by 'umd'"),
         ({"name": "flickr", "data_dir": ".", "split": "testA"}, "has the splits train, validation, test, not 'testA'"),
@@ -94,9 +94,9 @@ def test_bad_missing_images(flickr):
 def test_an_empty_folder_is_told_what_it_lacks(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no files of the train split of .* in {tmp_path}, expected .*; or "):
         load_grounding_dataset(name, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"data_dir .*nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"data_dir .*nowhere is not a folder"):
         load_grounding_dataset(name, tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"image_dir .*nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"image_dir .*nowhere is not a folder"):
         load_grounding_dataset(name, tmp_path, image_dir=tmp_path / "nowhere")
 
 

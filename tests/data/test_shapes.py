@@ -54,7 +54,7 @@ def matching(noun, objects):
 
 
 def ranked(candidates, side, objects):
-    """The candidates from that side on, and their places on the axis."""
+    """The candidates in their order from that side, and their positions on the axis."""
     axis, sign = SIDES[side]
     places = sorted((sign * center(objects[i])[axis], i) for i in candidates)
     return [i for _, i in places], [place for place, _ in places]

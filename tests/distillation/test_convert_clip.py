@@ -134,7 +134,7 @@ def test_same_embeddings(folders, kind):
 
 
 def test_activation_and_pooling_matter(folders):
-    """Otherwise equal embeddings would prove nothing about them."""
+    """If they did not matter, equal embeddings would prove nothing about them."""
     pixels = torch.rand(1, 3, 32, 32)
     first, second = (load(folders[act, "first"]).encode_images(pixels)[0] for act in ("quick_gelu", "gelu"))
     assert (first - second).abs().max() > 1e-3

@@ -113,7 +113,7 @@ def test_augmented_images_are_shown_to_the_teacher_as_the_student_sees_them(tmp_
 
 
 def test_captions_teach_without_boxes(tmp_path, processor, dataset):
-    """Their boxes, were there any, must not matter, and their rows must not dilute the mean over boxes."""
+    """Boxes of captioned images must not matter, and their rows must not dilute the mean over boxes."""
     captioned = load_grounding_dataset("shapes", split="validation", num_images=12)
     arguments = {"teacher": TinyTeacher(), "per_device_train_batch_size": 24}
     plain = _first_log(_trainer(tmp_path, processor, dataset, teacher=TinyTeacher()))

@@ -73,7 +73,7 @@ class Teacher(nn.Module):
         return nn.functional.normalize(torch.stack([torch.randn(8, generator=g) for g in generators]), dim=-1)
 
     def seen(self) -> Counter:
-        """What was encoded since the last call, and how often."""
+        """The images and expressions that were encoded since the last call, and how often."""
         lines = self.log.read_text().splitlines()
         self.log.write_text("")
         return Counter(lines)
@@ -211,7 +211,7 @@ def test_what_is_not_there(build):
     with pytest.raises(ValueError, match=r"^the teacher cache has no expression 'cat'$"):
         cache.lookup([0], ["dog", "cat"])
     for number in (5, -1):
-        with pytest.raises(IndexError, match=f"^the teacher cache has 5 images, and there is no number {number}$"):
+        with pytest.raises(IndexError, match=f"^the teacher cache has 5 images, so there is no image {number}$"):
             cache.lookup([number], [])
 
 
@@ -360,9 +360,9 @@ def test_waits_for_what_another_process_is_at(build, teacher, image_processor):
         thread.start()
         wait_for(lambda: first.exists() and third.exists())
         time.sleep(0.1)
-        # Neither done nor begun, and nobody came back without it.
+        # The shard is neither done nor begun, and no call has returned without it.
         assert not second.exists() and thread.is_alive() and sum(teacher.seen().values()) == 3
-    # The other process gave up: somebody has to do it.
+    # The other process gave up, so this one has to compute the shard.
     thread.join(60)
     assert sum(teacher.seen().values()) == 2
     assert_right(build(), teacher, image_processor)

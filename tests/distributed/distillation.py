@@ -27,7 +27,7 @@ RUNS = {
 
 
 class Gradients(TrainerCallback):
-    """Those that the optimizer will see, after the processes' have been averaged."""
+    """Keeps the gradients that the optimizer will see, averaged over the processes."""
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         self.gradients = {
@@ -38,7 +38,7 @@ class Gradients(TrainerCallback):
 
 
 def sharded_gradients(trainer: EpmVGTrainer) -> dict[str, torch.Tensor]:
-    """Those of the first batch with the student's parameters spread over the processes by FSDP2, layer by layer."""
+    """The gradients of the first batch, with the student's parameters spread over the processes by FSDP2."""
     ((batch,), totals) = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     model = trainer.model
     for module in list(model.modules()):

@@ -20,7 +20,7 @@ def main(folder: Path, batch_size: int) -> None:
     )
     with args.main_process_first():
         dataset = uneven_shapes([8, 1, 8])
-    # Of 17 rows, the first process reads 12 in two shards, the second 5.
+    # Of the 17 rows, the first process reads two shards with 12 rows, the second process one shard with 5.
     stream = dataset.to_iterable_dataset(num_shards=3)
 
     trainer = EpmVGTrainer(

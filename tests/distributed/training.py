@@ -28,7 +28,7 @@ def main(folder: Path, batch_size: int):
     output = trainer.predict(dataset)
     metrics = trainer.evaluate()
 
-    # Batch norms that train have seen other images in each process; what is saved are those of the first.
+    # Batch norms that are trained have seen other images in each process. Those of the first process are saved.
     model = tiny_model(box_head="map", frozen_batch_norm=False)
     arguments = {"train_dataset": train, "processing_class": tiny_processor()}
     normed = EpmVGTrainer(model, args, **arguments)

@@ -1,4 +1,4 @@
-"""Tests of bringing together what several processes evaluated."""
+"""Tests of merging the results of several processes."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ def _batch(rows: list[int], loss: float | None = None, without_box: tuple[int, .
 
 
 def test_every_row_counts_once_in_the_order_of_the_dataset():
-    """The last batch was filled up with rows that another process had already: only its new row weighs its loss."""
+    """The last batch was filled up with rows that another process has too, so its loss counts for its new row only."""
     rows = EvaluatedRows.merge([_batch([2, 0], 1.0), _batch([4, 3], 2.0), _batch([1, 2, 0], 8.0)])
     assert rows.predictions[:, 0].tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(rows.references, rows.predictions + 1)

@@ -40,7 +40,7 @@ def test_the_rival_computes_what_the_teachers_towers_compute(teacher):
         features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
         # Not equal bit for bit: the teacher's weights are channels_last.
         torch.testing.assert_close(model.model.vision_model(pixels).feature_maps[-1], features, rtol=1e-4, atol=1e-8)
-        # The teacher pads to its context; attention is causal, so the first tokens cannot tell.
+        # The teacher pads to its context. Its attention is causal, so that does not change the first tokens.
         padded = torch.nn.functional.pad(input_ids, (0, 9))
         states = clip.ln_final(
             clip.transformer(clip.token_embedding(padded) + clip.positional_embedding, attn_mask=clip.attn_mask)

@@ -13,7 +13,7 @@ from tests.fixtures.models import tiny_model
 @pytest.fixture
 def folder(tmp_path, processor):
     model = tiny_model(box_head="map")
-    # Zero in a new model: its boxes would have one size, and all but one centre.
+    # These weights are zero in a new model, whose boxes would all have one size and nearly the same centre.
     nn.init.normal_(model.box_head[-1].weight)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

@@ -20,7 +20,7 @@ def saved(tmp_path):
 
 def test_a_general_card_claims_nothing_about_the_weights():
     card = general_card("model")
-    read = ModelCard(str(card)).data  # as a reader of the file gets it
+    read = ModelCard(str(card)).data  # as read from the file
     assert read.pipeline_tag == "zero-shot-object-detection" and read.library_name == "transformers"
     assert read.tags == ["visual-grounding", "referring-expression-comprehension", "epmvg"]
     assert read.license is None and read.eval_results is None and read.datasets is None and read.base_model is None

@@ -44,7 +44,7 @@ def inputs_of(size=128, length=20, batch=3):
 
 @torch.no_grad()
 def stages_of(model, pixel_values, padding, input_ids, attention_mask):
-    """What a converted model computes at each stage of `Original`."""
+    """The states of a converted model at each stage of `Original`."""
     stages = {}
     hooks = [
         model.model.vision_model.register_forward_hook(lambda m, a, out: stages.update(backbone=out.feature_maps[-1])),

@@ -46,7 +46,7 @@ def _row(inputs: dict[str, torch.Tensor], expression: int) -> dict[str, torch.Te
 def test_model_inputs_are_the_arguments_that_a_batch_provides():
     arguments = set(inspect.signature(EpmVGForVisualGrounding.forward).parameters)
     unread = {"original_sizes", "letterbox"}
-    instead = {"inputs_embeds", "visual_tokens", "visual_mask"}  # of entries of a batch
+    instead = {"inputs_embeds", "visual_tokens", "visual_mask"}  # arguments that replace entries of a batch
     assert set(MODEL_INPUTS) == arguments - unread - instead - {"self", "kwargs"}
 
 

@@ -108,7 +108,7 @@ def test_any_mode_of_image(grounder, images, mode):
 
 def test_boxes_are_of_the_upright_picture(grounder, images, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    exif[0x0112] = 6  # a quarter turn clockwise
     images[0].save(tmp_path / "turned.png", exif=exif)
     upright = images[0].transpose(Image.Transpose.ROTATE_270)
     assert upright.size == (50, 100)

@@ -14,7 +14,7 @@ from epmvg_hf import EpmVGForVisualGrounding, EpmVGTrainer, EpmVGTrainingArgumen
 from epmvg_hf.training.callbacks import TRAINED_WEIGHTS
 from tests.fixtures.models import ONE_STEP, tiny_model
 
-# BERT's, those of the visual encoder and of the fusion transformer, and the ResNet's.
+# The modules with adapters: BERT's, the visual encoder's and the fusion transformer's, and the ResNet's.
 TARGETS = ["query", "value", "q_proj", "v_proj", "convolution"]
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 
@@ -82,7 +82,7 @@ def test_an_adapter_is_saved_alone_and_gives_the_same_boxes(
     trainer.save_model()
     boxes = _boxes(model, processor, dataset)
     assert (boxes - before).abs().max() > 1e-3
-    # Nothing of the base moves, the statistics of its batch norms included, which an adapter could not bring along.
+    # Nothing of the base model changes, not even the statistics of its batch norms, which an adapter could not save.
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, untrained[name])}
     assert changed and all("lora_" in name or "modules_to_save" in name for name in changed)
     for part in ("vision_model", "encoder", "text_model", "fusion"):

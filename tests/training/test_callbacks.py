@@ -19,7 +19,7 @@ def dataset():
 
 
 class Snapshots(TrainerCallback):
-    """The weights in training, after each step."""
+    """Keeps the weights in training after each step."""
 
     def __init__(self):
         self.models = []
@@ -53,7 +53,7 @@ def _equal(model, other) -> bool:
 
 
 def _average(models):
-    """By hand: torch's average over the weights after each step."""
+    """The expected average: torch's, over the weights after each step."""
     average = AveragedModel(models[0], multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     for model in models:
         average.update_parameters(model)
@@ -76,7 +76,7 @@ def test_the_average_is_evaluated_saved_and_kept(tmp_path, processor, dataset, b
         for name, value in plain.evaluate().items():
             if name.startswith("eval_loss") or name == "eval_mean_iou":
                 assert logged[name] == pytest.approx(value, rel=1e-5), name
-    # Training itself is as without.
+    # Training itself is the same as without an average.
     assert _equal(trainer.model, average)
     trainer.save_model()
     assert _equal(EpmVGForVisualGrounding.from_pretrained(tmp_path), average)
@@ -108,7 +108,7 @@ def test_resumed_training_keeps_both_weights(tmp_path, processor, dataset):
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "without")
     (tmp_path / "without" / TRAINED_WEIGHTS).unlink()
     trainer, _ = _trainer(tmp_path / "c", processor, dataset)
-    with pytest.raises(ValueError, match="cannot be resumed with ema_decay: it was saved without"):
+    with pytest.raises(ValueError, match="cannot be resumed with ema_decay: it has no average"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "without"))
 
 

@@ -49,7 +49,7 @@ def test_rows_without_boxes_and_without_image(processor):
     with pytest.raises(ValueError, match="augmentation needs the boxes"):
         EpmVGDataCollator(processor, GroundingAugmentation())(groups)
     groups[0].image = None
-    with pytest.raises(ValueError, match="image 'a' is not there"):
+    with pytest.raises(ValueError, match="image 'a' is missing"):
         EpmVGDataCollator(processor)(groups)
 
 

@@ -24,7 +24,7 @@ def test_the_hub_can_read_the_metadata():
             Evaluation({"acc@0.5": 0.5}, split="test"),
         ],
     )
-    read = ModelCard(str(card)).data  # as a reader of the file gets it
+    read = ModelCard(str(card)).data  # as read from the file
     assert read.pipeline_tag == "zero-shot-object-detection" and read.library_name == "transformers"
     assert read.tags == ["visual-grounding", "referring-expression-comprehension", "epmvg", "demo"]
     assert (read.license, read.language, read.datasets) == ("apache-2.0", "en", ["refcocoplus"])

@@ -61,7 +61,7 @@ def test_accumulated_batches_equal_one_batch(tmp_path, processor, dataset):
     assert len(ImageGroups(dataset)) == 8
 
     def first_log(**arguments):
-        # Batch norm would see other batches; everything else must not notice.
+        # Batch norm depends on the batch; everything else must not.
         model = tiny_model(box_head="map", frozen_batch_norm=True)
         trainer = _trainer(tmp_path, processor, dataset, model=model, **arguments)
         trainer.train()
@@ -238,7 +238,7 @@ def _rates(tmp_path, processor, dataset, **arguments) -> list[list[float]]:
 
 
 def test_learning_rates_drop_by_epochs(tmp_path, processor, dataset):
-    """Two steps an epoch; every part's rate alike."""
+    """An epoch has two steps, and the rates of all parts drop alike."""
     rates = _rates(tmp_path, processor, dataset, lr_drop_epochs=[1, 2], warmup_steps=1)
     factors = [0, 1, 0.1, 0.1, 0.01, 0.01]
     np.testing.assert_allclose(rates[1:], [[1e-3 * factor, 1e-2 * factor] for factor in factors[1:]])
@@ -278,7 +278,7 @@ def test_mixed_precision_trains_weights_in_float32(tmp_path, processor, dataset)
 
 
 def test_training_stops_early(tmp_path, processor, dataset):
-    """On the validation metric, which a learning rate of 0 does not improve."""
+    """Training stops by the validation metric, which a learning rate of 0 does not improve."""
     trainer = _trainer(
         tmp_path, processor, dataset, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)], max_steps=8,
         learning_rate=0.0, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
@@ -290,7 +290,7 @@ def test_training_stops_early(tmp_path, processor, dataset):
 
 
 def test_a_batch_size_that_fits_is_found(tmp_path, processor, dataset):
-    """Images of a batch; the memory here is full with more than three."""
+    """Images of a batch, of which at most three fit into this memory."""
     trainer = _trainer(tmp_path, processor, dataset, auto_find_batch_size=True, max_steps=-1, num_train_epochs=1)
     sizes, compute_loss = [], trainer.compute_loss
 

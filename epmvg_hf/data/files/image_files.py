@@ -17,7 +17,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 class ImageFolders:
     """
-    The image files that lie directly in some folders, looked up by file name.
+    The image files that lie directly in given folders, looked up by file name.
 
     The folders are listed once, because asking the file system for each of COCO's 82,783 images takes much longer.
 
@@ -136,7 +136,7 @@ def measure_image(path: str, exif_oriented: bool = False) -> tuple[int, int]:
 
 
 def _is_complete(path: str, kind: str | None) -> bool:
-    """Whether a JPEG or PNG certainly has all its pixels and no EXIF behind them; if unsure, it must be decoded."""
+    """Whether a JPEG or PNG surely has all its pixels and no EXIF behind them. If unsure, it must be decoded."""
     with Path(path).open("rb") as file:
         if kind == "PNG":
             return _has_all_chunks(file)
@@ -148,7 +148,7 @@ def _is_complete(path: str, kind: str | None) -> bool:
 
 
 def _has_all_chunks(file: BinaryIO) -> bool:
-    """Whether a PNG has its last chunk, and only pixels between the first chunk of pixels and that one."""
+    """Whether a PNG has its last chunk, and only pixels between its first chunk of pixels and the last chunk."""
     file.seek(8)
     pixels = False
     while len(header := file.read(8)) == 8:

@@ -19,7 +19,7 @@ def read_json(
         path (`Path`): The file, in UTF-8 with or without a byte order mark.
         max_bytes (`int`): How large the file may be.
         edit (`Callable`, *optional*): Changes the file's bytes before they are parsed, for instance to drop large
-            parts that nobody needs.
+            parts that are not needed.
         object_pairs_hook (`Callable`, *optional*): As in `json.loads`.
 
     Returns:
@@ -36,5 +36,5 @@ def read_json(
         content = edit(content)
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=object_pairs_hook)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # also for huge numbers and deep nesting
         raise ValueError(f"{path} cannot be read as UTF-8 JSON: {error}.") from error

@@ -67,7 +67,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     Reads plain data that `torch.save` wrote, such as an index file of TransVG.
 
     Args:
-        path (`str` or `os.PathLike`): A file in torch's zip format or in its older one, which is a row of pickles.
+        path (`str` or `os.PathLike`): A file in torch's zip format or in its older one, a sequence of pickles.
 
     Returns:
         The saved object, made of what [`read_pickle`] can read.
@@ -91,11 +91,11 @@ def read_torch_file(path: str | os.PathLike) -> Any:
 
 
 class _RefusedError(ValueError):
-    """Says what is wrong with a file, in words that continue a sentence that begins with the file's name."""
+    """A reason to refuse a file, worded to continue a sentence that begins with the file's name."""
 
 
 def _read(path: Path, load: Callable[[IO[bytes]], Any]) -> Any:
-    """What `load` makes of a file; whatever goes wrong becomes a `ValueError` of one sentence with the file's name."""
+    """Loads a file with `load`. Any problem becomes a `ValueError` of one sentence with the file's name."""
     if not path.is_file():
         raise FileNotFoundError(f"No file {path.name} in {path.parent}.")
     size = path.stat().st_size
@@ -114,7 +114,7 @@ def _read(path: Path, load: Callable[[IO[bytes]], Any]) -> Any:
 
 
 def _refuse_other_files(head: bytes) -> None:
-    """Recognises the two kinds of files that people often download in place of the one they meant."""
+    """Refuses the two kinds of files that people often download by mistake in place of the one they want."""
     if re.match(rb"\s*(<!doctype|<html|<\?xml)", head, re.IGNORECASE):
         raise _RefusedError("is a web page, not a pickle: download the file itself")
     if head.startswith(b"version https://git-lfs"):
@@ -152,12 +152,12 @@ codecs.register_error("epmvg_hf.latin1", _decode_latin1)
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # The name is only ever compared, also one with dots such as "system.__call__".
+        # The name is only compared, never resolved, even if it has dots, such as "system.__call__".
         full_name = f"{module}.{name}"
         if full_name not in _STAND_INS:
             tensors = "holds tensors and " if module.partition(".")[0] == "torch" else ""
-            wanted = ascii(full_name[:80])[1:-1]
-            raise _RefusedError(f"{tensors}asks for the global {wanted}, {_EXPECTED}; nothing in it was executed")
+            shown_name = ascii(full_name[:80])[1:-1]
+            raise _RefusedError(f"{tensors}asks for the global {shown_name}, {_EXPECTED}; nothing in it was executed")
         return _STAND_INS[full_name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -165,8 +165,9 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 # A pickle may call each stand-in with any arguments, and set the state of the stand-in itself. NumPy's own objects
-# would not stand that: the state of a dtype or an object array is trusted, and a crafted one reads and writes memory
-# that it does not own. The classes below define __setstate__ because pickle sets attributes where that is missing.
+# would be dangerous here: NumPy trusts the state of a dtype or an object array, and a crafted state makes it read and
+# write memory that it does not own. The classes below define __setstate__ because pickle sets attributes where that is
+# missing.
 
 
 class _Dtype:
@@ -194,7 +195,7 @@ class _Array(list):
     def __setstate__(self, state: Any) -> None:
         _version, shape, dtype, is_fortran, raw = state
         numbers = dtype.read(raw)
-        if numbers.size:  # a shape such as (10**9, 0) fits no bytes, but would make very many empty lists
+        if numbers.size:  # a shape such as (10**9, 0) needs no bytes, but would make 10**9 empty lists
             self[:] = numbers.reshape(shape, order="F" if is_fortran else "C").tolist()
 
 

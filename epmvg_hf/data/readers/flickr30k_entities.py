@@ -104,7 +104,7 @@ class Flickr30kEntities(GroundingSource):
     def annotate(self, item: str) -> AnnotatedImage:
         size, rows = _read_photo(self.annotations, item)
         for row in rows:
-            # Subtracting 1 counts from 0; adding 1 to the last pixel makes the box half-open, so xmax stays.
+            # Subtracting 1 makes the box 0-based. Adding 1 to its last pixel makes it half-open, so xmax stays.
             boxes = [[xmin - 1, ymin - 1, xmax, ymax] for xmin, ymin, xmax, ymax in row.pop("boxes")]
             xmins, ymins, xmaxs, ymaxs = zip(*boxes, strict=True)
             row["box"] = [min(xmins), min(ymins), max(xmaxs), max(ymaxs)]
@@ -151,8 +151,8 @@ class AnnotationFiles:
 
     def check_complete(self, image_ids: Iterable[str]) -> None:
         """Raises a `FileNotFoundError` if one of the photos lacks one of its two files."""
-        there = set(self._open_zip().namelist()) if self.is_zip else self.list_unpacked()
-        missing = [name for image_id in image_ids for name in _annotation_names(image_id) if name not in there]
+        existing = set(self._open_zip().namelist()) if self.is_zip else self.list_unpacked()
+        missing = [name for image_id in image_ids for name in _annotation_names(image_id) if name not in existing]
         if missing:
             raise FileNotFoundError(
                 f"{len(missing):,} annotation files of the split are missing in {self.path}, such as {missing[0]}."
@@ -188,7 +188,7 @@ def _read_photo(annotations: AnnotationFiles, image_id: str) -> tuple[tuple[int,
             raise ValueError(f"{where}: expected mentions as in '[/EN#chain/type words]', got {line.strip()!r}.")
         sentence = " ".join(_MENTION.sub(r"\3", line).split())
         for chain_id, types, words in _MENTION.findall(line):
-            if chain_id == "0":  # "notvisual": nobody looked for it in the photo
+            if chain_id == "0":  # "notvisual": the words were not annotated in the photo
                 continue
             if chain_id not in boxes:
                 raise ValueError(f"{where}: chain {chain_id} has no object, expected its name in {xml_name}.")
@@ -210,7 +210,7 @@ def _read_photo(annotations: AnnotationFiles, image_id: str) -> tuple[tuple[int,
 
 def _parse_objects(text: str, source: Path) -> tuple[tuple[int, int], dict[str, list[tuple]]]:
     """Width and height of a photo, and the boxes of each chain: an empty list for a chain that is only flagged."""
-    # Entities can expand to very much text.
+    # An XML entity can expand to a huge text.
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError(f"{source} declares a document type or an entity, expected neither.")
     try:
@@ -241,7 +241,7 @@ def _parse_objects(text: str, source: Path) -> tuple[tuple[int, int], dict[str, 
 def _positive_integer(element: ElementTree.Element, path: str, source: Path, what: str) -> int:
     text = element.findtext(path)
     if text is None or not _POSITIVE.fullmatch(text):
-        raise ValueError(f"{source}: {what} has {text!r} as <{path}>, expected an integer from 1.")
+        raise ValueError(f"{source}: {what} has {text!r} as <{path}>, expected a positive integer.")
     return int(text)
 
 

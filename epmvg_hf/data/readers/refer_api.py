@@ -40,7 +40,7 @@ class ReferFiles(GroundingSource):
     One split from the refer API's files. A row is one sentence, with `sent` as its expression: the cleaned text that
     users of the API train and evaluate on.
 
-    The API's own `getRefIds(split="test")` also returns testA, testB and testC. Here a split is that split alone.
+    The API's own `getRefIds(split="test")` also returns testA, testB and testC. Here "test" means that split alone.
 
     Args:
         name (`str`): The benchmark.
@@ -104,8 +104,8 @@ class ReferFiles(GroundingSource):
 @lru_cache(maxsize=1)
 def _read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) -> tuple[dict[str, bytes], list[str]]:
     """
-    Reads all splits. The result for the last files is kept, because all splits are in the same files and reading them
-    takes longer than preparing the rows of any split but train.
+    Reads all splits. The result for the last files is kept in memory, because all splits are in the same files, and
+    reading these takes longer than preparing the rows of any split except train.
 
     Args:
         name (`str`): The benchmark.
@@ -154,7 +154,7 @@ def _read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) 
             except ValueError as error:
                 problems_of_split.append(str(error))
                 continue
-            # The image gets no size, so that boxes are never scaled: everybody has COCO's original images, and the
+            # The image gets no size, so that boxes are never scaled: copies of COCO hold the original images, and the
             # sizes in instances.json may be placeholders of a conversion.
             rows = found.setdefault(image_id, AnnotatedImage(file_name, image_id, None, [])).rows
             rows.append({"where": place, "expression": expression, "sent_id": sent_id, **shared})
@@ -189,7 +189,7 @@ def _by_id(entries: list, what: str, problems: list[str]) -> dict[str, dict]:
             key = _id(entry, "id", where)
             if key in found:
                 shown = reprlib.repr(entry["id"])
-                raise ValueError(f"{where} has the id {shown} of one before it, expected each id once.")
+                raise ValueError(f"{where} has the id {shown} of an earlier entry, expected each id once.")
             found[key] = entry
         except ValueError as error:
             problems.append(str(error))
@@ -205,7 +205,7 @@ def _entry_named_by(ref: dict, name: str, entries: dict[str, dict], where: str, 
 
 
 def _file_name(ref: dict, annotation: dict, image: dict, where: str, path: Path) -> str:
-    """The name of the image's file, which is not the `file_name` of a reference: no file is called that."""
+    """The name of the image file. It is in the entry of the image: no file has the `file_name` of a reference."""
     owner = _id(annotation, "image_id", f"{where}: annotation {ref['ann_id']} in {path}")
     if owner != str(ref["image_id"]):
         raise ValueError(
@@ -237,7 +237,7 @@ def _new_id(entry: Any, name: str, split: str, known_ids: set[tuple[str, str, st
     key = _id(entry, name, where)
     if (split, name, key) in known_ids:
         raise ValueError(
-            f"{where} has the {name} {reprlib.repr(entry[name])} of one before it, expected each {name} once."
+            f"{where} has the {name} {reprlib.repr(entry[name])} of an earlier entry, expected each {name} once."
         )
     known_ids.add((split, name, key))
     return key

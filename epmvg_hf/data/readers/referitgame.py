@@ -41,8 +41,8 @@ class ReferItJson(GroundingSource):
             Folder with `referit_query_<split>.json`, `referit_bbox.json` and, if the images may be stored at another
             size than the original one, `referit_imsize.json`.
         split (`str`):
-            `"train"`, `"validation"`, `"test"` or `"trainval"`, which is the first two together where it has no file
-            of its own.
+            `"train"`, `"validation"`, `"test"` or `"trainval"`. Without a file of its own, the last is read from the
+            files of the first two.
         images ([`ImageFolders`]): The images `<image>.jpg`.
 
     Raises:
@@ -126,7 +126,7 @@ def _find_queries(folder: Path, split: str) -> list[Path]:
 
 
 class _JsonObject(dict):
-    """A JSON object that knows which names it has more than once; `json` itself silently keeps the last of them."""
+    """A JSON object that records repeated names, of which `json` itself silently keeps the last."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -141,17 +141,17 @@ class _JsonObject(dict):
 
 
 def _read_object(path: Path) -> _JsonObject:
-    found = read_json(path, MAX_JSON_BYTES, object_pairs_hook=_JsonObject)
-    if not isinstance(found, _JsonObject):
-        raise ValueError(f"{path} has a {type(found).__name__} at its top, expected a JSON object.")
-    return found
+    content = read_json(path, MAX_JSON_BYTES, object_pairs_hook=_JsonObject)
+    if not isinstance(content, _JsonObject):
+        raise ValueError(f"{path} has a {type(content).__name__} at its top, expected a JSON object.")
+    return content
 
 
 def _image_id(region: str, path: Path) -> str:
     """The image of a region. As it consists of digits, the image file's name cannot lead out of its folder."""
     match = _REGION.fullmatch(region)
     if match is None:
-        raise ValueError(f"{path}: {reprlib.repr(region)} is not a region, expected digits_digits.")
+        raise ValueError(f"{path}: {reprlib.repr(region)} is not the name of a region, expected <digits>_<digits>.")
     return match[1]
 
 
@@ -177,7 +177,7 @@ def _region_box(boxes: _JsonObject, region: str, path: Path) -> list[float]:
 
 
 def _are_pixels(values: Any, length: int) -> bool:
-    """Whether a value is a list of so many whole numbers of pixels; `True`, which Python counts as 1, is not one."""
+    """Whether a value is a list of `length` integer coordinates. `True` is none, though Python takes it for 1."""
     if not isinstance(values, list) or len(values) != length:
         return False
     return all(type(value) is int and 0 <= value <= MAX_PIXELS for value in values)

@@ -44,8 +44,8 @@ class GroundingSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """
-        A digest that changes whenever a file does that the rows depend on. Every opening asks for it to find out
-        whether the rows in the cache are still good, so it must be fast.
+        A digest that changes whenever a file changes that the rows depend on. It is computed every time the dataset is
+        opened, to find out whether the cached rows are still valid, so it must be fast.
         """
 
     @abstractmethod
@@ -64,8 +64,8 @@ class GroundingSource(ABC):
 
     def annotate(self, item: Any) -> AnnotatedImage:
         """
-        The expressions and boxes of an item, which here is itself the answer. Other sources read a file and raise a
-        `ValueError` if it is not right.
+        The expressions and boxes of an item. Here an item is an [`AnnotatedImage`] already. Sources that read a file
+        for each image override this method, and raise a `ValueError` for a file with invalid content.
         """
         return item
 
@@ -83,7 +83,7 @@ class GroundingSource(ABC):
 
 
 def digest_files(files: Iterable[Path], *more: Any) -> str:
-    """A digest of the content of some annotation files, and of anything else that rows depend on."""
+    """A digest of the content of annotation files, and of anything else that rows depend on."""
     digest = hashlib.sha256(repr(more).encode())
     for path in files:
         digest.update(f"{path}\n".encode())

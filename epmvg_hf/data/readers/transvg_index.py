@@ -71,7 +71,7 @@ LAYOUTS = {
         1,
         re.compile(r"([0-9]+)\.jpg"),
         None,
-        lambda xmin, ymin, xmax, ymax: [xmin - 1, ymin - 1, xmax, ymax],  # the same, but counted from 1
+        lambda xmin, ymin, xmax, ymax: [xmin - 1, ymin - 1, xmax, ymax],  # inclusive as well, but counted from 1
     ),
 }
 
@@ -103,7 +103,7 @@ class IndexFile(GroundingSource):
             path = request.data_dir / folder.format(name=name) / _file_name(request)
             if path.is_file():
                 if request.boxes != "union":
-                    raise ValueError(f'boxes must be "union" for {path}, which has no others.')
+                    raise ValueError(f'boxes must be "union" for {path}, which has no other boxes.')
                 return cls(request.benchmark.name, path, request.split, request.images)
         return None
 

@@ -241,7 +241,7 @@ PROBLEMS = [
     ((*REF, "split"), [["train"]], f"{FIRST} has ['train'] as split, expected a string.", WITHOUT_REF),
     ((*REF, "ref_id"), [], f"{FIRST} has no ref_id, expected an integer or a string.", WITHOUT_REF),
     ((*REF, "ref_id"), [True], f"{FIRST} has True as ref_id, expected an integer or a string.", WITHOUT_REF),
-    (("refs", 2, "ref_id"), [5], "[2] has the ref_id 5 of one before it, expected", [*TRAIN[:2], TRAIN[3]]),
+    (("refs", 2, "ref_id"), [5], "[2] has the ref_id 5 of an earlier entry, expected", [*TRAIN[:2], TRAIN[3]]),
     ((*REF, "ann_id"), [{}], f"{FIRST} has {{}} as ann_id, expected an integer or a string.", WITHOUT_REF),
     ((*REF, "ann_id"), [88], f"{FIRST} has the ann_id 88, expected one that is in ", WITHOUT_REF),
     ((*REF, "ann_id"), [12], f"{FIRST} is of the image 42, but its annotation 12 in ", WITHOUT_REF),
@@ -254,15 +254,15 @@ PROBLEMS = [
     ((*REF, "sentences", 1, "sent"), [7], f"{FIRST}, sentence [1] has 7 as sent, ", WITHOUT_SENT),
     ((*REF, "sentences", 1, "sent"), [" "], f"{FIRST}, sentence [1]: the expression is ' '", WITHOUT_SENT),
     ((*REF, "sentences", 1, "sent_id"), [], f"{FIRST}, sentence [1] has no sent_id, ", WITHOUT_SENT),
-    ((*REF, "sentences", 1, "sent_id"), [0], "[1] has the sent_id 0 of one before it, ", WITHOUT_SENT),
+    ((*REF, "sentences", 1, "sent_id"), [0], "[1] has the sent_id 0 of an earlier entry, ", WITHOUT_SENT),
     (IMAGE, [7], "instances.json, image [1] is 7, expected a dict.", WITHOUT_IMAGE),
     ((*IMAGE, "id"), [], "instances.json, image [1] has no id, expected an integer or a string.", WITHOUT_IMAGE),
-    ((*IMAGE, "id"), [7], "instances.json, image [1] has the id 7 of one before it, ", WITHOUT_IMAGE),
+    ((*IMAGE, "id"), [7], "instances.json, image [1] has the id 7 of an earlier entry, ", WITHOUT_IMAGE),
     ((*IMAGE, "file_name"), [], "instances.json has no file_name, expected a string.", WITHOUT_IMAGE),
     ((*IMAGE, "file_name"), ["/"], "instances.json has no name in its file_name, ", WITHOUT_IMAGE),
     (ANNOTATION, [[]], "instances.json, annotation [2] is [], expected a dict.", WITHOUT_REF),
     ((*ANNOTATION, "id"), [4.5], "instances.json, annotation [2] has 4.5 as id, expected an integer", WITHOUT_REF),
-    ((*ANNOTATION, "id"), [13], "instances.json, annotation [2] has the id 13 of one before it, ", WITHOUT_REF),
+    ((*ANNOTATION, "id"), [13], "instances.json, annotation [2] has the id 13 of an earlier entry, ", WITHOUT_REF),
     ((*ANNOTATION, "image_id"), [], "instances.json has no image_id, ", WITHOUT_REF),
     ((*ANNOTATION, "image_id"), [7], "instances.json is of the image 7, expected the same.", WITHOUT_REF),
     ((*ANNOTATION, "bbox"), [], f"{FIRST}: annotation 1719310 in ", WITHOUT_REF),
@@ -273,7 +273,7 @@ PROBLEMS = [
     ((*ANNOTATION, "bbox"), [[10**400, 2, 3, 4]], "as bbox, expected [x, y, width, height] in pixels.", WITHOUT_REF),
     ((*ANNOTATION, "bbox"), [[1, 2, 0, 4]], f"{FIRST}, sentence [0]: the box [1, 2, 1, 6] is empty", TRAIN[2:]),
     ((*ANNOTATION, "bbox"), [[-9, 2, 10, 4]], f"{FIRST}, sentence [0]: the box [-9, 2, 1, 6] starts", TRAIN[2:]),
-    # A box beyond the image: it is not the image that any of its boxes is for.
+    # A box reaches beyond the image, so this is not the image that the boxes were drawn on.
     ((*ANNOTATION, "bbox"), [[50, 2, 52, 4]], "[50, 2, 102, 6] is not within the 100 x 80 pixels of", WITHOUT_IMAGE),
 ]
 

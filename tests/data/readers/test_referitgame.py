@@ -171,12 +171,12 @@ PROBLEMS = [
     (
         "train",
         {**TRAIN, "22_x": ["bridge"]},
-        "referit_query_train.json: '22_x' is not a region, expected digits_digits",
+        "referit_query_train.json: '22_x' is not the name of a region, expected <digits>_<digits>",
     ),
-    ("train", {**TRAIN, "22": ["bridge"]}, "referit_query_train.json: '22' is not a region"),
-    ("train", {**TRAIN, "../22_3": ["bridge"]}, "referit_query_train.json: '../22_3' is not a region"),
-    ("train", {**TRAIN, "\uff12_3": ["bridge"]}, "is not a region"),
-    ("train", {**TRAIN, "22_3\n": ["bridge"]}, "is not a region"),
+    ("train", {**TRAIN, "22": ["bridge"]}, "referit_query_train.json: '22' is not the name of a region"),
+    ("train", {**TRAIN, "../22_3": ["bridge"]}, "referit_query_train.json: '../22_3' is not the name of a region"),
+    ("train", {**TRAIN, "\uff12_3": ["bridge"]}, "is not the name of a region"),
+    ("train", {**TRAIN, "22_3\n": ["bridge"]}, "is not the name of a region"),
     (
         "train",
         json.dumps(TRAIN)[:-1] + ', "22_3": ["a"]}',
@@ -206,10 +206,12 @@ def test_problems(tmp_path, file, content, message):
 
 def test_problems_are_counted_and_logged(tmp_path, caplog):
     root = write(tmp_path / "data", {**TRAIN, "x": ["a"], "y": ["b"]})
-    with pytest.raises(ValueError, match=r"'x' is not a region, expected digits_digits\. \(1 more such problems\)"):
+    with pytest.raises(
+        ValueError, match=r"'x' is not the name of a region, expected <digits>_<digits>\. \(1 more such problems\)"
+    ):
         load(root)
     assert rows(load(root, errors="skip")) == TRAIN_ROWS
-    assert "left out" in caplog.text and "'y' is not a region" in caplog.text
+    assert "left out" in caplog.text and "'y' is not the name of a region" in caplog.text
 
 
 def test_region_in_train_and_val(tmp_path):

@@ -103,7 +103,7 @@ def test_missing_files(folder):
 def test_only_union_boxes(tmp_path):
     assert find(tmp_path, "flickr", boxes="any") is None
     root = write(tmp_path / "data", "flickr")
-    with pytest.raises(ValueError, match=r'boxes must be "union" for .*flickr_train\.pth, which has no others'):
+    with pytest.raises(ValueError, match=r'boxes must be "union" for .*flickr_train\.pth, which has no other boxes'):
         find(root, "flickr", boxes="any")
 
 

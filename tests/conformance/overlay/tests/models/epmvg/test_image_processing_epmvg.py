@@ -18,7 +18,7 @@ class EpmVGImageProcessingTester(ImageProcessingTester):
         super().__init__(parent, **kwargs)
 
     def _get_image_processing_classes(self) -> dict[str, type]:
-        """The suite's own look-up knows only what is in the library."""
+        """The suite's own look-up finds only classes of transformers."""
         torchvision = {"torchvision": EpmVGImageProcessor} if is_torchvision_available() else {}
         return {**torchvision, "pil": EpmVGImageProcessorPil}
 

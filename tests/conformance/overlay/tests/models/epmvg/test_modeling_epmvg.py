@@ -18,7 +18,7 @@ MODEL_MAPPING_NAMES["epmvg"] = "EpmVGModel"
 
 
 class EpmVGModelTester:
-    """A ResNet with BERT, as TransVG has it; no tower or transformer has more than two layers, or any dropout."""
+    """A ResNet with BERT, as in TransVG. No tower or transformer has more than two layers, and none has dropout."""
 
     batch_size = 3
     num_hidden_layers = 2
@@ -41,7 +41,7 @@ class EpmVGModelTester:
 
     def __init__(self, parent: unittest.TestCase):
         self.parent = parent
-        # The fusion transformer's: [REG], text, grid.
+        # The length of the fusion transformer: [REG], text, grid.
         self.seq_length = 1 + self.text_length + (self.image_size // self.stride) ** 2
 
     def get_config(self) -> EpmVGConfig:
@@ -75,7 +75,7 @@ class EpmVGModelTester:
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[EpmVGConfig, dict[str, torch.Tensor]]:
-        # Each picture is another share of its canvas.
+        # The pictures fill different shares of their canvases.
         pixel_mask = torch.ones(self.batch_size, self.image_size, self.image_size, dtype=torch.long)
         for image in range(self.batch_size):
             pixel_mask[image, self.image_size - self.stride * image :] = 0
@@ -188,5 +188,5 @@ class EpmVGModelTest(ModelTesterMixin, unittest.TestCase):
 
 class EpmVGTransformerTowersTest(EpmVGModelTest):
     model_tester_class = EpmVGTransformerTowersTester
-    # The teacher's projections get theirs from the terms of the distillation, not from the model's own loss.
+    # The teacher's projections get gradients from the terms of the distillation, not from the model's own loss.
     test_all_params_have_gradient = False

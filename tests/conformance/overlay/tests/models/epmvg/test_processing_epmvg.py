@@ -28,7 +28,7 @@ class EpmVGProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     @staticmethod
     def prepare_processor_dict():
-        # The length that the suite gives to tokenizers; ours is the processor's, whatever the tokenizer remembers.
+        # The suite gives the length to the tokenizer. EpmVG takes that of the processor, whatever the tokenizer has.
         return {"max_text_length": EpmVGProcessorTest.images_text_kwargs_max_length}
 
     @staticmethod
