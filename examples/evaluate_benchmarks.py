@@ -5,6 +5,9 @@ accelerate launch examples/evaluate_benchmarks.py outputs/demo --benchmarks shap
 accelerate launch examples/evaluate_benchmarks.py MODEL --benchmarks refcoco=DIR gref_umd=DIR flickr30k_entities=DIR
 accelerate launch examples/evaluate_benchmarks.py MODEL --benchmarks custom=DIR --splits test --box_format xyxy
 
+Custom data, your own files, has no splits that the script could know, so they are named. Files other than COCO's JSON
+also need --box_format, because their four numbers may be either. Rows without a box are left out.
+
 The table goes to `evaluation.md` and `evaluation.json` in `--output_dir`. This script is not called evaluate.py,
 because that would hide the library of that name, which it uses.
 """
@@ -28,13 +31,18 @@ from epmvg_hf.data.benchmarks import resolve_name
 from epmvg_hf.data.shapes import SPLITS as SHAPES_SPLITS
 from epmvg_hf.evaluation.accuracy import evaluate_boxes
 
+logger = logging.getLogger("evaluate_benchmarks")
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Folder or Hub id of a trained model.")
     parser.add_argument("--benchmarks", nargs="+", required=True, help="NAME=FOLDER for each benchmark, or shapes.")
     parser.add_argument(
-        "--splits", nargs="+", default=None, help="Splits to evaluate; all but train and trainval by default."
+        "--splits",
+        nargs="+",
+        default=None,
+        help="Splits to evaluate; all but train and trainval, needed for custom data.",
     )
     parser.add_argument(
         "--missing_images", choices=["error", "skip"], default="error", help="What to do with rows without an image."
@@ -46,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
         "--box_format",
         choices=["xyxy", "xywh"],
         default=None,
-        help="Meaning of the four numbers of a box in custom data.",
+        help="Meaning of the four numbers of a box in custom data; needed unless that is COCO's JSON.",
     )
     parser.add_argument(
         "--limit", type=int, default=None, help="Evaluate on the first expressions of each split only."
@@ -67,24 +75,35 @@ def main() -> None:
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
+    try:  # before the model is loaded, so that a mistake shows at once
+        splits = load_all(arguments, training_arguments)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"evaluate_benchmarks.py: error: {error}") from error
     trainer = EpmVGTrainer(
         EpmVGForVisualGrounding.from_pretrained(arguments.model),
         training_arguments,
         processing_class=EpmVGProcessor.from_pretrained(arguments.model),
     )
-    results = []
-    for benchmark in arguments.benchmarks:
-        name, _, folder = benchmark.partition("=")
-        for split in arguments.splits or test_splits(name):
-            with training_arguments.main_process_first(desc=f"preparing {name} {split}"):
-                dataset = load(name, folder or None, split, arguments)
-            results.append({"benchmark": name, "split": split, **evaluate(trainer, dataset)})
+    results = [{"benchmark": name, "split": split, **evaluate(trainer, dataset)} for name, split, dataset in splits]
     if trainer.is_world_process_zero():
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         record = {"model": arguments.model, "results": results}
         (arguments.output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
         (arguments.output_dir / "evaluation.md").write_text(table(results))
         print(table(results))
+
+
+def load_all(
+    arguments: argparse.Namespace, training_arguments: EpmVGTrainingArguments
+) -> list[tuple[str, str, Dataset]]:
+    """Name, split and rows of all that is evaluated."""
+    splits = []
+    for benchmark in arguments.benchmarks:
+        name, _, folder = benchmark.partition("=")
+        for split in arguments.splits or test_splits(name):
+            with training_arguments.main_process_first(desc=f"preparing {name} {split}"):
+                splits.append((name, split, load(name, folder or None, split, arguments)))
+    return splits
 
 
 def test_splits(name: str) -> list[str]:
@@ -100,7 +119,10 @@ def test_splits(name: str) -> list[str]:
 
 
 def load(name: str, folder: str | None, split: str, arguments: argparse.Namespace) -> Dataset:
-    """One split, for Flickr30K Entities also with the column `boxes` that its second protocol needs."""
+    """
+    The rows of a split that have a box, for Flickr30K Entities also with the column `boxes` that its second protocol
+    needs.
+    """
     options = {}
     if name != "shapes":
         options = {"missing_images": arguments.missing_images, "errors": arguments.errors}
@@ -109,6 +131,12 @@ def load(name: str, folder: str | None, split: str, arguments: argparse.Namespac
     elif name != "shapes" and resolve_name(name)[0].name == "flickr30k_entities":
         options["boxes"] = "any"
     dataset = load_grounding_dataset(name, folder, split, **options)
+    with_box = [row for row, box in enumerate(dataset["box"]) if box is not None]
+    if not with_box:
+        raise ValueError(f"no expression of the {split} split of {name} has a box to compare with")
+    if len(with_box) < len(dataset):
+        logger.info("%s %s: %d expressions without a box are left out", name, split, len(dataset) - len(with_box))
+        dataset = dataset.select(with_box)
     return dataset if arguments.limit is None else dataset.select(range(min(arguments.limit, len(dataset))))
 
 

@@ -4,6 +4,7 @@ which the caller knows, and without a full stop.
 """
 
 import json
+import math
 import reprlib
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -46,14 +47,18 @@ def list_expressions(expressions: Any) -> list[Any]:
     return expressions if isinstance(expressions, list) else [expressions]
 
 
-def to_xyxy(box: Any, box_format: str) -> list[float]:
+def to_xyxy(box: Any, box_format: str) -> list[float] | None:
     """
-    A box in either format as xyxy. [`place_rows`] checks that a box is not empty and within its image. An empty xywh
-    box is refused here already, where the error can repeat the numbers that the user wrote.
+    A box in either format as xyxy, or `None` for an expression without a box, for which users write `None` or four
+    times NaN. [`place_rows`] checks that a box is not empty and within its image. An empty xywh box is refused here
+    already, where the error can repeat the numbers that the user wrote.
 
     Raises:
-        `ValueError`: The box is not four finite numbers, or its width or height in xywh is not positive.
+        `ValueError`: The box is not four finite numbers (nor four times NaN), or its width or height in xywh is not
+            positive.
     """
+    if box is None or (isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_nan, box))):
+        return None
     if not is_box(box):
         raise ValueError(f"the box is {reprlib.repr(box)}, expected 4 finite numbers")
     box = [float(value) for value in box]
@@ -63,6 +68,10 @@ def to_xyxy(box: Any, box_format: str) -> list[float]:
     if not (width > 0 and height > 0):
         raise ValueError(f"the box {box} is empty, expected x, y, width and height with width > 0 and height > 0")
     return [x, y, x + width, y + height]
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def look_normalised(boxes: Iterable[list[float] | None]) -> bool:

@@ -29,7 +29,7 @@ def as_grounding_dataset(
             - an image: of the feature `datasets.Image`, encoded bytes, or a path;
             - an expression (text), or a list of them, each of which becomes a row;
             - a box, four numbers in pixels, 0-based, of the image as displayed (after its EXIF orientation), or `None`
-              for expressions without box; beside a list of expressions also a list of as many boxes.
+              or four times NaN for expressions without box; beside a list of expressions also a list of as many boxes.
         columns (`dict[str, str]`, *optional*):
             What the dataset calls `image`, `image_id`, `expression` and `box`, where the names differ. A name with
             dots looks into a column of objects: in a WebDataset, `{"image": "jpg", "expression": "json.expression",
@@ -241,7 +241,7 @@ def _read_sample(
         if len(box) != len(expressions):
             raise ValueError(f"{len(box)} boxes, expected one, or one for each of the {len(expressions)} expressions")
         boxes = box
-    converted = [None if box is None else to_xyxy(box, box_format) for box in boxes]
+    converted = [to_xyxy(box, box_format) for box in boxes]
     return list(zip(expressions, converted, strict=True))
 
 

@@ -1,7 +1,7 @@
 """Rows of expressions grouped by the image that they are about, so that each image needs one visual pass."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
+
+from .files.image_files import decode_jpeg
 
 if TYPE_CHECKING:
     import datasets
@@ -60,6 +62,11 @@ class ImageGroups(Dataset):
             One row per expression with `image`, `image_id`, `expression` and, unless boxes are only to be predicted,
             `box`. Rows of one image share its `image_id`. The box `None` says that an expression has none; such rows
             only take part in distillation.
+        decoded_side (`int`, *optional*):
+            Lets JPEGs be decoded at 1/2, 1/4 or 1/8 of their size, as long as their longer side keeps at least this
+            many pixels; boxes are scaled along. With 1.5 times the canvas, pixels of the canvas differ by 1 to 4 of
+            255 levels on average from those of the whole image. That is less than what augmentation changes, but too
+            much for an evaluation, so [`EpmVGTrainer`] does this only for training images that are augmented.
 
     Attributes:
         groups (`list[list[int]]`): for each image the indices of its rows.
@@ -80,7 +87,7 @@ class ImageGroups(Dataset):
     ```
     """
 
-    def __init__(self, dataset: "datasets.Dataset"):
+    def __init__(self, dataset: "datasets.Dataset", decoded_side: int | None = None):
         missing = {"image", "image_id", "expression"} - set(dataset.column_names)
         if missing:
             raise ValueError(
@@ -88,6 +95,9 @@ class ImageGroups(Dataset):
                 f"it has {', '.join(dataset.column_names)}"
             )
         self.images = dataset.select_columns(["image"])
+        self.decoded_side = decoded_side
+        if decoded_side is not None:
+            self._encoded = self.images.cast_column("image", replace(self.images.features["image"], decode=False))
         self.rows = dataset.select_columns([c for c in ("image_id", "expression", "box") if c in dataset.column_names])
         by_image = defaultdict(list)
         for index, image_id in enumerate(self.rows.select_columns(["image_id"])[:]["image_id"]):
@@ -98,16 +108,47 @@ class ImageGroups(Dataset):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> ImageGroup:
+        return self.group(index)
+
+    def group(self, index: int, with_image: bool = True) -> ImageGroup:
+        """
+        The image at `index`.
+
+        Args:
+            index (`int`): its number.
+            with_image (`bool`, *optional*, defaults to `True`): whether to decode the image; else it is `None`.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import ImageGroups
+
+        >>> group = ImageGroups(dataset).group(3, with_image=False)
+        >>> group.image, len(group.expressions)
+        (None, 8)
+        ```
+        """
         row_indices = self.groups[index]
         columns = self.rows[row_indices]
+        image, scale = self._decode(row_indices[0]) if with_image else (None, 1.0)
         return ImageGroup(
-            image=self.images[row_indices[0]]["image"],
+            image=image,
             image_id=columns["image_id"][0],
             expressions=columns["expression"],
-            boxes=boxes_to_array(columns["box"]) if "box" in columns else None,
+            boxes=boxes_to_array(columns["box"]) * np.float32(scale) if "box" in columns else None,
             row_indices=row_indices,
             index=index,
         )
+
+    def _decode(self, row: int) -> tuple[Image.Image | None, float]:
+        """The image of a row, and how many of its pixels stand for one of the stored image in each direction."""
+        if self.decoded_side is not None:
+            encoded, mode = self._encoded[row]["image"], self.images.features["image"].mode
+            decoded = None if encoded is None else decode_jpeg(encoded, self.decoded_side)
+            if decoded is not None:
+                image, scale = decoded
+                return image if mode is None else image.convert(mode), scale
+        return self.images[row]["image"], 1.0
 
 
 class CaptionedGroups(Dataset):
@@ -167,31 +208,62 @@ class CaptionedGroups(Dataset):
         no_boxes = np.full((len(group), 4), np.nan, np.float32)
         return replace(group, boxes=no_boxes, index=len(self.labelled) + captioned_index)
 
+    def __getitems__(self, indices: Sequence[int]) -> list[ImageGroup]:
+        """
+        The images of a batch, for PyTorch's data loader: the labelled ones first, otherwise in the order of `indices`.
+        Augmentation and dropout draw in this order, so the numbers of a run with a seed depend on it.
+        """
+        return [self[index] for index in sorted(indices, key=lambda index: index >= len(self.labelled))]
 
-def group_rows(rows: list[dict[str, Any]]) -> list[ImageGroup]:
+
+def merge_groups(groups: Iterable[ImageGroup]) -> list[ImageGroup]:
+    """
+    Makes one group of all that are of the same image, by their `index` and `image_id`: a sampler may draw an image
+    several times. Expressions that come several times stay, so each of them counts as often as it was drawn.
+
+    Args:
+        groups (`Iterable[ImageGroup]`): groups of one dataset, all or none of them with `boxes` and `row_indices`.
+
+    Returns:
+        `list[ImageGroup]`: one for each image, in the order of their first appearance.
+    """
+    by_image = defaultdict(list)
+    for group in groups:
+        by_image[group.index, group.image_id].append(group)
+    return [_join(same) if len(same) > 1 else same[0] for same in by_image.values()]
+
+
+def _join(groups: list[ImageGroup]) -> ImageGroup:
+    boxes = [group.boxes for group in groups if group.boxes is not None]
+    return replace(
+        groups[0],
+        expressions=[expression for group in groups for expression in group.expressions],
+        boxes=np.concatenate(boxes) if boxes else None,
+        row_indices=[index for group in groups for index in group.row_indices],
+    )
+
+
+def group_rows(rows: Iterable[dict[str, Any]]) -> list[ImageGroup]:
     """
     Groups rows that are read one by one, as from a stream. [`ImageGroups`] does this for a whole dataset.
 
     Args:
-        rows (`list[dict]`): rows with `image`, `image_id` and `expression`, all or none of them with `box` and with
-            `row_index`.
+        rows (`Iterable[dict]`): rows with `image`, `image_id` and `expression`, all or none of them with `box` and
+            with `row_index`.
 
     Returns:
         `list[ImageGroup]`: one for each `image_id`, in the order of their first rows.
     """
-    by_image = defaultdict(list)
-    for row in rows:
-        by_image[row["image_id"]].append(row)
-    return [
+    return merge_groups(
         ImageGroup(
-            image=group[0]["image"],
-            image_id=image_id,
-            expressions=[row["expression"] for row in group],
-            boxes=boxes_to_array([row["box"] for row in group]) if "box" in group[0] else None,
-            row_indices=[row["row_index"] for row in group] if "row_index" in group[0] else [],
+            image=row["image"],
+            image_id=row["image_id"],
+            expressions=[row["expression"]],
+            boxes=boxes_to_array([row["box"]]) if "box" in row else None,
+            row_indices=[row["row_index"]] if "row_index" in row else [],
         )
-        for image_id, group in by_image.items()
-    ]
+        for row in rows
+    )
 
 
 def boxes_to_array(boxes: Sequence[Sequence[float] | None]) -> np.ndarray:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import sys
 import tarfile
 from pathlib import Path
@@ -146,12 +147,14 @@ def test_lists_of_expressions(tmp_path, streaming):
     assert [row["box"] for row in as_grounding_dataset(dataset, OWN)] == [[1, 2, 3, 4], [1, 2, 3, 4], [2, 2, 9, 9]]
 
 
+@pytest.mark.parametrize("box_format", ["xyxy", "xywh"])
+@pytest.mark.parametrize("no_box", [None, [math.nan] * 4])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_own_rows_without_box(tmp_path, streaming):
-    rows = [{**row, "bbox": row["bbox"] if index % 2 else None} for index, row in enumerate(own_rows())]
+def test_own_rows_without_box(tmp_path, streaming, no_box, box_format):
+    rows = [{**row, "bbox": row["bbox"] if index % 2 else no_box} for index, row in enumerate(own_rows(box_format))]
     dataset = streamed_parquet(tmp_path, rows) if streaming else own_dataset(rows)
     expected = [row[2] if index % 2 else None for index, row in enumerate(ROWS)]
-    assert [row["box"] for row in as_grounding_dataset(dataset, OWN)] == expected
+    assert [row["box"] for row in as_grounding_dataset(dataset, OWN, box_format)] == expected
     captions = as_grounding_dataset(dataset.remove_columns("bbox"), {**OWN, "box": None})
     assert [row["box"] for row in captions] == [None] * 10
 
@@ -217,6 +220,8 @@ def test_streams_train(tmp_path, processor, kind):
         ({"text": None}, r"row 1 \(0\.png\): the expression is None, expected words"),
         ({"bbox": [1.0, 2.0, 3.0]}, r"row 1 \(0\.png\): the box is \[1\.0, 2\.0, 3\.0\], expected 4 finite numbers"),
         ({"bbox": [1.0, 2.0, 3.0, float("inf")]}, r"row 1 \(0\.png\): the box is .*, expected 4 finite numbers"),
+        ({"bbox": [1.0, 2.0, 3.0, math.nan]}, r"row 1 \(0\.png\): the box is .*, expected 4 finite numbers"),
+        ({"bbox": [math.nan] * 3}, r"row 1 \(0\.png\): the box is \[nan, nan, nan\], expected 4 finite numbers"),
         ({"bbox": [3.0, 2.0, 3.0, 4.0]}, r"row 1 \(0\.png\): the box \[3, 2, 3, 4\] is empty or inverted"),
         ({"bbox": [-2.0, 2.0, 3.0, 4.0]}, r"row 1 \(0\.png\): the box .* starts outside the image"),
         ({"photo": None}, "row 1: there is no image"),

@@ -3,9 +3,11 @@ import os
 import subprocess
 import sys
 
+import evaluate_benchmarks
 import pytest
 
 from tests.fixtures.models import tiny_model
+from tests.fixtures.own_rows import ROWS, write_images
 from tests.fixtures.paths import EXAMPLES
 
 
@@ -26,3 +28,48 @@ def test_one_table_on_any_number_of_processes(tmp_path, processor, processes):
     assert [row["split"] for row in results] == ["validation", "test", "test_composition"]
     assert [row["expressions"] for row in results] == [21] * 3
     assert "| shapes | validation | 21 | 3 |" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
+def write_own_rows(folder, rows):
+    lines = [json.dumps(dict(zip(("image", "expression", "box"), row, strict=True))) for row in rows]
+    (write_images(folder) / "test.jsonl").write_text("\n".join(lines))
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate_benchmarks.py", *map(str, arguments)])
+    evaluate_benchmarks.main()
+
+
+def test_custom_data(tmp_path, processor, monkeypatch):
+    tiny_model(box_head="map").save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    write_own_rows(tmp_path / "data", ROWS)
+    write_own_rows(tmp_path / "more", [*ROWS, ("a.png", "an expression without a box", None)])
+    folders = [f"custom={tmp_path / name}" for name in ("data", "more")]
+    options = ["--splits", "test", "--box_format", "xyxy", "--output_dir", tmp_path / "out"]
+    run(monkeypatch, tmp_path / "model", "--benchmarks", *folders, *options)
+    result, same = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    assert (result["benchmark"], result["split"], result["expressions"]) == ("custom", "test", 10)
+    del result["expressions_per_second"], same["expressions_per_second"]
+    assert result == same
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        (ROWS, ["custom=data", "--splits", "test"], r'box_format is needed for .*test\.jsonl: "xyxy" or "xywh"'),
+        (ROWS, ["custom=data"], "custom data has no splits of its own: name the splits to evaluate with --splits"),
+        (ROWS, ["custom", "--splits", "test"], 'data_dir is needed for "custom"'),
+        (ROWS, ["custom=nowhere", "--splits", "test"], "nowhere is not a folder"),
+        (ROWS, ["custom=data", "--splits", "dev"], "no dev.jsonl, .*; there are the splits test"),
+        (ROWS, ["refcoko=data"], "name must be one of refcoco, .*, not 'refcoko'"),
+        ([("a.png", "x", None)], ["custom=data", "--splits", "test", "--box_format", "xyxy"], "no .* has a box"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(
+    tmp_path, monkeypatch, rows, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    write_own_rows(tmp_path / "data", rows)
+    with pytest.raises(SystemExit, match=rf"^evaluate_benchmarks\.py: error: .*{message}[^\n]*$"):
+        run(monkeypatch, "no-model", "--benchmarks", *arguments)

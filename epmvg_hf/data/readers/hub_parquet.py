@@ -21,13 +21,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..annotations import AnnotatedImage
 from ..benchmarks import Counts, SplitRequest, short_split_name
 from ..field_values import list_expressions, parse_json_object, to_xyxy
-from ..files.image_files import ImageFolders, file_statuses
-from ..files.parquet_files import read_parquet, write_image_files
+from ..files.image_files import ImageFolders, file_statuses, measure_image
+from ..files.parquet_files import check_columns, has_all_images, read_column_names, read_parquet, write_image_files
 from .source import GroundingSource
 
 # How lmms-lab and jxu124 call their repositories, and so the folders that one downloads.
@@ -39,16 +38,21 @@ REPOSITORIES = {
 FILE_NAMES = {"validation": ("val", "validation"), "testA": ("testA", "test")}  # other splits have one name
 FILE_NAME = re.compile(r"(COCO_(?:train|val)2014_([0-9]{12}))(?:_[0-9]+)?\.jpg")
 
-TEXT, NUMBERS = pa.string(), pa.list_(pa.float64())
-LMMS_COLUMNS = pa.schema({"question_id": TEXT, "answer": pa.list_(TEXT), "bbox": NUMBERS, "file_name": TEXT})
-LMMS_IMAGES = pa.schema({"file_name": TEXT, "image": pa.struct({"bytes": pa.binary(), "path": TEXT})})
-JXU_TEXTS = ["ref_id", "ann_id", "image_id", "file_name", "split", "raw_anns", "raw_image_info"]
-SENTENCES = pa.list_(pa.struct({"sent": TEXT, "sent_id": TEXT}))
-JXU_COLUMNS = pa.schema({**dict.fromkeys(JXU_TEXTS, TEXT), "sentences": SENTENCES, "bbox": NUMBERS})
+# Kinds of columns, see [`check_columns`].
+TEXT, ID, NUMBERS = pa.string(), pa.int64(), pa.list_(pa.float64())
+SENTENCES = pa.list_(pa.struct({"sent": TEXT, "sent_id": ID}))
+LMMS_COLUMNS = pa.schema({"question_id": ID, "answer": pa.list_(TEXT), "bbox": NUMBERS, "file_name": TEXT})
+LMMS_IMAGES = pa.schema({"file_name": TEXT, "image": pa.struct({"bytes": pa.binary()})})
+JXU_COLUMNS = pa.schema(
+    dict.fromkeys(("ref_id", "ann_id", "image_id"), ID)
+    | dict.fromkeys(("file_name", "split", "raw_anns", "raw_image_info"), TEXT)
+    | {"sentences": SENTENCES, "bbox": NUMBERS}
+)
 
 # Rows of lmms-lab's "val" where it holds two ways to split: unc's 3,811 or umd's 2,573 objects and google's 5,000.
 MIXED_ROWS = {"refcoco": 8_811, "refcocog": 7_573}
 
+IMAGE_STARTS = (b"\xff\xd8", b"\x89PNG")  # of JPEG, which COCO's images are, and of PNG
 MAX_IMAGES_GROWTH = 10  # how many times larger than the parquet files the images may be; photos hardly compress
 BOX_TOLERANCE = 0.02  # pixels, for rounding
 
@@ -77,6 +81,8 @@ class HubParquet(GroundingSource):
         self.request, self.name, self.split = request, request.benchmark.name, request.split
         self.files = [path.resolve() for path in files]
         self.has_images = _has_images(files[0])
+        for path in self.files:
+            check_columns(path, pa.unify_schemas([LMMS_COLUMNS, LMMS_IMAGES]) if self.has_images else JXU_COLUMNS)
 
     @classmethod
     def find(cls, request: SplitRequest) -> "HubParquet | None":
@@ -96,13 +102,13 @@ class HubParquet(GroundingSource):
 
     @cached_property
     def images(self) -> ImageFolders:  # type: ignore[override]
-        """The image files. Writes those that are inside the parquet files, unless they are in the cache."""
+        """The image files. Writes those that are inside the parquet files, unless all are in the cache."""
         if not self.has_images:
             return self.request.images
         digest = hashlib.sha256(file_statuses(map(str, self.files)).encode()).hexdigest()[:32]
         root = Path(self.request.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser().resolve()
         folder = root / "epmvg_hf-parquet-images" / digest
-        if not folder.is_dir():
+        if not has_all_images(folder):
             max_bytes = MAX_IMAGES_GROWTH * sum(path.stat().st_size for path in self.files)
             write_image_files(folder, _read_images(self.files), max_bytes)
         return ImageFolders([folder])
@@ -125,33 +131,45 @@ class HubParquet(GroundingSource):
     def path_of(self, item: AnnotatedImage) -> str | None:
         path = super().path_of(item)
         if path is None and self.has_images:
-            raise ValueError(f"{item.rows[0]['where']}: there is no image in that row, expected its bytes.")
+            problem = "there is no image in that row, expected the bytes of a JPEG or PNG"
+            raise ValueError(f"{item.rows[0]['where']}: {problem}.")
         return path
+
+    def annotate(self, item: AnnotatedImage) -> AnnotatedImage:
+        """The item, after a look at its image: later, an error would name a file in the cache instead of a row."""
+        path = self.path_of(item)
+        if self.has_images and path is not None:
+            try:
+                measure_image(path)
+            except ValueError as error:
+                raise ValueError(f"{item.rows[0]['where']}: {error}") from error
+        return item
 
     def _read_objects(self) -> Iterator[AnnotatedImage | str]:
         """Each row as an image with one object, or a sentence if it cannot be used."""
         columns, parse_row = (LMMS_COLUMNS, _parse_lmms) if self.has_images else (JXU_COLUMNS, self._parse_jxu)
         for path in self.files:
-            for number, row in enumerate(read_parquet(path, columns)):
-                where = f"{path}, row {number}"
+            for row in read_parquet(path, columns):
                 try:
-                    yield parse_row(row, where)
+                    yield parse_row(row.values(), row.where)
                 except ValueError as error:
-                    yield f"{where}: {error}."
+                    yield f"{row.where}: {error}."
 
     def _parse_jxu(self, row: dict[str, Any], where: str) -> AnnotatedImage:
         name, image_id = _parse_file_name(row["file_name"])
-        if (row["image_id"], row["split"]) != (image_id, short_split_name(self.split)):
+        if (_as_text(row["image_id"]), row["split"]) != (image_id, short_split_name(self.split)):
             found = f"image_id {row['image_id']} and split {reprlib.repr(row['split'])}"
             raise ValueError(f"{found} do not belong to {row['file_name']} of the {self.split} split")
         raw, image = _parse_json(row, "raw_anns"), _parse_json(row, "raw_image_info")
         size: tuple[Any, Any] = (image.get("width"), image.get("height"))  # which [`place_rows`] checks
-        box, candidates = to_xyxy(raw.get("bbox"), "xywh"), [to_xyxy(row["bbox"], each) for each in ("xywh", "xyxy")]
+        box, candidates = _parse_box(raw.get("bbox")), [_parse_box(row["bbox"], each) for each in ("xywh", "xyxy")]
         if not any(np.allclose(box, each, rtol=0, atol=BOX_TOLERANCE) for each in candidates):
             raise ValueError(f"bbox is {row['bbox']}, expected {raw['bbox']} (xywh, as in raw_anns) or {box} (xyxy)")
-        ids = {"where": where, "box": box, "ref_id": row["ref_id"], "ann_id": row["ann_id"]}
+        same = {"where": where, "box": box, "ref_id": _as_text(row["ref_id"]), "ann_id": _as_text(row["ann_id"])}
         sentences = [sentence or {} for sentence in list_expressions(row["sentences"])]
-        rows = [{"expression": each.get("sent"), "sent_id": each.get("sent_id"), **ids} for each in sentences]
+        rows = [
+            {"expression": each.get("sent"), "sent_id": _as_text(each.get("sent_id")), **same} for each in sentences
+        ]
         return AnnotatedImage(name, image_id, size, rows)
 
 
@@ -174,10 +192,7 @@ def _find_parts(folder: Path, name: str) -> list[Path]:
 
 def _has_images(path: Path) -> bool:
     """Whether a file is one of lmms-lab, with images, or else one of jxu124."""
-    try:
-        return "image" in pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {str(error).strip()}.") from error
+    return "image" in read_column_names(path)
 
 
 def _holds_split(request: SplitRequest, name: str, has_images: bool) -> bool:
@@ -191,18 +206,23 @@ def _holds_split(request: SplitRequest, name: str, has_images: bool) -> bool:
 
 
 def _read_images(files: list[Path]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each image once, although every row has an image."""
+    """Name and content of each image once, although every row has an image: the first bytes that there are for it."""
     seen = set()
     for row in itertools.chain.from_iterable(read_parquet(path, LMMS_IMAGES) for path in files):
-        match, content = FILE_NAME.fullmatch(row["file_name"] or ""), (row["image"] or {}).get("bytes")
+        try:
+            values = row.values()
+        except ValueError:  # the name is not UTF-8, which is reported when the annotations are read
+            continue
+        match, content = FILE_NAME.fullmatch(values["file_name"] or ""), (values["image"] or {}).get("bytes")
         if match and content and match[1] not in seen:
             seen.add(match[1])
-            yield f"{match[1]}.jpg", content
+            if content.startswith(IMAGE_STARTS):
+                yield f"{match[1]}.jpg", content
 
 
 def _parse_lmms(row: dict[str, Any], where: str) -> AnnotatedImage:
     name, image_id = _parse_file_name(row["file_name"])
-    same = {"where": where, "box": to_xyxy(row["bbox"], "xywh"), "ann_id": row["question_id"]}
+    same = {"where": where, "box": _parse_box(row["bbox"]), "ann_id": _as_text(row["question_id"])}
     rows = [{"expression": expression, **same} for expression in list_expressions(row["answer"])]
     return AnnotatedImage(name, image_id, None, rows)
 
@@ -216,6 +236,17 @@ def _parse_file_name(file_name: str | None) -> tuple[str, str]:
     if match is None:
         raise ValueError(f"file_name is {reprlib.repr(file_name)}, expected one as COCO_train2014_000000581857_16.jpg")
     return f"{match[1]}.jpg", str(int(match[2]))
+
+
+def _parse_box(box: Any, box_format: str = "xywh") -> list[float]:
+    """A box as xyxy. Every object of these benchmarks has one."""
+    if (xyxy := to_xyxy(box, box_format)) is None:
+        raise ValueError(f"the box is {box}, expected 4 finite numbers")
+    return xyxy
+
+
+def _as_text(identifier: int | str | None) -> str | None:
+    return None if identifier is None else str(identifier)
 
 
 def _parse_json(row: dict[str, Any], column: str) -> dict[str, Any]:

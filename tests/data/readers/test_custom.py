@@ -1,6 +1,7 @@
 """Tests of your own data in files: ten rows on three small images, in every format that is read."""
 
 import csv
+import itertools
 import json
 import logging
 import os
@@ -150,13 +151,14 @@ def test_rows_without_box(folder, streaming):
         folder,
         {"image": "a.png", "expression": "a dog", "box": None},
         {"image": "a.png", "expression": "the dog", "box": [1, 2, 3, 4]},
-        {"image": "c.png", "expression": "a star", "box": None},
+        {"image": "c.png", "expression": "a star", "box": [float("nan")] * 4},
     )
     expected = [("a.png", "a dog", None), ("a.png", "the dog", [1, 2, 3, 4]), ("c.png", "a star", None)]
     assert found(load(folder, streaming=streaming)) == expected
     (folder / "train.jsonl").unlink()
-    (folder / "train.csv").write_text("image,expression,x,y,width,height\na.png,a dog,,,,\n")
-    assert found(load(folder, box_format="xywh", streaming=streaming)) == expected[:1]
+    for cells in (",,,", "nan,nan,nan,nan"):
+        (folder / "train.csv").write_text(f"image,expression,x,y,width,height\na.png,a dog,{cells}\n")
+        assert found(load(folder, box_format="xywh", streaming=streaming)) == expected[:1]
 
 
 def test_captions_of_coco(folder, caplog):
@@ -167,6 +169,9 @@ def test_captions_of_coco(folder, caplog):
         dataset = load(write_coco(folder, content), box_format=None)
     assert found(dataset) == [(*row[:2], None) for row in GROUPED]
     assert "train.json: no annotation has a bbox" in caplog.text
+    for annotation, bbox in zip(content["annotations"], itertools.cycle([None, [float("nan")] * 4]), strict=False):
+        annotation["bbox"] = bbox
+    assert found(load(write_coco(folder, content), box_format=None)) == [(*row[:2], None) for row in GROUPED]
 
 
 def test_image_folder(folder, tmp_path):

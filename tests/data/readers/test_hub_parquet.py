@@ -196,17 +196,25 @@ def test_lmms_images_are_written_once(tmp_path):
     load(write_lmms(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
     (folder,) = (tmp_path / "cache" / "epmvg_hf-parquet-images").iterdir()
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert {path.name: path.read_bytes() for path in written} == {NAMES[key]: IMAGES[key] for key in IMAGES}
+    assert {path.name: path.read_bytes() for path in folder.glob("*.jpg")} == {
+        NAMES[key]: IMAGES[key] for key in IMAGES
+    }
     again = load(tmp_path / "data", cache_dir=str(tmp_path / "cache"))
     assert paths(again) == [str(folder / NAMES[row[0]]) for row in ROWS]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
-def test_lmms_images_that_were_deleted_are_written_again(tmp_path):
-    dataset = load(write_lmms(tmp_path))
-    shutil.rmtree(Path(paths(dataset)[0]).parent)
+@pytest.mark.parametrize("what", ["folder", "image"])
+def test_lmms_images_that_were_deleted_are_written_again(tmp_path, what):
+    image, other = (Path(path) for path in paths(load(write_lmms(tmp_path)))[2:])
+    untouched = other.stat().st_mtime_ns
+    if what == "folder":
+        shutil.rmtree(image.parent)
+    else:
+        image.unlink()
     again = load(tmp_path)
     assert rows(again) == ROWS and again[0]["image"].size == (40, 20)
+    assert what == "folder" or other.stat().st_mtime_ns == untouched
 
 
 def test_lmms_boxes_are_not_scaled_for_a_larger_image(tmp_path):
@@ -378,7 +386,7 @@ def test_other_benchmarks_are_not_found(tmp_path):
 
 # Files of unknown origin
 
-BAD_BOX = [[1, 2, 3], None, [1, 2, 3, None], [1, 2, 3, float("nan")]]
+BAD_BOX = [[1, 2, 3], None, [1, 2, 3, None], [1, 2, 3, float("nan")], [float("nan")] * 4]
 BAD_NAME = [None, "11.jpg", "../COCO_train2014_000000000011_0.jpg", "COCO_train2014_000000000011_0.jpg\n"]
 BAD_NAME += ["COCO_train2014_00000000001\uff11_0.jpg"]
 
@@ -438,17 +446,21 @@ def test_problems_are_raised_or_left_out(tmp_path, write, changes, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"%!PS-Adobe-3.0 EPSF-3.0", f"{NAMES['11']} has no readable image header"),
-        (IMAGES["11"][:100], f"{NAMES['11']} has no readable image header"),
-        (encode("red", (20, 10)), "row 2: the box [20, 3.25, 40, 20] is not within the "),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "row 0: there is no image in that row, expected the bytes of a JPEG or PNG."),
+        (b"<html>not found</html>", "row 0: there is no image in that row, expected the bytes of a JPEG or PNG."),
+        (IMAGES["11"][:100], f"row 0: .*{NAMES['11']} has no readable image header"),
+        (IMAGES["11"][:-10], f"row 0: .*{NAMES['11']} cannot be decoded to its end"),
+        (encode("red", (20, 10)), r"row 2: the box \[20, 3.25, 40, 20\] is not within the "),
     ],
 )
 def test_lmms_image_problems(tmp_path, content, message):
     write_lmms(tmp_path, image={"bytes": content, "path": "/etc/passwd"})
     for streaming in (False, True):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            list(load(tmp_path, streaming=streaming))
+        with pytest.raises(ValueError, match=rf"val-00000-of-00001\.parquet, {message}"):
+            list(load(tmp_path, streaming=streaming, cache_dir=str(tmp_path / "cache")))
     assert rows(load(tmp_path, errors="skip")) == ROWS[3:]  # no object of that image is left
+    for path in tmp_path.glob("cache/epmvg_hf-parquet-images/*/*.jpg"):
+        assert path.read_bytes().startswith(b"\xff\xd8")
 
 
 @pytest.mark.parametrize("image", [None, {"bytes": None, "path": "/etc/passwd"}, {"bytes": b"", "path": None}])
@@ -469,31 +481,88 @@ def test_lmms_images_much_larger_than_their_files(tmp_path, monkeypatch):
 
 def test_other_columns(tmp_path):
     pq.write_table(pa.table({"image": ["a"], "text": ["b"]}), tmp_path / "val.parquet")
-    with pytest.raises(ValueError, match=r"val\.parquet: the column .* cannot be read as .*does not exist"):
+    expected = "expected each of question_id, answer, bbox, file_name, image once."
+    with pytest.raises(ValueError, match=rf"val\.parquet has the columns image, text, {expected}"):
         load(tmp_path)
     (tmp_path / "val.parquet").unlink()
     write_lmms(tmp_path, "val-00000-of-00002.parquet")
     pq.write_table(pa.table({"image": ["a"]}), tmp_path / "val-00001-of-00002.parquet")
-    with pytest.raises(
-        ValueError, match=r"val-00001-of-00002\.parquet: the column .* cannot be read .*does not exist"
-    ):
+    with pytest.raises(ValueError, match=rf"val-00001-of-00002\.parquet has the columns image, {expected}"):
+        load(tmp_path)
+    path = write_jxu(tmp_path / "jxu", "val.parquet") / "val.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("split", table.column("split")), path)
+    with pytest.raises(ValueError, match=r"bbox, captions, .*, split, expected each of ref_id, .*, bbox once\."):
+        load(tmp_path / "jxu")
+
+
+def write_other_type(path: Path, column: str, values: pa.Array) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
+
+
+# Values of columns that hold something else.
+NO_TEXT = [7, 7.5, b"text", ["text"], {"a": "text"}]
+NO_ID = NO_TEXT[1:]
+NO_BOX = ["text", 7, ["1", "2", "3", "4"], [[1.0]], {"a": 1}]
+NO_TEXTS = ["text", 7, [1], [b"text"], {"a": 1}]
+NO_SENTENCES = [
+    *NO_TEXTS,
+    {"sent": "a"},
+    [{"sent": "a"}],
+    [{"sent": 1, "sent_id": 1}],
+    [{"sent": "a", "sent_id": 0.5}],
+]
+NO_IMAGE = ["text", b"bytes", {"path": "a.jpg"}, {"bytes": "text"}, [{"bytes": b"bytes"}], None]
+WRONG_VALUES = [
+    (write_lmms, {"question_id": NO_ID, "answer": NO_TEXTS, "bbox": NO_BOX, "file_name": NO_TEXT, "image": NO_IMAGE}),
+    (write_jxu, dict.fromkeys(("ref_id", "ann_id", "image_id"), NO_ID)),
+    (write_jxu, dict.fromkeys(("file_name", "split", "raw_anns", "raw_image_info"), NO_TEXT)),
+    (write_jxu, {"bbox": NO_BOX, "sentences": NO_SENTENCES}),
+]
+
+
+@pytest.mark.parametrize(
+    ("write", "column", "value"),
+    [(write, column, value) for write, columns in WRONG_VALUES for column in columns for value in columns[column]],
+)
+def test_other_types_of_columns(tmp_path, write, column, value):
+    path = write(tmp_path, "val.parquet") / "val.parquet"
+    write_other_type(path, column, pa.array([value] * 3))
+    kind = re.escape(str(pq.read_schema(path).field(column).type))
+    for errors in ("raise", "skip"):
+        with pytest.raises(ValueError, match=rf"val\.parquet: the column {column} is {kind}, expected [\w<>: ,]*\.$"):
+            load(tmp_path, errors=errors)
+
+
+def test_columns_without_any_value(tmp_path):
+    """Such a column has a type of its own, that of nothing."""
+    path = write_lmms(tmp_path, "val.parquet") / "val.parquet"
+    write_other_type(path, "question_id", pa.nulls(3))
+    assert load(tmp_path)["ann_id"][:] == [None] * 4
+    write_other_type(path, "answer", pa.nulls(3))
+    with pytest.raises(ValueError, match=r"val\.parquet, row 0: the expression is None, expected words\."):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("write", "column"),
-    [(write_lmms, column) for column in ("bbox", "file_name", "answer", "image")]
-    + [(write_jxu, column) for column in ("bbox", "file_name", "split", "sentences", "raw_anns", "raw_image_info")],
+    ("write", "column", "kind"),
+    [
+        (write_lmms, "answer", pa.large_list(pa.large_string())),
+        (write_lmms, "bbox", pa.list_(pa.float64(), 4)),
+        (write_lmms, "file_name", pa.dictionary(pa.int32(), pa.string())),
+        (write_lmms, "question_id", pa.int64()),
+        (write_jxu, "ann_id", pa.string()),
+        (write_jxu, "ref_id", pa.int32()),
+        (write_jxu, "raw_anns", pa.large_string()),
+    ],
 )
-@pytest.mark.parametrize("value", ["text", 7, [{"a": 1}], {"a": 1}, b"\xff"])
-def test_other_types_of_columns(tmp_path, write, column, value):
+def test_columns_that_another_library_has_written(tmp_path, write, column, kind):
     path = write(tmp_path, "val.parquet") / "val.parquet"
-    table = pq.read_table(path)
-    index = table.column_names.index(column)
-    pq.write_table(table.set_column(index, column, pa.array([value] * 3)), path)
-    # Text and numbers can be read as text, which then is not what the column should hold.
-    with pytest.raises(ValueError, match=rf"val\.parquet(: the column {column} cannot be read as |, row 0: )"):
-        load(tmp_path)
+    values = pa.array(pq.read_table(path).column(column).to_pylist())
+    write_other_type(path, column, values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind))
+    assert pq.read_schema(path).field(column).type == kind
+    assert rows(load(tmp_path)) == ROWS
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -504,12 +573,26 @@ def test_broken_files(tmp_path, write):
     without_data = content[:4] + bytes(footer - 4) + content[footer:]
     for broken in (b"", b"PAR1", content[: len(content) // 2], b"x" * 100 + b"PAR1", without_data):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"val\.parquet is not a readable parquet file"):
+        with pytest.raises(ValueError, match=r"val\.parquet is not a readable parquet file: [^\n]*[^.\n]\.$"):
             load(tmp_path)
 
 
-def test_text_that_is_not_utf_8(tmp_path):
-    path = write_lmms(tmp_path, "val.parquet") / "val.parquet"
-    path.write_bytes(path.read_bytes().replace(b"Red box", b"Red b\xffx"))
-    with pytest.raises(ValueError, match=r"val\.parquet: the column answer cannot be read .*utf-8"):
-        load(tmp_path)
+@pytest.mark.parametrize(
+    ("write", "text", "column"),
+    [
+        (write_lmms, b"Red box", "answer"),
+        (write_lmms, b"900", "question_id"),
+        (write_lmms, b"COCO_train2014_000000000011_0", "file_name"),
+        (write_jxu, b"Red box", "sentences"),
+    ],
+)
+def test_text_that_is_not_utf_8(tmp_path, write, text, column):
+    path = write(tmp_path, "val.parquet") / "val.parquet"
+    pq.write_table(pq.read_table(path), path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(text, b"\xff" + text[1:]))
+    for streaming in (False, True):
+        problem = rf"val\.parquet, row 0: the column {column} is not UTF-8 \(invalid start byte at byte 0\)\."
+        with pytest.raises(ValueError, match=problem):
+            list(load(tmp_path, streaming=streaming))
+    left = ROWS[3:] if text == b"Red box" else ROWS[2:]  # rows 0 and 2 have that expression
+    assert sorted(rows(load(tmp_path, errors="skip"))) == sorted(left)
