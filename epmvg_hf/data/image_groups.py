@@ -64,9 +64,10 @@ class ImageGroups(Dataset):
             only take part in distillation.
         decoded_side (`int`, *optional*):
             Lets JPEGs be decoded at 1/2, 1/4 or 1/8 of their size, as long as their longer side keeps at least this
-            many pixels; boxes are scaled along. With 1.5 times the canvas, pixels of the canvas differ by 1 to 4 of
-            255 levels on average from those of the whole image. That is less than what augmentation changes, but too
-            much for an evaluation, so [`EpmVGTrainer`] does this only for training images that are augmented.
+            many pixels; boxes are scaled along. With 1.5 times the canvas, the canvas differs from that of the whole
+            image by a few of 255 levels on average, most where photos are full of fine detail
+            (`examples/benchmarks/input.py --images FOLDER` measures it). Augmentation changes more, but the numbers of
+            an evaluation could change, so [`EpmVGTrainer`] does this only for training images that are augmented.
 
     Attributes:
         groups (`list[list[int]]`): for each image the indices of its rows.

@@ -15,13 +15,11 @@
 
 from typing import Any
 
-import numpy as np
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.utils import TensorType
 
-from .image_processing_epmvg import EpmVGImageProcessorKwargs, EpmVGImageProcessorMixin, count_channels
+from .image_processing_epmvg import EpmVGImageProcessorKwargs, EpmVGImageProcessorMixin
 
 
 class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
@@ -45,40 +43,10 @@ class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
 
     valid_kwargs = EpmVGImageProcessorKwargs
 
-    def _preprocess(
-        self,
-        images: list[np.ndarray],
-        do_resize: bool,
-        resample: "PILImageResampling | int | None",
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | tuple[float, ...] | None,
-        image_std: float | tuple[float, ...] | None,
-        return_tensors: str | TensorType | None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        channels = count_channels(images)
-        original_sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64)
-        letterbox = self.letterbox(original_sizes, do_resize=do_resize, **kwargs)
-
-        side = letterbox.canvas
-        pixel_values = np.zeros((len(images), channels, side, side), dtype=np.float32)
-        pixel_mask = np.zeros((len(images), side, side), dtype=np.int64)
-        for index, (top, left, height, width) in enumerate(letterbox.windows()):
-            image = images[index]
-            if do_resize:
-                image = self.resize(image, SizeDict(height=height, width=width), resample)
-            if do_rescale:
-                image = self.rescale(image, rescale_factor)
-            if do_normalize:
-                image = self.normalize(image, image_mean, image_std)
-            pixel_values[index, :, top : top + height, left : left + width] = image
-            pixel_mask[index, top : top + height, left : left + width] = 1
-
-        data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
-        data |= {"original_sizes": original_sizes, "letterbox": letterbox.to_tensor().numpy()}
-        return BatchFeature(data, tensor_type=return_tensors)
+    def _preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        # As with every image processor of this backend, NumPy arrays are what it returns if nothing else is asked for.
+        kwargs["return_tensors"] = kwargs["return_tensors"] or TensorType.NUMPY
+        return super()._preprocess(*args, **kwargs)
 
 
 __all__ = ["EpmVGImageProcessorPil"]

@@ -14,6 +14,7 @@
 """The geometry between an image and the square canvas that the model sees: where the picture lies, how boxes move."""
 
 import dataclasses
+import reprlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -72,7 +73,7 @@ class Letterbox:
         image_sizes: torch.Tensor | np.ndarray | Sequence[tuple[int, int]],
         canvas: int,
         pad_offset: float = 0.5,
-        placements: Sequence[tuple[int, float, float]] | None = None,
+        placements: Sequence[tuple[int, float, float]] | np.ndarray | torch.Tensor | None = None,
         do_resize: bool = True,
     ) -> "Letterbox":
         """
@@ -83,9 +84,10 @@ class Letterbox:
             canvas (`int`): side of the canvas in pixels; the longer side of each picture is resized to it.
             pad_offset (`float`, *optional*, defaults to 0.5): share of the free canvas that lies above and left of the
                 picture. 0.0 is the top-left corner, 0.5 the centre (TransVG's evaluation), 1.0 the bottom-right.
-            placements (list of `(int, float, float)`, *optional*): a place for each image, which replaces `canvas` as
-                the length of the longer side and `pad_offset`: the longer side of the picture in canvas pixels, the
-                share of the free height above it, and the share of the free width left of it.
+            placements (list of `(int, float, float)`, `np.ndarray` or `torch.Tensor` of shape `(B, 3)`, *optional*): a
+                place for each image, which replaces `canvas` as the length of the longer side and `pad_offset`: the
+                longer side of the picture in canvas pixels, the share of the free height above it, and the share of
+                the free width left of it.
             do_resize (`bool`, *optional*, defaults to `True`): if `False`, the pictures keep their sizes (ratio 1).
 
         Raises:
@@ -106,11 +108,10 @@ class Letterbox:
             placements = [(canvas, pad_offset, pad_offset)] * len(sizes)
         elif not do_resize:
             raise ValueError("`placements` set the size of the pictures, so they need do_resize=True.")
-        elif len(placements) != len(sizes):
-            raise ValueError(
-                f"`placements` must have one item for each image: got {len(placements)} for {len(sizes)}."
-            )
-        for index, (long_side, *shares) in enumerate(placements):
+        placement = _to_rows(placements)
+        if len(placement) != len(sizes):
+            raise ValueError(f"`placements` must have one item for each image: got {len(placement)} for {len(sizes)}.")
+        for index, (long_side, *shares) in enumerate(placement.tolist()):
             is_length = 1 <= long_side <= canvas and long_side == int(long_side)
             if not is_length or not all(0.0 <= share <= 1.0 for share in shares):
                 raise ValueError(
@@ -118,7 +119,6 @@ class Letterbox:
                     f"pixels from 1 to {canvas}, and two shares from 0 to 1."
                 )
 
-        placement = torch.tensor(placements, dtype=torch.float64).reshape(-1, 3)
         long_sides = placement[:, 0].long() if do_resize else sizes.amax(dim=1)
         ratio, new_sizes = _resize(sizes, long_sides)
         top, left = ((canvas - new_sizes) * placement[:, 1:]).floor().long().unbind(1)
@@ -212,6 +212,19 @@ class Letterbox:
         """Scale (B, 1) and offset (B, 4) from image to canvas pixels, in the dtype and on the device of `like`."""
         offset = torch.stack([self.left, self.top, self.left, self.top], dim=1)
         return self.ratio[:, None].to(like), offset.to(like)
+
+
+def _to_rows(placements: Sequence[tuple[int, float, float]] | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Placements as a `torch.DoubleTensor` of shape `(B, 3)`."""
+    expected = "`placements` must be three numbers for each image, an array of shape (B, 3), but they are"
+    try:
+        is_tensor = isinstance(placements, torch.Tensor)
+        rows = torch.as_tensor(placements if is_tensor else np.asarray(placements, np.float64)).double().cpu()
+    except (TypeError, ValueError):
+        raise ValueError(f"{expected} {reprlib.repr(placements)}.") from None
+    if rows.numel() and (rows.dim() != 2 or rows.shape[1] != 3):
+        raise ValueError(f"{expected} of shape {tuple(rows.shape)}.")
+    return rows.reshape(-1, 3)
 
 
 def _resize(sizes: torch.Tensor, long_sides: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

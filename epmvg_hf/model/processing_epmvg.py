@@ -194,12 +194,46 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
             image_index = torch.tensor([image for image, group in enumerate(groups) for _ in group])
             targets = {"image_index": image_index}
             if boxes is not None:
-                boxes = flatten_boxes(boxes, text)
-                check_boxes(boxes, image_sizes[image_index], text)
-                letterbox = Letterbox.from_tensor(data["letterbox"], image_sizes)
-                targets["labels"] = letterbox.select(image_index).to_labels(boxes).float()
+                targets["labels"] = self.make_labels({**data, **targets}, boxes, text)
             data |= BatchFeature(targets, tensor_type=text_kwargs["return_tensors"])
         return BatchFeature(data)
+
+    @staticmethod
+    def make_labels(
+        inputs: BatchFeature | dict[str, Any],
+        boxes: Sequence | np.ndarray | torch.Tensor,
+        text: str | list[str] | list[list[str]],
+    ) -> torch.Tensor:
+        r"""
+        Turns boxes of the images into labels, as a call with `boxes` does: the inverse of
+        [`~EpmVGProcessor.post_process_grounding`].
+
+        Args:
+            inputs ([`BatchFeature`] or `dict`): `letterbox` (B, 4) and `original_sizes` (B, 2) as the processor
+                returned them for the images, and `image_index` (N,).
+            boxes (list, `np.ndarray` or `torch.Tensor`): the boxes, see [`~EpmVGProcessor.__call__`].
+            text (`str`, `list[str]` or `list[list[str]]`): the expressions, nested like the boxes.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, 4)`: (centre x, centre y, width, height) in [0, 1] of the padded canvas.
+
+        Raises:
+            ValueError: boxes and expressions do not match in number; a box is empty, inverted, not finite or outside
+                its image.
+
+        Example:
+
+        ```python
+        >>> inputs = processor(images=image, text="all of it")
+        >>> processor.make_labels(inputs, boxes=[0, 0, 113, 128], text="all of it")
+        tensor([[0.5039, 0.5000, 0.8828, 1.0000]])
+        ```
+        """
+        image_sizes, image_index = torch.as_tensor(inputs["original_sizes"]), inputs["image_index"]
+        flat = flatten_boxes(boxes, text)
+        check_boxes(flat, image_sizes[image_index], text)
+        letterbox = Letterbox.from_tensor(inputs["letterbox"], image_sizes)
+        return letterbox.select(image_index).to_labels(flat).float()
 
     def post_process_grounding(
         self,

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -115,6 +116,17 @@ def test_labels_are_not_clipped_but_pixels_are():
         ([(4, 4)], {"placements": [(9, 0.0, 0.0)]}, r"Placement 0 is .* from 1 to 8, and two shares from 0 to 1"),
         ([(4, 4)], {"placements": [(8, 0.0, 1.5)]}, "Placement 0 is"),
         ([(4, 4)], {"placements": [(7.5, 0.0, 0.0)]}, "Placement 0 is .* a whole number of pixels"),
+        ([(4, 4)], {"placements": np.full((1, 3), np.nan)}, "Placement 0 is .* a whole number of pixels"),
+        ([(4, 4)], {"placements": torch.zeros(2, 3)}, "one item for each image: got 2 for 1"),
+        ([(4, 4)], {"placements": torch.zeros(1, 2)}, r"three numbers for each image, .* are of shape \(1, 2\)"),
+        ([(4, 4)], {"placements": 8}, r"three numbers for each image, .* are of shape \(\)"),
+        ([(4, 4)], {"placements": [None]}, r"three numbers for each image, .* are of shape \(1,\)"),
+        ([(4, 4)] * 2, {"placements": [(8, 0.0), (8, 0.0, 0.0)]}, r"three numbers for each image, .* \[\(8, 0\.0\),"),
+        (
+            [(4, 4)],
+            {"placements": [("left", 0.0, 0.0)]},
+            r"three numbers for each image, .* \[\('left', 0\.0, 0\.0\)\]",
+        ),
     ],
 )
 def test_errors(sizes, options, message):

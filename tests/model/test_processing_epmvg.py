@@ -277,7 +277,10 @@ def test_labels_follow_placements_and_settings_of_the_call(processor):
     assert label(do_resize=False) == [0.5, 0.5, 40 / 64, 20 / 64]
     assert label(size=128) == [0.5, 0.5, 1, 0.5]
     # 32 x 16 on 64 x 64: 48 rows are free, 36 of them above; 32 columns, 8 of them left
-    assert label(placements=[(32, 0.75, 0.25)]) == [(8 + 16) / 64, (36 + 8) / 64, 32 / 64, 16 / 64]
+    for make in (list, np.array, torch.tensor, lambda rows: [list(row) for row in rows], tuple):
+        assert label(placements=make([(32, 0.75, 0.25)])) == [(8 + 16) / 64, (36 + 8) / 64, 32 / 64, 16 / 64]
+    with pytest.raises(ValueError, match=r"three numbers for each image, .* are of shape \(1, 2\)"):
+        label(placements=np.zeros((1, 2)))
 
 
 def test_labels_are_not_clipped(processor):

@@ -1,11 +1,12 @@
 """Finds image files of unknown origin by name, and reads their sizes without decoding them."""
 
+import io
 import os
 import reprlib
 import struct
 from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
@@ -133,6 +134,39 @@ def measure_image(path: str, exif_oriented: bool = False) -> tuple[int, int]:
         if orientation >= 5 and image.format != "TIFF":  # a quarter turn; Pillow has already applied that of a TIFF
             width, height = height, width
     return width, height
+
+
+def decode_jpeg(encoded: dict[str, Any], side: int) -> tuple[Image.Image, float] | None:
+    """
+    Decodes a JPEG at 1, 1/2, 1/4 or 1/8 of its size: the smallest at which its longer side has at least `side` pixels.
+    The decoder then computes, and everything after it copies, fewer pixels.
+
+    Args:
+        encoded (`dict`): the file as `datasets` stores it, its `bytes` or its `path`.
+        side (`int`): the fewest pixels of the longer side; a smaller image keeps its size.
+
+    Returns:
+        `tuple[PIL.Image.Image, float]`: the image, and how many of its pixels stand for one of the stored image in
+        each direction. `None` if it is no JPEG on this machine, or has an EXIF orientation: the caller decodes these.
+    """
+    content, path = encoded["bytes"], encoded["path"]
+    if content is None and not Path(path).is_file():
+        return None
+    image = Image.open(path if content is None else io.BytesIO(content))
+    if image.format != "JPEG" or ExifTags.Base.Orientation in image.getexif():
+        image.close()
+        return None
+    width, height = image.size
+    longer = max(width, height)
+    scale = 1.0
+    if longer > side:
+        # Of the reductions that leave no fewer pixels than this, Pillow takes the largest. A last row or column that
+        # is not full stays, so the scale does not follow from the two sizes.
+        drafted = image.draft(image.mode, (max(1, width * side // longer), max(1, height * side // longer)))
+        assert drafted is not None  # as it is for other formats, and after decoding
+        scale = drafted[1][2] / width
+    image.load()  # also closes the file
+    return image, scale
 
 
 def _is_complete(path: str, kind: str | None) -> bool:

@@ -254,6 +254,7 @@ class _PlainUnpickler(pickle._Unpickler):
         self.budget = 8 * len(file.getvalue())
 
     def spend(self, amount: int) -> None:
+        """Takes an amount of memory from what this file may still use, and refuses the file when nothing is left."""
         self.budget -= amount
         if self.budget < 0:
             raise _RefusedError("unpacks to far more than its own size, as only files made to exhaust the memory do")
