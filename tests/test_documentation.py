@@ -33,6 +33,7 @@ from tests.fixtures.towers import save_clip, save_text_tower, save_vision_tower
 # Public methods that a library calls, at the time and with the arguments that it documents.
 HOOKS = {
     "EpmVGConfig": {"validate", "validate_architecture"},
+    "EpmVGImageProcessor": {"process_image"},
     "EpmVGImageProcessorMixin": {"to_dict"},
     "EpmVGModel": {"get_input_embeddings", "set_input_embeddings", "train"},
     "EpmVGPreTrainedModel": {"save_pretrained"},
@@ -335,8 +336,9 @@ README_BLOCKS = {
 }
 GUIDE_BLOCKS = {
     "model(**inputs)": "len(outputs.pred_boxes) == 2 and result['box'].shape == (4,)",
-    "seen = {": "boxes[0]['box'].allclose(result['box'], atol=1e-4)",  # as from the block before
+    "seen = {": "len(boxes) == 2 and boxes[1]['box'].allclose(result['box'], atol=1e-4)",  # as from the block before
     "rows = (": "result['text'] == 'the third object from the left' and len(result['box']) == 4",
+    "optimize_for_inference": "len(outputs.pred_boxes) == 2 and not fast.training",
     "TorchAoConfig(": "'Int8' in type(quantized.model.text_projection.weight).__name__",
     "trainer.train()": "trainer.state.global_step == 3 and 'eval_acc@0.5' in trainer.state.log_history[-1]",
     "from_vision_text_pretrained": "processor.max_text_length == model.config.max_text_length == 40",

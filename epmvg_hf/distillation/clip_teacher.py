@@ -1,7 +1,5 @@
 """The teacher, a frozen CLIP, whose shared space of images and texts is taught to the student in training."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..utils import needs_extra
+from .fingerprints import content_of, fingerprint_of
 from .patch_embeddings import patch_embedder, pooled_and_patches
 
 if TYPE_CHECKING:
@@ -317,11 +316,7 @@ class ClipTeacher(nn.Module):
             "tokenizer": _tokenizer_content(self.tokenizer),
             "preprocessing": [self.image_mean, self.image_std, self.image_size, self.interpolation],
         }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for name, tensor in sorted(self.clip.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).cpu().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint_of(self.clip, settings)
 
     def _preprocess(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -356,12 +351,7 @@ def _tokenizer_content(tokenizer: "SimpleTokenizer | HFTokenizer") -> dict[str, 
 
     if isinstance(tokenizer, SimpleTokenizer):
         return tokenizer.encoder
-    inner = tokenizer.tokenizer
-    if not inner.is_fast:
-        return inner.get_vocab()
-    # These two settings are left over from the tokenizer's last call.
-    content = json.loads(inner.backend_tokenizer.to_str())
-    return {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+    return content_of(tokenizer.tokenizer)
 
 
 def _unit(embeds: torch.Tensor) -> torch.Tensor:

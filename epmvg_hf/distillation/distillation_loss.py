@@ -76,17 +76,18 @@ class DistillationLoss:
         teacher: TeacherOutput,
         image_index: torch.Tensor,
         labels: torch.Tensor,
-        num_boxes: int,
-        num_expressions: int,
-    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int]]]:
+        num_boxes: torch.Tensor,
+        num_expressions: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """
         Args:
             outputs ([`EpmVGGroundingOutput`]): the student's outputs for this process's B images and N expressions.
             teacher ([`TeacherOutput`]): the teacher's outputs for the same images and expressions.
             image_index (`torch.LongTensor` of shape `(N,)`): the image of each expression.
             labels (`torch.FloatTensor` of shape `(N, 4)`): NaN for expressions without a box.
-            num_boxes, num_expressions (`int`):
-                Boxes and expressions of the whole optimizer step, all accumulated batches and processes.
+            num_boxes, num_expressions (`torch.LongTensor` of shape `()`):
+                Boxes and expressions of the whole optimizer step, all accumulated batches and processes. Like all
+                counts here, they stay on the device, because reading them would make a GPU wait.
 
         Returns:
             The weighted sum, to be added to the loss that is differentiated, and the unweighted terms of this batch,
@@ -95,7 +96,7 @@ class DistillationLoss:
         """
         weights = self.weights
         total = torch.zeros((), device=image_index.device)
-        terms: dict[str, tuple[torch.Tensor, int]] = {}
+        terms: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if weights.compares_embeddings:
             relation, feature, batch_expressions = self._embedding_terms(outputs, teacher)
             # Each accumulated batch of a step counts by its number of expressions.
@@ -105,14 +106,14 @@ class DistillationLoss:
                 ("loss_feature", weights.feature, feature),
             ):
                 if term is not None:
-                    terms[name] = (term, len(image_index))
+                    terms[name] = (term, torch.full_like(num_expressions, len(image_index)))
                     total = total + weight * share * term
         if weights.teacher_map > 0:
             term, count = self._map_term(outputs, teacher, image_index, labels)
             terms["loss_teacher_map"] = (term, count)
             taught = num_expressions if weights.teacher_map_rows == "all" else num_expressions - num_boxes
             # The term is a mean over this process's rows. This factor makes it a part of the mean over all rows.
-            share = count * self.accelerator.num_processes / max(taught, 1)
+            share = count * self.accelerator.num_processes / taught.clamp(min=1)
             total = total + weights.teacher_map * share * term
         return total, terms
 
@@ -134,7 +135,7 @@ class DistillationLoss:
 
     def _map_term(
         self, outputs: EpmVGGroundingOutput, teacher: TeacherOutput, image_index: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, int]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The map term, a mean over those rows of this process that learn the map, and the number of these rows."""
         assert outputs.visual_mask is not None and outputs.similarity_map is not None
         assert teacher.patch_embeds is not None  # `Teaching` requests them for this term
@@ -144,7 +145,7 @@ class DistillationLoss:
         rows = torch.ones_like(image_index, dtype=torch.bool)
         if self.weights.teacher_map_rows == "without_box":
             rows = ~has_box(labels)
-        return map_loss(outputs.similarity_map, target, mask.flatten(1), rows), int(rows.sum())
+        return map_loss(outputs.similarity_map, target, mask.flatten(1), rows), rows.sum()
 
     def _summed_over_processes(self, term: torch.Tensor) -> torch.Tensor:
         """The same value, with a gradient whose average over the processes is the sum of what each contributes."""

@@ -93,15 +93,20 @@ class Teaching:
             return self.teacher(canvases, batch["expressions"], output_patches=self.weights.teacher_map > 0)
 
     def loss(
-        self, outputs: EpmVGGroundingOutput, batch: dict[str, Any], num_boxes: int, num_expressions: int
-    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int]]]:
+        self,
+        outputs: EpmVGGroundingOutput,
+        batch: dict[str, Any],
+        num_boxes: torch.Tensor,
+        num_expressions: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """
         Computes the terms of [`~distillation_loss.DistillationLoss`] for a batch.
 
         Args:
             outputs ([`EpmVGGroundingOutput`]): the student's outputs.
             batch (`dict`): the collator's batch, with `image_index`, `labels` and the teacher's columns.
-            num_boxes, num_expressions (`int`): the counts of the whole optimiser step, on all processes.
+            num_boxes, num_expressions (`torch.LongTensor` of shape `()`): the counts of the whole optimiser step, on
+                all processes.
 
         Returns:
             `tuple`: the weighted sum of the terms, and each term with the number of expressions that it is a mean of.

@@ -14,7 +14,7 @@
 """The base class of the models."""
 
 import os
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .card_mixin import ModelCardMixin
 from .configuration_epmvg import EpmVGConfig
+from .folded_batch_norm import fold_batch_norms
 
 
 class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
@@ -46,7 +47,7 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EpmVGEncoderLayer"]  # noqa: RUF012 (read by transformers, never changed)
+    _no_split_modules = ["EpmVGEncoderLayer", "EpmVGDecoderLayer"]  # noqa: RUF012 (read by transformers, never changed)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -84,6 +85,31 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
         if isinstance(attn_implementation, str) and not supports_attention(backbone_config, attn_implementation):
             attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
+    def optimize_for_inference(self) -> Self:
+        """
+        Makes the vision backbone faster, in place, for a model that is not trained further. Batch norms are folded
+        into the convolutions before them, and convolutions read their weights with the channels last. The boxes are
+        those of before up to rounding, and a model that is saved afterwards loads like any other.
+
+        Returns:
+            The model itself, in evaluation mode.
+
+        Example:
+
+        ```python
+        >>> inputs = processor(images=image, text="the star")
+        >>> before = model(**inputs).pred_boxes
+        >>> model.optimize_for_inference()(**inputs).pred_boxes.allclose(before, atol=1e-5)
+        True
+        ```
+        """
+        self.eval()
+        backbone = self.base_model.vision_model
+        side = self.config.image_size
+        fold_batch_norms(backbone, torch.zeros(1, 3, side, side, dtype=self.dtype, device=self.device))
+        backbone.to(memory_format=torch.channels_last)
+        return self
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -46,8 +46,13 @@ class EpmVGConfig(PreTrainedConfig):
             Attention heads of the visual encoder.
         encoder_ffn_dim (`int`, *optional*, defaults to 2048):
             Feed-forward width of the visual encoder.
+        fusion_type (`str`, *optional*, defaults to `"encoder"`):
+            `"encoder"` fuses `[REG]`, text tokens and visual tokens by attention of all to all, as TransVG does. With
+            `"decoder"` only `[REG]` and the text tokens are updated, by attention to themselves and to the visual
+            tokens, as in DETR's decoder. Then a further expression of a picture costs a small part of what it costs
+            with an encoder.
         fusion_layers (`int`, *optional*, defaults to 6):
-            Layers of the fusion transformer over `[REG]`, text tokens and visual tokens.
+            Layers of the fusion transformer.
         fusion_attention_heads (`int`, *optional*, defaults to 8):
             Attention heads of the fusion transformer.
         fusion_ffn_dim (`int`, *optional*, defaults to 2048):
@@ -104,7 +109,7 @@ class EpmVGConfig(PreTrainedConfig):
         "num_attention_heads": "encoder_attention_heads",
         "num_hidden_layers": "fusion_layers",
     }
-    keys_to_ignore_at_inference = ["loss_dict", "hidden_states", "attentions"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["loss_dict", "hidden_states", "attentions", "cross_attentions"]  # noqa: RUF012
 
     backbone_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -113,6 +118,7 @@ class EpmVGConfig(PreTrainedConfig):
     encoder_layers: int = 6
     encoder_attention_heads: int = 8
     encoder_ffn_dim: int = 2048
+    fusion_type: str = "encoder"
     fusion_layers: int = 6
     fusion_attention_heads: int = 8
     fusion_ffn_dim: int = 2048
@@ -140,6 +146,8 @@ class EpmVGConfig(PreTrainedConfig):
         """Raises a `ValueError` for settings that no model can have. Called for every new configuration."""
         if self.box_head not in ("reg", "map"):
             raise ValueError(f'box_head is {self.box_head!r}, expected "reg" or "map"')
+        if self.fusion_type not in ("encoder", "decoder"):
+            raise ValueError(f'fusion_type is {self.fusion_type!r}, expected "encoder" or "decoder"')
         for heads in ("encoder_attention_heads", "fusion_attention_heads"):
             if self.d_model % getattr(self, heads):
                 raise ValueError(f"d_model ({self.d_model}) is not a multiple of {heads} ({getattr(self, heads)})")

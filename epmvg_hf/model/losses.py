@@ -15,6 +15,7 @@
 
 import torch
 from torch import nn
+from transformers.image_transforms import center_to_corners_format
 
 from .configuration_epmvg import EpmVGConfig
 
@@ -41,9 +42,6 @@ def grounding_loss(
     Returns:
         `tuple`: the loss, a scalar, and its unweighted terms `loss_bbox`, `loss_giou` and, if there is one,
         `loss_map`.
-
-    Raises:
-        ImportError: torchvision is not installed.
 
     Example:
 
@@ -107,9 +105,6 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
         `dict[str, torch.FloatTensor]`: the scalars `loss_bbox` and `loss_giou`, means over the rows with a box; 0 if
         there is none.
 
-    Raises:
-        ImportError: torchvision is not installed.
-
     Example:
 
     ```python
@@ -121,20 +116,13 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
     {'loss_bbox': tensor(0.2500), 'loss_giou': tensor(1.)}
     ```
     """
-    # Only training needs torchvision. Before transformers loads shared code (see `register_for_hub`), it requires all
-    # libraries that the code imports outside of a `try`. This `try` therefore lets inference work without torchvision.
-    try:
-        from torchvision.ops import box_convert, generalized_box_iou_loss
-    except ImportError as error:
-        raise ImportError("The loss needs torchvision: pip install torchvision") from error
-
     pred_boxes, labels = pred_boxes.float(), labels.float()
     rows = has_box(labels)
     # A row without a box compares a constant box with itself. Multiplying its loss by 0 would not do, since NaN * 0 is
     # NaN, in the backward pass too.
     pred_boxes, labels = (torch.where(rows[:, None], boxes, 0.5) for boxes in (pred_boxes, labels))
     l1 = (pred_boxes - labels).abs().sum(-1)
-    giou = generalized_box_iou_loss(box_convert(pred_boxes, "cxcywh", "xyxy"), box_convert(labels, "cxcywh", "xyxy"))
+    giou = _generalized_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
     return {"loss_bbox": _mean_over(l1, rows), "loss_giou": _mean_over(giou, rows)}
 
 
@@ -213,6 +201,23 @@ def box_map_target(labels: torch.Tensor, visual_mask: torch.Tensor) -> torch.Ten
     in_rows = _overlap(cy - height / 2, cy + height / 2, grid_height)
     area = (in_rows[:, :, None] * in_columns[:, None, :] * visual_mask).flatten(1)
     return area / area.sum(-1, keepdim=True).clamp(min=torch.finfo(area.dtype).tiny)
+
+
+def _generalized_iou_loss(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """
+    One minus the generalized IoU of N pairs of boxes (x0, y0, x1, y1) (Rezatofighi et al. 2019). It has the numbers of
+    `torchvision.ops.generalized_box_iou_loss`, which selects the pairs that overlap, so that a GPU is waited for.
+    """
+    low, high = torch.maximum(boxes, others), torch.minimum(boxes, others)
+    width, height = high[:, 2] - low[:, 0], high[:, 3] - low[:, 1]
+    intersection = torch.where((width > 0) & (height > 0), width * height, 0)
+    union = _area(boxes) + _area(others) - intersection
+    hull = (low[:, 2] - high[:, 0]) * (low[:, 3] - high[:, 1])
+    return 1 - (intersection / (union + 1e-7) - (hull - union) / (hull + 1e-7))
+
+
+def _area(boxes: torch.Tensor) -> torch.Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _mean_over(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

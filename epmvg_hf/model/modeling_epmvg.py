@@ -21,13 +21,19 @@ from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.backbone_utils import load_backbone
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithCrossAttentions,
+    BaseModelOutputWithPooling,
+)
 from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .attention_epmvg import for_each_expression
 from .base_epmvg import EpmVGPreTrainedModel, supports_attention
 from .configuration_epmvg import EpmVGConfig
+from .decoder_epmvg import EpmVGDecoder
 from .encoder_epmvg import EpmVGEncoder, EpmVGVisualEncoder
 from .losses import grounding_loss
 from .outputs_epmvg import EpmVGGroundingOutput, EpmVGImageFeatures, EpmVGModelOutput
@@ -39,7 +45,8 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     """
     The grounding student without its box head, built like TransVG: a vision backbone with a DETR encoder, a text
     tower, and a fusion transformer over `[REG]`, text tokens and visual tokens. The visual branch runs once per image,
-    however many expressions the image has.
+    however many expressions the image has. With `config.fusion_type="decoder"`, only `[REG]` and text tokens go
+    through the fusion transformer, which reads the visual tokens.
 
     Args:
         config ([`EpmVGConfig`]): the architecture; the weights are new. [`~EpmVGModel.from_vision_text_pretrained`]
@@ -78,7 +85,8 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         # The table has a row for [REG], for each of max_text_length tokens, and for each cell of the grid. Those of
         # the grid come after those of the longest text, so that they do not shift with the length of a batch's texts.
         self.fusion_positions = nn.Parameter(torch.empty(1 + config.max_text_length + grid * grid, config.d_model))
-        self.fusion = EpmVGEncoder(config, config.fusion_layers, config.fusion_attention_heads, config.fusion_ffn_dim)
+        fusion = EpmVGEncoder if config.fusion_type == "encoder" else EpmVGDecoder
+        self.fusion = fusion(config, config.fusion_layers, config.fusion_attention_heads, config.fusion_ffn_dim)
 
         if config.teacher_projection_dim is not None:
             width = config.teacher_projection_dim
@@ -105,7 +113,8 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     def train(self, mode: bool = True) -> "EpmVGModel":
         """
         Sets the mode as in PyTorch, except for the backbone's batch norms: with `config.frozen_batch_norm` they are
-        not trained and stay in evaluation mode.
+        not trained and stay in evaluation mode, and except for a tower of which nothing is trained: all of it stays
+        in evaluation mode, so that it is a fixed function, whose outputs can be computed once.
         """
         super().train(mode)
         for norm in self.vision_model.modules():
@@ -116,6 +125,9 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
                     norm.requires_grad_(False)
                 if not norm.weight.requires_grad:
                     norm.eval()
+        for tower in (self.vision_model, self.text_model):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -127,17 +139,19 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None = None,
         pixel_mask: torch.LongTensor | None = None,
         original_sizes: torch.LongTensor | None = None,
         letterbox: torch.LongTensor | None = None,
+        backbone_features: torch.FloatTensor | None = None,
+        visual_mask: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGImageFeatures:
         r"""
         Runs the visual branch alone. Its tokens can be kept and given to the model again with every new expression.
 
         Args:
-            pixel_values, pixel_mask, original_sizes, letterbox:
+            pixel_values, pixel_mask, original_sizes, letterbox, backbone_features, visual_mask:
                 See [`EpmVGModel.forward`].
 
         Returns:
@@ -159,27 +173,31 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         torch.Size([4])
         ```
         """
-        feature_map, visual_mask = self._encode_pixels(pixel_values, pixel_mask)
+        _the_one(pixel_values=pixel_values, backbone_features=backbone_features)
+        if backbone_features is None:
+            feature_map, mask = self.encode_pixels(pixel_values, pixel_mask)
+        else:
+            feature_map, mask = backbone_features.to(self.dtype), visual_mask.bool()
         projected = self.input_projection(feature_map)
         # Sine positions are made of cumulative sums over the grid, which lower precisions round too much.
-        positions = self.sine_positions(projected.shape, projected.device, torch.float32, visual_mask)
+        positions = self.sine_positions(projected.shape, projected.device, torch.float32, mask)
         encoded = self.encoder(
             projected.flatten(2).transpose(1, 2),
-            attention_mask=visual_mask.flatten(1),
+            attention_mask=mask.flatten(1),
             position_embeddings=positions.flatten(2).transpose(1, 2).to(projected.dtype),
             return_dict=True,
             **kwargs,
         )
         image_embeds = None
         if self.config.teacher_projection_dim is not None:
-            pooled = _masked_mean(feature_map.flatten(2).transpose(1, 2), visual_mask.flatten(1))
+            pooled = _masked_mean(feature_map.flatten(2).transpose(1, 2), mask.flatten(1))
             image_embeds = nn.functional.normalize(self.teacher_image_projection(pooled), dim=-1)
         return EpmVGImageFeatures(
             last_hidden_state=self.visual_projection(encoded.last_hidden_state),
             pooler_output=image_embeds,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
-            visual_mask=visual_mask.long(),
+            visual_mask=mask.long(),
         )
 
     @can_return_tuple
@@ -188,13 +206,14 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        text_hidden_states: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
         Runs the text tower alone.
 
         Args:
-            input_ids, attention_mask, inputs_embeds:
+            input_ids, attention_mask, inputs_embeds, text_hidden_states:
                 See [`EpmVGModel.forward`].
 
         Returns:
@@ -209,9 +228,12 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         torch.Size([2, 4, 16])
         ```
         """
-        # Some text towers have no argument `inputs_embeds`, so it is only passed if it is given.
-        tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        states = self.text_model(**tokens, attention_mask=attention_mask, return_dict=True, **kwargs)
+        if text_hidden_states is None:
+            # Some text towers have no argument `inputs_embeds`, so it is only passed if it is given.
+            tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+            states = self.text_model(**tokens, attention_mask=attention_mask, return_dict=True, **kwargs)
+        else:
+            states = BaseModelOutput(last_hidden_state=text_hidden_states.to(self.dtype))
         text_embeds = None
         if self.config.teacher_projection_dim is not None:
             pooled = _masked_mean(states.last_hidden_state, _token_mask(states.last_hidden_state, attention_mask))
@@ -236,14 +258,17 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         visual_tokens: torch.FloatTensor | None = None,
         visual_mask: torch.LongTensor | None = None,
         letterbox: torch.LongTensor | None = None,
+        backbone_features: torch.FloatTensor | None = None,
+        text_hidden_states: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGModelOutput:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`, *optional*):
-                Normalised images on their canvases; not together with `visual_tokens`.
+                Normalised images on their canvases; not together with `backbone_features` or `visual_tokens`.
             input_ids (`torch.LongTensor` of shape `(N, L)`, *optional*):
-                Tokens of N expressions, at most `config.max_text_length` each; not together with `inputs_embeds`.
+                Tokens of N expressions, at most `config.max_text_length` each; not together with `inputs_embeds` or
+                `text_hidden_states`.
             attention_mask (`torch.LongTensor` of shape `(N, L)`, *optional*):
                 1 on tokens, 0 on padding; without it nothing is padding.
             pixel_mask (`torch.LongTensor` of shape `(B, height, width)`, *optional*):
@@ -261,7 +286,13 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             visual_tokens (`torch.FloatTensor` of shape `(B, V, d_model)`, *optional*):
                 Visual tokens instead of `pixel_values`, from [`~EpmVGModel.get_image_features`] or an earlier call.
             visual_mask (`torch.LongTensor` of shape `(B, grid_height, grid_width)`, *optional*):
-                The mask that was returned with `visual_tokens`, and is given together with them.
+                The mask that was returned with `visual_tokens` or `backbone_features` and is given together with them.
+            backbone_features (`torch.FloatTensor` of shape `(B, C, grid_height, grid_width)`, *optional*):
+                What [`~EpmVGModel.encode_pixels`] returned, instead of `pixel_values`: where the vision backbone is
+                not trained, it need not run again. Given together with `visual_mask`.
+            text_hidden_states (`torch.FloatTensor` of shape `(N, L, text_config.hidden_size)`, *optional*):
+                What [`~EpmVGModel.get_text_features`] returned as `last_hidden_state`, instead of `input_ids`; their
+                `attention_mask` is given as well.
 
         Raises:
             ValueError: images or expressions are missing or given in two ways, or their numbers do not match.
@@ -280,11 +311,9 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         (torch.Size([2, 8, 8]), torch.Size([3, 64]))
         ```
         """
-        _check_either(pixel_values=pixel_values, visual_tokens=visual_tokens)
-        _check_either(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        _check_visual(visual_tokens, visual_mask)
-        images = pixel_values if visual_tokens is None else visual_tokens
-        expressions = input_ids if inputs_embeds is None else inputs_embeds
+        images = _the_one(pixel_values=pixel_values, backbone_features=backbone_features, visual_tokens=visual_tokens)
+        expressions = _the_one(input_ids=input_ids, inputs_embeds=inputs_embeds, text_hidden_states=text_hidden_states)
+        _check_visual(backbone_features, visual_tokens, visual_mask)
         _check_pairing(images, expressions, image_index, self.config.max_text_length)
         # `output_attentions` and `output_hidden_states` ask for the states of the fusion transformer, not of the
         # towers.
@@ -292,31 +321,29 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
         image_embeds = None
         if visual_tokens is None:
-            image = self.get_image_features(pixel_values, pixel_mask, return_dict=True, **tower_kwargs)
+            image = self.get_image_features(
+                pixel_values,
+                pixel_mask,
+                backbone_features=backbone_features,
+                visual_mask=visual_mask,
+                return_dict=True,
+                **tower_kwargs,
+            )
             visual_tokens, visual_mask, image_embeds = image.last_hidden_state, image.visual_mask, image.pooler_output
-        text = self.get_text_features(input_ids, attention_mask, inputs_embeds, return_dict=True, **tower_kwargs)
+        text = self.get_text_features(
+            input_ids, attention_mask, inputs_embeds, text_hidden_states, return_dict=True, **tower_kwargs
+        )
         text_tokens = self.text_projection(text.last_hidden_state)
         text_mask = _token_mask(text_tokens, attention_mask)
 
-        # One row for each expression: the tokens of its image.
-        paired_tokens, paired_mask = visual_tokens, visual_mask.flatten(1).bool()
-        if image_index is not None:
-            paired_tokens, paired_mask = paired_tokens[image_index], paired_mask[image_index]
-        count, length = text_tokens.shape[:2]
-        reg = self.reg_token.expand(count, 1, -1)
-        fused = self.fusion(
-            torch.cat([reg, text_tokens, paired_tokens], dim=1),
-            attention_mask=torch.cat([text_mask.new_ones(count, 1), text_mask, paired_mask], dim=1),
-            position_embeddings=self._fusion_positions(length, visual_mask.shape[1:]),
-            return_dict=True,
-            **kwargs,
-        )
-        reg_state, fused_visual = fused.last_hidden_state[:, 0], fused.last_hidden_state[:, 1 + length :]
+        fused, map_tokens = self._fuse(text_tokens, text_mask, visual_tokens, visual_mask, image_index, **kwargs)
+        reg_state = fused.last_hidden_state[:, 0]
         # The first term gives words a direct way to what they name, since its gradient does not pass through the
         # fusion transformer. The second term is what fusion adds.
         scale = self.config.d_model**-0.5
+        paired_tokens = for_each_expression(visual_tokens, image_index)
         similarity_map = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), paired_tokens) * scale
-        consistency_map = similarity_map + torch.einsum("nd,nvd->nv", reg_state, fused_visual) * scale
+        consistency_map = similarity_map + torch.einsum("nd,nvd->nv", reg_state, map_tokens) * scale
 
         return EpmVGModelOutput(
             reg_state=reg_state,
@@ -325,19 +352,86 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             visual_tokens=visual_tokens,
             visual_mask=visual_mask,
             text_tokens=text_tokens,
+            map_tokens=map_tokens,
             image_embeds=image_embeds,
             text_embeds=text.pooler_output,
             last_hidden_state=fused.last_hidden_state,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
+            cross_attentions=fused.cross_attentions,
         )
 
-    def _encode_pixels(
-        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None
+    def _fuse(
+        self,
+        text_tokens: torch.Tensor,
+        text_mask: torch.Tensor,
+        visual_tokens: torch.Tensor,
+        visual_mask: torch.Tensor,
+        image_index: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[BaseModelOutputWithCrossAttentions, torch.Tensor]:
+        """The outputs of the fusion transformer, and `map_tokens` of [`EpmVGModelOutput`]."""
+        count, length = text_tokens.shape[:2]
+        expressions = torch.cat([self.reg_token.expand(count, 1, -1), text_tokens], dim=1)
+        expression_mask = torch.cat([text_mask.new_ones(count, 1), text_mask], dim=1)
+        positions = self._fusion_positions(length, visual_mask.shape[1:])
+        visual_mask = visual_mask.flatten(1).bool()
+        if self.config.fusion_type == "encoder":
+            paired_tokens = for_each_expression(visual_tokens, image_index)
+            paired_mask = for_each_expression(visual_mask, image_index)
+            fused = self.fusion(
+                torch.cat([expressions, paired_tokens], dim=1),
+                attention_mask=torch.cat([expression_mask, paired_mask], dim=1),
+                position_embeddings=positions,
+                return_dict=True,
+                **kwargs,
+            )
+            return fused, fused.last_hidden_state[:, 1 + length :]
+        positions, visual_positions = positions.split([1 + length, visual_tokens.shape[1]], dim=1)
+        fused = self.fusion(
+            expressions,
+            attention_mask=expression_mask,
+            position_embeddings=positions,
+            visual_tokens=visual_tokens,
+            visual_mask=visual_mask,
+            visual_position_embeddings=visual_positions,
+            image_index=image_index,
+            return_dict=True,
+            **kwargs,
+        )
+        # Attention adds positions to keys only, so visual tokens hardly know where they are. With the positions, the
+        # state of [REG] can point to the leftmost of two dogs.
+        return fused, for_each_expression(visual_tokens + visual_positions, image_index)
+
+    def encode_pixels(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The backbone's maps, averaged to the grid of the last one and joined to `(B, C, grid_height, grid_width)`, and
-        a mask `(B, grid_height, grid_width)` that is True on the picture.
+        r"""
+        Runs the vision backbone alone, as far as its outputs depend on no other part of the model.
+
+        Args:
+            pixel_values, pixel_mask:
+                See [`EpmVGModel.forward`].
+
+        Returns:
+            `tuple`: the backbone's maps, averaged to the grid of the last one and joined to
+            `(B, C, grid_height, grid_width)`, and a mask `(B, grid_height, grid_width)` that is True on the picture:
+            `backbone_features` and `visual_mask` of [`EpmVGModel.forward`].
+
+        Raises:
+            ValueError: the cells of the backbone's last map are not of `config.backbone_stride` pixels.
+
+        Example:
+
+        ```python
+        >>> inputs = processor(images=image, text="the star")
+        >>> features, mask = model.model.encode_pixels(inputs["pixel_values"], inputs["pixel_mask"])
+        >>> features.shape
+        torch.Size([1, 16, 8, 8])
+        >>> tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        >>> model(backbone_features=features, visual_mask=mask, **tokens).pred_boxes.shape
+        torch.Size([1, 4])
+        ```
         """
         *lower, last = self.vision_model(pixel_values.to(self.dtype)).feature_maps
         grid = last.shape[-2:]
@@ -376,7 +470,17 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
 # The entries of a batch that `EpmVGForVisualGrounding` reads. The other entries are for post-processing, metrics or a
 # teacher.
-MODEL_INPUTS = ("pixel_values", "pixel_mask", "input_ids", "attention_mask", "image_index", "labels")
+MODEL_INPUTS = (
+    "pixel_values",
+    "pixel_mask",
+    "input_ids",
+    "attention_mask",
+    "image_index",
+    "labels",
+    "backbone_features",
+    "visual_mask",
+    "text_hidden_states",
+)
 
 
 class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
@@ -465,12 +569,14 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         visual_tokens: torch.FloatTensor | None = None,
         visual_mask: torch.LongTensor | None = None,
         letterbox: torch.LongTensor | None = None,
+        backbone_features: torch.FloatTensor | None = None,
+        text_hidden_states: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGGroundingOutput:
         r"""
         Args:
             pixel_values, input_ids, attention_mask, pixel_mask, image_index, original_sizes, letterbox, inputs_embeds,
-            visual_tokens, visual_mask:
+            visual_tokens, visual_mask, backbone_features, text_hidden_states:
                 See [`EpmVGModel.forward`].
             labels (`torch.FloatTensor` of shape `(N, 4)`, *optional*):
                 True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, which the processor makes of its `boxes`. A
@@ -481,7 +587,6 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
 
         Raises:
             ValueError: see [`EpmVGModel.forward`].
-            ImportError: `labels` are given, but torchvision, which the loss needs, is not installed.
 
         Example:
 
@@ -502,12 +607,12 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             inputs_embeds=inputs_embeds,
             visual_tokens=visual_tokens,
             visual_mask=visual_mask,
+            backbone_features=backbone_features,
+            text_hidden_states=text_hidden_states,
             return_dict=True,
             **kwargs,
         )
-        paired_mask = outputs.visual_mask.bool()  # one row for each expression: the mask of its image
-        if image_index is not None:
-            paired_mask = paired_mask[image_index]
+        paired_mask = for_each_expression(outputs.visual_mask.bool(), image_index)
         if self.config.box_head == "reg":
             pred_boxes = self.box_head(outputs.reg_state).float().sigmoid()
         else:
@@ -529,6 +634,7 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             text_embeds=outputs.text_embeds,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
 
     def _boxes_from_map(self, outputs: EpmVGModelOutput, visual_mask: torch.Tensor) -> torch.Tensor:
@@ -548,8 +654,7 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         # Under autocast these sums stay in float32. Matrix products would be in bfloat16, an error of some pixels.
         centre = torch.stack([(per_cell.sum(1) * x).sum(-1), (per_cell.sum(2) * y).sum(-1)], dim=-1)
 
-        fused_visual = outputs.last_hidden_state[:, -visual_mask[0].numel() :]
-        attended = torch.einsum("nv,nvd->nd", weights.to(fused_visual.dtype), fused_visual)
+        attended = torch.einsum("nv,nvd->nd", weights.to(outputs.map_tokens.dtype), outputs.map_tokens)
         offset, size = self.box_head(torch.cat([outputs.reg_state, attended], dim=-1)).float().split(2, dim=-1)
         return torch.cat([(centre + 0.5 * offset.tanh()).clamp(0, 1), size.sigmoid()], dim=-1)
 
@@ -567,15 +672,26 @@ def _token_mask(states: torch.Tensor, attention_mask: torch.Tensor | None) -> to
     return attention_mask.bool()
 
 
-def _check_either(**inputs: torch.Tensor | None) -> None:
-    given = [name for name, value in inputs.items() if value is not None]
+def _the_one(**inputs: torch.Tensor | None) -> torch.Tensor:
+    """The only one of the inputs that is given."""
+    given = {name: value for name, value in inputs.items() if value is not None}
     if len(given) != 1:
-        raise ValueError(f"expected either {' or '.join(inputs)}, got {'both' if given else 'neither'}")
+        raise ValueError(f"expected one of {', '.join(inputs)}, got {' and '.join(given) or 'none of them'}")
+    return next(iter(given.values()))
 
 
-def _check_visual(visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor | None) -> None:
-    if (visual_tokens is None) != (visual_mask is None):
-        raise ValueError("visual_tokens and visual_mask come together: the mask has the shape of their grid")
+def _check_visual(
+    backbone_features: torch.Tensor | None, visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor | None
+) -> None:
+    if (backbone_features is None and visual_tokens is None) != (visual_mask is None):
+        raise ValueError(
+            "visual_mask comes together with backbone_features or visual_tokens: it has the shape of their grid"
+        )
+    if backbone_features is not None and backbone_features[:, 0].shape != visual_mask.shape:
+        raise ValueError(
+            f"backbone_features have shape {tuple(backbone_features.shape)} and visual_mask "
+            f"{tuple(visual_mask.shape)}, expected (B, C, grid_height, grid_width) and (B, grid_height, grid_width)"
+        )
     if visual_tokens is not None and visual_tokens.shape[:2] != visual_mask.flatten(1).shape:
         raise ValueError(
             f"visual_tokens have shape {tuple(visual_tokens.shape)} and visual_mask {tuple(visual_mask.shape)}, "

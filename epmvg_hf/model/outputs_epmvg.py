@@ -45,13 +45,19 @@ class EpmVGModelOutput(ModelOutput):
             `visual_tokens`.
         text_embeds (`torch.FloatTensor` of shape `(N, teacher_projection_dim)`, *optional*):
             Normalised expression embedding in the teacher's space, taken before fusion.
+        map_tokens (`torch.FloatTensor` of shape `(N, V, d_model)`):
+            Visual tokens of each expression's image, with which `reg_state` is compared to make the consistency map:
+            the fused ones, or those before fusion with their positions if `config.fusion_type` is `"decoder"`.
         last_hidden_state (`torch.FloatTensor` of shape `(N, 1 + L + V, d_model)`):
-            Fused states of `[REG] . text . visual`.
+            Fused states of `[REG] . text . visual`; `(N, 1 + L, d_model)` of `[REG] . text` for a decoder.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             States of the fusion transformer, its input first.
         attentions (`tuple(torch.FloatTensor)`, *optional*):
-            Attention weights `(N, heads, 1 + L + V, 1 + L + V)` of the fusion transformer; empty unless the attention
-            implementation is `"eager"`.
+            Weights `(N, heads, length, length)` of the fusion transformer's self-attention over as many states as
+            `last_hidden_state` has; empty unless the attention implementation is `"eager"`.
+        cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Weights `(N, heads, 1 + L, V)` of a decoder's attention to the visual tokens, likewise; `None` for an
+            encoder.
     """
 
     reg_state: torch.FloatTensor | None = None
@@ -60,11 +66,13 @@ class EpmVGModelOutput(ModelOutput):
     visual_tokens: torch.FloatTensor | None = None
     visual_mask: torch.LongTensor | None = None
     text_tokens: torch.FloatTensor | None = None
+    map_tokens: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -102,7 +110,8 @@ class EpmVGGroundingOutput(ModelOutput):
         pred_boxes (`torch.FloatTensor` of shape `(N, 4)`):
             (cx, cy, w, h) in [0, 1] of the padded canvas. [`~EpmVGProcessor.post_process_grounding`] turns them into
             pixels of the original image.
-        reg_state, consistency_map, similarity_map, visual_mask, image_embeds, text_embeds, hidden_states, attentions:
+        reg_state, consistency_map, similarity_map, visual_mask, image_embeds, text_embeds, hidden_states, attentions,
+        cross_attentions:
             See [`EpmVGModelOutput`].
     """
 
@@ -117,3 +126,4 @@ class EpmVGGroundingOutput(ModelOutput):
     text_embeds: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from ..data.image_groups import ImageGroup, group_rows
+from ..data.image_groups import ImageGroup, group_rows, merge_groups
+from ..model.nested_inputs import flatten
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
 
@@ -29,6 +30,12 @@ class EpmVGDataCollator:
         teacher_columns (`Callable`, *optional*):
             Makes the columns that a teacher needs from the indices of the batch's images and the list of its
             expressions, see [`~teaching.Teaching.columns`].
+        tower_outputs (`Callable`, *optional*):
+            Makes what frozen towers gave for these images and expressions, see [`~frozen_towers.TowerOutputs`]. Then
+            the processor is not asked for the inputs of these towers.
+        as_bytes (`bool`, *optional*, defaults to `False`):
+            Whether `pixel_values` stay bytes until [`~EpmVGImageProcessor.from_bytes`] normalises them. The workers
+            of a data loader then send 5 times less.
 
     Example:
 
@@ -47,26 +54,34 @@ class EpmVGDataCollator:
     augmentation: GroundingAugmentation | None = None
     max_expressions_per_image: int | None = None
     teacher_columns: Callable[..., dict[str, Any]] | None = None
+    tower_outputs: Callable[..., dict[str, torch.Tensor]] | None = None
+    as_bytes: bool = False
 
     def __call__(self, examples: list[ImageGroup] | list[dict[str, Any]]) -> BatchFeature:
         """
         Args:
             examples (`list[ImageGroup]` or `list[dict]`):
-                Items of [`ImageGroups`], which are grouped already, or rows of a stream with `image`, `image_id`,
-                `expression` and optionally `box` and `row_index`, which are grouped by their `image_id` here.
+                Items of [`ImageGroups`], of which those of the same image are merged, or rows of a stream with
+                `image`, `image_id`, `expression` and optionally `box` and `row_index`, which are grouped by their
+                `image_id`.
 
         Returns:
-            The processor's inputs, with the expressions ordered by image. Datasets with boxes add `boxes` `(N, 4)`,
-            float32 xyxy pixels of the image that the processor saw; where an expression has no box, its rows of
-            `boxes` and `labels` are NaN. Numbered rows add `row_index` `(N,)`, and a teacher adds its columns.
+            The processor's inputs, with the images in the order of their first appearance and the expressions ordered
+            by image. Datasets with boxes add `boxes` `(N, 4)`, float32 xyxy pixels of the image that the processor
+            saw; where an expression has no box, its rows of `boxes` and `labels` are NaN. Numbered rows add
+            `row_index` `(N,)`, and a teacher adds its columns.
 
         Raises:
             ValueError: an image is missing, augmentation lacks the boxes, or the processor refuses a text or a box.
         """
-        groups = examples if isinstance(examples[0], ImageGroup) else group_rows(examples)
+        groups = merge_groups(examples) if isinstance(examples[0], ImageGroup) else group_rows(examples)
         groups = [self._choose_expressions(group) for group in groups]
+        numbers = [group.index for group in groups]
+        known: dict[str, torch.Tensor] = {}
+        if self.tower_outputs is not None:
+            known = self.tower_outputs(numbers, flatten([group.expressions for group in groups]))
         for group in groups:
-            if group.image is None:
+            if group.image is None and "backbone_features" not in known:
                 raise ValueError(
                     f"image {group.image_id!r} is missing: rows loaded with missing_images='keep' cannot be batched"
                 )
@@ -77,20 +92,33 @@ class EpmVGDataCollator:
             canvas = self.processor.image_processor.size["height"]
             placements = [self.augmentation.placement(canvas) for _ in groups]
 
-        batch = self.processor(
-            images=[group.image for group in groups],
-            text=[group.expressions for group in groups],
-            boxes=[group.boxes for group in groups] if has_boxes else None,
-            placements=placements,
-            return_tensors="pt",
-        )
+        text = [group.expressions for group in groups]
+        boxes = [group.boxes for group in groups] if has_boxes else None
+        if "backbone_features" in known:
+            batch = BatchFeature(known)
+            if "text_hidden_states" not in known:
+                batch.update(self.processor(text=flatten(text), return_tensors="pt"))
+            batch["image_index"] = torch.tensor([image for image, group in enumerate(text) for _ in group])
+            if boxes is not None:
+                batch["labels"] = self.processor.make_labels(batch, boxes, text)
+        else:
+            batch = self.processor(
+                images=[group.image for group in groups],
+                text=text,
+                boxes=boxes,
+                placements=placements,
+                as_bytes=self.as_bytes,
+                return_tensors="pt",
+            )
+            if "text_hidden_states" in known:
+                del batch["input_ids"]
+                batch.update(known)
         if has_boxes:
             batch["boxes"] = torch.cat([torch.from_numpy(group.boxes) for group in groups])
         if groups[0].row_indices:
             batch["row_index"] = torch.tensor([index for group in groups for index in group.row_indices])
         if self.teacher_columns is not None:
-            expressions = [expression for group in groups for expression in group.expressions]
-            batch.update(self.teacher_columns([group.index for group in groups], expressions))
+            batch.update(self.teacher_columns(numbers, flatten([group.expressions for group in groups])))
         return batch
 
     def _choose_expressions(self, group: ImageGroup) -> ImageGroup:

@@ -17,10 +17,10 @@ class LossTerms:
         self.accelerator = accelerator
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, terms: dict[str, tuple[torch.Tensor, int]]) -> None:
-        """Adds terms, each with the number of this process's expressions that it is a mean of."""
+    def add(self, terms: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Adds terms, each with the number of this process's expressions that it is a mean of, on the same device."""
         for name, (term, count) in terms.items():
-            weighted = torch.stack([term.detach().float() * count, term.new_tensor(count).float()])
+            weighted = torch.stack([term.detach().float() * count, count.float()])
             self._sums[name] = self._sums.get(name, 0) + weighted
 
     def take(self) -> dict[str, float]:

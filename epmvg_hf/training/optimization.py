@@ -5,10 +5,12 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..model.modeling_epmvg import EpmVGForVisualGrounding
 from .training_args import EpmVGTrainingArguments
 
 # The projection behind the encoder is not listed: TransVG trains it at the fusion transformer's rate.
@@ -32,6 +34,46 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
             raise ValueError(f"frozen_parameters has {pattern!r}, which is found in no parameter's name")
         for parameter in matching:
             parameter.requires_grad_(False)
+
+
+def find_unused_parameters(model: EpmVGForVisualGrounding, with_embeddings: bool) -> list[str]:
+    """
+    The names of trained parameters that get no gradient, such as those of stages behind the last feature map that is
+    used. Runs the student once, for one empty image.
+
+    Args:
+        model ([`EpmVGForVisualGrounding`]): the student.
+        with_embeddings (`bool`): whether the loss compares the student's `image_embeds` and `text_embeds`.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.training.optimization import find_unused_parameters
+
+    >>> find_unused_parameters(model, with_embeddings=False)
+    ['model.teacher_image_projection.weight', 'model.teacher_text_projection.weight']
+    ```
+    """
+    size = model.config.image_size
+    was_training = model.training
+    # In training mode, dropout would draw random numbers and batch norms would change.
+    outputs = model.eval()(
+        pixel_values=torch.zeros(1, 3, size, size, device=model.device),
+        input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device),
+        labels=torch.full((1, 4), 0.5, device=model.device),
+    )
+    model.train(was_training)
+    ends = [outputs.loss, *((outputs.image_embeds, outputs.text_embeds) if with_embeddings else ())]
+    nodes = [end.grad_fn for end in ends if end.grad_fn is not None]
+    seen, used = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "torch::autograd::AccumulateGrad":  # where the graph ends at a parameter
+            used.add(node.variable)
+        following = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= following
+        nodes.extend(following)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter not in used]
 
 
 def parameter_groups(model: nn.Module, args: EpmVGTrainingArguments, decayed: Collection[str]) -> list[dict[str, Any]]:

@@ -23,12 +23,17 @@ from .augmentation import GroundingAugmentation
 from .callbacks import CaptionTurnsCallback, FreezeBackbonesCallback
 from .checkpoint_trainer import CheckpointTrainer
 from .data_collator import EpmVGDataCollator
+from .frozen_towers import FrozenTowers, TowerImageGroups
 from .loss_terms import LossTerms
 from .model_card import strip_private_paths
-from .optimization import drop_schedule, freeze_parameters, parameter_groups
+from .optimization import drop_schedule, find_unused_parameters, freeze_parameters, parameter_groups
 from .training_args import EpmVGTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+# How many pixels the longer side of an augmented JPEG keeps when it is decoded, as a share of the canvas. A crop may
+# take 0.4 of them away, see GroundingAugmentation.
+_DECODED_SHARE = 1.5
 
 
 class EpmVGTrainer(CheckpointTrainer):
@@ -57,7 +62,8 @@ class EpmVGTrainer(CheckpointTrainer):
             Rows with `image`, `image_id`, `expression` and `box` (xyxy pixels of that image).
         processing_class ([`EpmVGProcessor`]): makes tensors and undoes the letterbox; saved with checkpoints.
         augmentation ([`GroundingAugmentation`], *optional*):
-            Changes training images when `args.augment` is set; one with default settings if not given.
+            Changes training images when `args.augment` is set; one with default settings if not given. JPEGs of at
+            least three times the canvas are then decoded at a lower resolution, see [`ImageGroups`].
         teacher ([`ClipTeacher`], *optional*):
             Teaches its image-text consistency, with the weights and temperatures in `args`. The relation and feature
             terms need a model with `config.teacher_projection_dim`, the feature term one of the teacher's `embed_dim`.
@@ -108,14 +114,17 @@ class EpmVGTrainer(CheckpointTrainer):
         self.teacher = teacher if args.distils else None
         self.caption_dataset = caption_dataset
         augmentation = (augmentation or GroundingAugmentation()) if args.augment else None
-        self.train_collator = EpmVGDataCollator(processing_class, augmentation, args.max_expressions_per_image)
+        has_workers = args.dataloader_num_workers > 0
+        self.train_collator = EpmVGDataCollator(
+            processing_class, augmentation, args.max_expressions_per_image, as_bytes=has_workers
+        )
         self._metric = GroundingAccuracy(keep_in_memory=True)
         self._evaluated: list[dict[str, Any]] = []
         kwargs.setdefault("compute_metrics", self._compute_accuracy)
         super().__init__(
             model=model,
             args=args,
-            data_collator=EpmVGDataCollator(processing_class),
+            data_collator=EpmVGDataCollator(processing_class, as_bytes=has_workers),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -144,28 +153,73 @@ class EpmVGTrainer(CheckpointTrainer):
             self._average_weights(self.args.ema_decay)
         if self.args.freeze_backbone_epochs > 0:
             self.add_callback(FreezeBackbonesCallback(student, self.args.freeze_backbone_epochs))
+        self._find_unused_parameters(student)
+        self._frozen_towers: FrozenTowers | None = None
+        if self.args.cache_frozen_towers:
+            # Added after the callback above, which decides what is frozen in an epoch.
+            self._frozen_towers = FrozenTowers(
+                student,
+                self.processing_class,
+                self.accelerator,
+                self.args.per_device_train_batch_size,
+                cache_dir=self.args.tower_cache_dir,
+                dtype=self.args.tower_cache_dtype,
+                disable_tqdm=self._hides_progress,
+            )
+            self.train_collator.tower_outputs = self._frozen_towers.outputs
+            self.add_callback(self._frozen_towers)
+
+    def _find_unused_parameters(self, student: EpmVGForVisualGrounding) -> None:
+        """Has DDP search for parameters without a gradient, in every step, only where there are some."""
+        handler = self.accelerator.ddp_handler
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or handler is None:
+            return
+        if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is None:
+            with_embeddings = self.teaching is not None and self.teaching.weights.compares_embeddings
+            unused = find_unused_parameters(student, with_embeddings)
+            handler.find_unused_parameters = bool(unused)
+            if unused:
+                logger.info("DDP searches for unused parameters in every step, because of %s", ", ".join(unused[:3]))
 
     # Data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
+        datasets = [dataset for dataset in (self.train_dataset, self.caption_dataset) if dataset is not None]
+        is_fixed = not self.args.augment and not any(isinstance(dataset, IterableDataset) for dataset in datasets)
         if self.teaching is not None:
-            self._fill_teacher_cache(self.teaching)
+            if is_fixed and self.args.cache_teacher:
+                self.teaching.fill_cache(datasets, self.args.teacher_cache_dir, disable_tqdm=self._hides_progress)
+            elif self.args.cache_teacher:
+                logger.info(
+                    "the teacher runs in every step: only data that is neither augmented nor streamed is cached"
+                )
             self.train_collator.teacher_columns = self.teaching.columns
+        if self._frozen_towers is not None:
+            self._frozen_towers.datasets = datasets
+            self._frozen_towers.obstacles = self._obstacles_to_tower_outputs(is_fixed)
         evaluation_collator, self.data_collator = self.data_collator, self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = evaluation_collator
 
-    def _fill_teacher_cache(self, teaching: Teaching) -> None:
-        datasets = [dataset for dataset in (self.train_dataset, self.caption_dataset) if dataset is not None]
-        if not self.args.cache_teacher:
-            return
-        if self.args.augment or any(isinstance(dataset, IterableDataset) for dataset in datasets):
-            logger.info("the teacher runs in every step: only data that is neither augmented nor streamed is cached")
-            return
-        hide_progress = self.args.disable_tqdm or not self.is_local_process_zero()
-        teaching.fill_cache(datasets, self.args.teacher_cache_dir, disable_tqdm=hide_progress)
+    @property
+    def _hides_progress(self) -> bool:
+        return self.args.disable_tqdm or not self.is_local_process_zero()
+
+    def _obstacles_to_tower_outputs(self, is_fixed: bool) -> dict[str, str]:
+        """Why the outputs of each tower cannot be computed once, if it is not for parameters that are trained."""
+        vision, text = "vision backbone", "text tower"
+        if not is_fixed:
+            return dict.fromkeys((vision, text), "its input is augmented (augment) or streamed")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return dict.fromkeys((vision, text), "FSDP and DeepSpeed spread its weights over the processes")
+        obstacles = {}
+        if self.teaching is not None and not self.args.cache_teacher:
+            obstacles[vision] = "the teacher sees the pixels in every step (cache_teacher)"
+        if self.processing_class.tokenizer.padding_side != "right":
+            obstacles[text] = "its tokenizer pads on the left, where the places of tokens depend on the batch"
+        return obstacles
 
     def _get_dataloader(
         self, dataset: Dataset | IterableDataset, *args: Any, is_training: bool = False, **kwargs: Any
@@ -179,12 +233,23 @@ class EpmVGTrainer(CheckpointTrainer):
             reader = (self.accelerator.process_index, self.accelerator.num_processes) if has_shards else (0, 1)
             by_image = number_rows(dataset, *reader)
         else:
-            by_image = ImageGroups(dataset)
+            by_image = self._group_images(dataset, is_training)
         if is_training and self.caption_dataset is not None:
-            captioned = ImageGroups(self.caption_dataset)
+            captioned = self._group_images(self.caption_dataset, is_training)
             by_image = CaptionedGroups(by_image, captioned, self.args.caption_ratio, self.args.seed)
             self._caption_turns.groups = by_image
         return super()._get_dataloader(by_image, *args, is_training=is_training, **kwargs)
+
+    def _group_images(self, dataset: Dataset, is_training: bool) -> ImageGroups:
+        if is_training and self._frozen_towers is not None:
+            return TowerImageGroups(dataset, self._frozen_towers.outputs)
+        if is_training and self.args.augment:
+            canvas = self.processing_class.image_processor.size["height"]
+            return ImageGroups(dataset, decoded_side=round(_DECODED_SHARE * canvas))
+        return ImageGroups(dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self.processing_class.image_processor.from_bytes(super()._prepare_inputs(inputs))
 
     # Loss ------------------------------------------------------------------------------------------------------
 
@@ -216,9 +281,10 @@ class EpmVGTrainer(CheckpointTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the end of a stream, which the other processes may not have reached
             return [], torch.zeros(2, dtype=torch.long, device=device)
-        boxes = sum(int(has_box(batch["labels"]).sum()) for batch in batches)
-        expressions = sum(len(batch["labels"]) for batch in batches)
-        return batches, self.accelerator.reduce(torch.tensor([boxes, expressions], device=device), reduction="sum")
+        # The counts stay on the device, here and in the loss, because reading them would make a GPU wait.
+        boxes = has_box(torch.cat([batch["labels"] for batch in batches])).sum()
+        expressions = torch.full_like(boxes, sum(len(batch["labels"]) for batch in batches))
+        return batches, self.accelerator.reduce(torch.stack([boxes, expressions]), reduction="sum")
 
     def compute_loss(
         self,
@@ -232,10 +298,10 @@ class EpmVGTrainer(CheckpointTrainer):
             return (None, outputs) if return_outputs else None
         loss = outputs["loss"]
         if num_items_in_batch is not None:
-            total_boxes, total_expressions = num_items_in_batch.tolist()
-            boxes = int(has_box(inputs["labels"]).sum())
+            total_boxes, total_expressions = num_items_in_batch.unbind()
+            boxes = has_box(inputs["labels"]).sum()
             # Summed over accumulated batches and averaged over processes (DDP), this is the mean over all boxes.
-            loss = loss * (boxes * self.accelerator.num_processes / max(total_boxes, 1))
+            loss = loss * (boxes * self.accelerator.num_processes / total_boxes.clamp(min=1))
             self._loss_terms.add({name: (term, boxes) for name, term in outputs["loss_dict"].items()})
             if self.teaching is not None:
                 distilled, terms = self.teaching.loss(outputs, inputs, total_boxes, total_expressions)

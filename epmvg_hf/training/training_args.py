@@ -61,6 +61,19 @@ class EpmVGTrainingArguments(TrainingArguments):
             [`~teacher_cache.TeacherCache`]. With augmented or streamed data the teacher runs in every step instead.
         teacher_cache_dir (`str`, *optional*):
             Folder of that cache, by default within the cache of `datasets`.
+        cache_frozen_towers (`bool`, *optional*, defaults to `False`):
+            Whether to compute the outputs of the vision backbone and of the text tower once, in the epochs in which
+            nothing of them is trained (`frozen_parameters`, `freeze_backbone_epochs`), and to read them from a cache
+            in every step. Images are then neither decoded nor resized again. It needs `augment=False`. An image takes
+            4 * C * grid_height * grid_width bytes on disk, a token 4 * hidden_size. See
+            [`~frozen_towers.FrozenTowers`].
+        tower_cache_dir (`str`, *optional*):
+            Folder of that cache, by default within the cache of `datasets`.
+        tower_cache_dtype (`str`, *optional*, defaults to `"float32"`):
+            Type of the numbers in that cache: `"float32"`, which keeps them exactly, or `"float16"`, which takes half
+            the space.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
+            Whether to leave losses that are not finite out of the log, for which a GPU is waited for in every step.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
             Must stay `False`, because the collator reads columns that are not arguments of the model.
 
@@ -136,6 +149,21 @@ class EpmVGTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Folder for the teacher's outputs. Defaults to a folder in the cache of datasets."},
     )
+    cache_frozen_towers: bool = field(
+        default=False,
+        metadata={"help": "Compute the outputs of towers that are not trained only once. Needs augment=False."},
+    )
+    tower_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the towers' outputs. Defaults to a folder in the cache of datasets."},
+    )
+    tower_cache_dtype: str = field(
+        default="float32", metadata={"help": "Type of the towers' outputs on disk: float32 or float16."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are not finite out of the log. A GPU is then waited for in every step."},
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Must stay False: the collator reads columns that are not arguments of the model."},
@@ -159,6 +187,8 @@ class EpmVGTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must not be negative, got {value}")
         if self.teacher_map_rows not in ("all", "without_box"):
             raise ValueError(f'teacher_map_rows must be "all" or "without_box", got {self.teacher_map_rows!r}')
+        if self.tower_cache_dtype not in ("float32", "float16"):
+            raise ValueError(f'tower_cache_dtype must be "float32" or "float16", got {self.tower_cache_dtype!r}')
         for name in ("student_temperature", "teacher_temperature", "map_temperature"):
             if (value := getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -282,7 +282,7 @@ def measure_gap(
     collator = EpmVGDataCollator(processor)
     groups = ImageGroups(test)
     batch = collator([groups[index] for index in range(100)])
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name != "labels"}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name != "labels" and name in batch}
     training = model.training
     outputs = model.eval().model(**inputs)
     model.train(training)

@@ -1,15 +1,23 @@
 import inspect
+import re
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGModel
 from epmvg_hf.model.modeling_epmvg import MODEL_INPUTS
 from tests.fixtures.models import tiny_config, tiny_model
 
-both_heads = pytest.mark.parametrize("box_head", ["reg", "map"])
+# The students that differ in how they fuse and how they find the box.
+students = pytest.mark.parametrize(
+    "student",
+    [{"box_head": "reg"}, {"box_head": "map"}, {"box_head": "map", "fusion_type": "decoder"}],
+    ids=["reg", "map", "decoder"],
+)
 
 
 def _inputs(images: int = 3, expressions: int = 5, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -46,7 +54,7 @@ def _row(inputs: dict[str, torch.Tensor], expression: int) -> dict[str, torch.Te
 def test_model_inputs_are_the_arguments_that_a_batch_provides():
     arguments = set(inspect.signature(EpmVGForVisualGrounding.forward).parameters)
     unread = {"original_sizes", "letterbox"}
-    instead = {"inputs_embeds", "visual_tokens", "visual_mask"}  # arguments that replace entries of a batch
+    instead = {"inputs_embeds", "visual_tokens"}  # arguments that replace entries of a batch
     assert set(MODEL_INPUTS) == arguments - unread - instead - {"self", "kwargs"}
 
 
@@ -56,10 +64,10 @@ def test_what_only_post_processing_needs_changes_nothing():
     assert torch.equal(model(**inputs, **extra).pred_boxes, model(**inputs).pred_boxes)
 
 
-@both_heads
+@students
 @torch.no_grad()
-def test_padding_and_other_rows_never_change_a_box(box_head):
-    model, inputs = tiny_model(box_head=box_head), _inputs()
+def test_padding_and_other_rows_never_change_a_box(student):
+    model, inputs = tiny_model(**student), _inputs()
     boxes = model(**inputs).pred_boxes
     alone = torch.cat([model(**_row(inputs, expression)).pred_boxes for expression in range(5)])
     torch.testing.assert_close(boxes, alone, atol=1e-5, rtol=0)
@@ -70,10 +78,10 @@ def test_padding_and_other_rows_never_change_a_box(box_head):
     torch.testing.assert_close(boxes, padded, atol=1e-5, rtol=0)
 
 
-@both_heads
+@students
 @torch.no_grad()
-def test_many_expressions_per_image_equal_pairs(box_head):
-    model, inputs = tiny_model(box_head=box_head), _inputs(images=2, expressions=8)
+def test_many_expressions_per_image_equal_pairs(student):
+    model, inputs = tiny_model(**student), _inputs(images=2, expressions=8)
     pairs = {
         **inputs,
         "pixel_values": inputs["pixel_values"][inputs["image_index"]],
@@ -92,10 +100,11 @@ def test_expressions_and_pictures_matter():
     assert (box - other_text).abs().max() > 1e-5 and (box - other_image).abs().max() > 1e-5
 
 
+@students
 @torch.no_grad()
-def test_what_lies_on_masked_tokens_is_not_seen_by_the_transformers():
+def test_what_lies_on_masked_tokens_is_not_seen_by_the_transformers(student):
     """The masks reach both transformers: changing the backbone's map on padding changes no box."""
-    model, inputs = tiny_model(box_head="map"), _inputs(images=1, expressions=1)
+    model, inputs = tiny_model(**student), _inputs(images=1, expressions=1)
     inputs["pixel_mask"][:, :, 48:] = 0
     boxes = model(**inputs).pred_boxes
 
@@ -120,25 +129,27 @@ def test_a_picture_thinner_than_the_stride_has_finite_boxes():
     assert outputs.pred_boxes.isfinite().all()
 
 
-@both_heads
-def test_output_shapes(box_head):
-    config = tiny_config(box_head=box_head, teacher_projection_dim=10)
+@students
+def test_output_shapes(student):
+    config = tiny_config(**student, teacher_projection_dim=10)
     outputs = EpmVGModel(config)(**_inputs())
     assert outputs.reg_state.shape == (5, 16)
     assert outputs.visual_tokens.shape == (3, 64, 16) and outputs.visual_mask.shape == (3, 8, 8)
     assert outputs.text_tokens.shape == (5, 7, 16) and outputs.consistency_map.shape == (5, 64)
     assert outputs.image_embeds.shape == (3, 10) and outputs.text_embeds.shape == (5, 10)
     torch.testing.assert_close(outputs.image_embeds.norm(dim=-1), torch.ones(3))
-    assert tiny_model(box_head=box_head)(**_inputs()).image_embeds is None
+    assert tiny_model(**student)(**_inputs()).image_embeds is None
 
 
-@both_heads
-def test_loss_is_the_weighted_mean_over_expressions(box_head):
+@students
+def test_loss_is_the_weighted_mean_over_expressions(student):
     weights = {"bbox_loss_coefficient": 2, "giou_loss_coefficient": 3, "map_loss_coefficient": 0.5}
-    model, inputs = tiny_model(box_head=box_head, **weights), _inputs()
+    model, inputs = tiny_model(**student, **weights), _inputs()
     labels = torch.tensor([[0.5, 0.5, 0.2, 0.3]]).repeat(5, 1)
     outputs = model(**inputs, labels=labels)
-    assert set(outputs.loss_dict) == {"loss_bbox", "loss_giou"} | ({"loss_map"} if box_head == "map" else set())
+    assert set(outputs.loss_dict) == {"loss_bbox", "loss_giou"} | (
+        {"loss_map"} if student["box_head"] == "map" else set()
+    )
     total = 2 * outputs.loss_dict["loss_bbox"] + 3 * outputs.loss_dict["loss_giou"]
     total = total + 0.5 * outputs.loss_dict.get("loss_map", 0)
     torch.testing.assert_close(outputs.loss, total)
@@ -146,19 +157,19 @@ def test_loss_is_the_weighted_mean_over_expressions(box_head):
     torch.testing.assert_close(outputs.loss, torch.stack(singles).mean(), atol=1e-5, rtol=0)
 
 
-@both_heads
-def test_every_parameter_gets_a_gradient(box_head):
-    model = tiny_model(box_head=box_head).train()
+@students
+def test_every_parameter_gets_a_gradient(student):
+    model = tiny_model(**student).train()
     model(**_inputs(), labels=torch.full((5, 4), 0.4)).loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
 
 
-@both_heads
-def test_gradients_equal_float64(box_head):
+@students
+def test_gradients_equal_float64(student):
     """The float32 gradients agree with those of the same model in float64."""
     inputs, labels = _inputs(), torch.full((5, 4), 0.4)
-    single, double = tiny_model(box_head=box_head), tiny_model(box_head=box_head).double()
+    single, double = tiny_model(**student), tiny_model(**student).double()
     single(**inputs, labels=labels).loss.backward()
     double(**{**inputs, "pixel_values": inputs["pixel_values"].double()}, labels=labels.double()).loss.backward()
     for (name, p), q in zip(single.named_parameters(), double.parameters(), strict=True):
@@ -187,24 +198,27 @@ def test_bare_model_loads_from_the_same_folder_without_a_trust_flag(tmp_path):
     assert all(torch.equal(value, model.model.state_dict()[name]) for name, value in bare.state_dict().items())
 
 
-@both_heads
+@students
 @torch.no_grad()
-def test_eager_and_sdpa_attention_agree(box_head):
-    model, inputs = tiny_model(box_head=box_head), _inputs()
+def test_eager_and_sdpa_attention_agree(student):
+    model, inputs = tiny_model(**student), _inputs()
     assert model.config._attn_implementation == "sdpa"
     sdpa = model(**inputs).pred_boxes
     model.set_attn_implementation("eager")
     outputs = model(**inputs, output_attentions=True, output_hidden_states=True)
     torch.testing.assert_close(sdpa, outputs.pred_boxes, atol=1e-5, rtol=0)
-    assert [a.shape for a in outputs.attentions] == [(5, 2, 72, 72)] * 2
-    assert [h.shape for h in outputs.hidden_states] == [(5, 72, 16)] * 3
+    if "fusion_type" in student:  # [REG] and 7 tokens of text attend to themselves and to 64 visual tokens
+        assert [a.shape for a in outputs.cross_attentions] == [(5, 2, 8, 64)] * 2
+    length = 8 if "fusion_type" in student else 72
+    assert [a.shape for a in outputs.attentions] == [(5, 2, length, length)] * 2
+    assert [h.shape for h in outputs.hidden_states] == [(5, length, 16)] * 3
 
 
-@both_heads
+@students
 @torch.no_grad()
-def test_kept_visual_tokens_give_the_same_boxes(box_head):
+def test_kept_visual_tokens_give_the_same_boxes(student):
     """The image is encoded once; its expressions come later, one by one or together."""
-    model, inputs = tiny_model(box_head=box_head, teacher_projection_dim=10), _inputs()
+    model, inputs = tiny_model(**student, teacher_projection_dim=10), _inputs()
     outputs = model(**inputs)
     features = model.get_image_features(inputs.pop("pixel_values"), inputs.pop("pixel_mask"))
     torch.testing.assert_close(features.pooler_output, outputs.image_embeds)
@@ -214,6 +228,47 @@ def test_kept_visual_tokens_give_the_same_boxes(box_head):
         one = {name: value[expression : expression + 1] for name, value in inputs.items()}
         box = model(**one, **seen).pred_boxes
         torch.testing.assert_close(box, outputs.pred_boxes[expression : expression + 1], atol=1e-5, rtol=0)
+
+
+@students
+@torch.no_grad()
+def test_kept_outputs_of_the_towers_give_the_same_outputs(student):
+    model, inputs = tiny_model(**student, teacher_projection_dim=10), _inputs()
+    expected = model(**inputs)
+    text = model.get_text_features(inputs.pop("input_ids"), inputs["attention_mask"])
+    features, mask = model.model.encode_pixels(inputs.pop("pixel_values"), inputs.pop("pixel_mask"))
+    assert features.shape == (3, 16, 8, 8)
+    outputs = model(**inputs, backbone_features=features, visual_mask=mask, text_hidden_states=text.last_hidden_state)
+    for name in ("pred_boxes", "image_embeds", "text_embeds", "similarity_map", "visual_mask"):
+        assert torch.equal(outputs[name], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("frozen", "is_tower"),
+    [(r"vision_model\.", True), (r"text_model\.", True), (r"vision_model\.(embedder|encoder\.stages\.0)\.", False)],
+    ids=["vision backbone", "text tower", "first stages"],
+)
+def test_autograd_records_nothing_that_is_frozen(frozen, is_tower):
+    """And a tower of which nothing is trained stays in evaluation mode, so that it is a fixed function."""
+    model = tiny_model(box_head="map")
+    for name, parameter in model.named_parameters():
+        if re.search(frozen, name):
+            parameter.requires_grad_(False)
+    model.train()
+    modules = [module for name, module in model.named_modules() if re.search(frozen, f"{name}.")]
+    assert model.model.fusion.training and not (is_tower and any(module.training for module in modules))
+
+    recorded = []
+
+    def note(module, inputs, output):
+        values = output.values() if isinstance(output, dict) else [output]
+        recorded.extend(value.grad_fn for value in values if isinstance(value, torch.Tensor))
+
+    for module in modules:
+        module.register_forward_hook(note)
+    model(**_inputs(), labels=torch.full((5, 4), 0.4)).loss.backward()
+    assert recorded and set(recorded) == {None}
+    assert model.model.input_projection.weight.grad is not None and model.model.text_projection.weight.grad is not None
 
 
 @torch.no_grad()
@@ -269,18 +324,18 @@ def test_another_canvas_interpolates_the_visual_positions():
     torch.testing.assert_close(grid.mean(0), (row - 10 * column).mean(0), atol=1e-3, rtol=0)
 
 
-@both_heads
+@students
 @torch.no_grad()
-def test_mixed_and_half_precision_keep_the_box(box_head):
+def test_mixed_and_half_precision_keep_the_box(student):
     """Boxes are float32 under autocast: bfloat16 has steps of 2.5 pixels at the far end of a 640 pixel canvas."""
-    model, inputs = tiny_model(box_head=box_head), _inputs()
+    model, inputs = tiny_model(**student), _inputs()
     boxes = model(**inputs).pred_boxes
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(**inputs).pred_boxes
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, boxes, atol=0.02, rtol=0)
     for dtype, tolerance in ((torch.bfloat16, 0.02), (torch.float16, 0.002)):
-        half = tiny_model(box_head=box_head).to(dtype)(**inputs).pred_boxes
+        half = tiny_model(**student).to(dtype)(**inputs).pred_boxes
         assert half.dtype == torch.float32
         torch.testing.assert_close(half, boxes, atol=tolerance, rtol=0)
 
@@ -296,9 +351,10 @@ def test_autocast_does_not_round_the_soft_argmax():
     torch.testing.assert_close(mixed[:, :2], boxes[:, :2], atol=1e-5, rtol=0)  # no offset yet: the centre is all map
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@students
+def test_gradient_checkpointing_gives_the_same_gradients(student):
     inputs, labels = _inputs(), torch.full((5, 4), 0.4)
-    plain, checkpointed = tiny_model(box_head="map").train(), tiny_model(box_head="map").train()
+    plain, checkpointed = tiny_model(**student).train(), tiny_model(**student).train()
     checkpointed.gradient_checkpointing_enable()
     for model in (plain, checkpointed):
         model(**inputs, labels=labels).loss.backward()
@@ -317,6 +373,53 @@ def test_missing_weights_start_as_in_a_new_model(tmp_path):
     # The rows of the grid are sine positions, which are not random.
     assert torch.equal(loaded.model.fusion_positions[13:], saved.model.fusion_positions[13:])
     assert 0.05 < loaded.model.fusion_positions[:13].std() < 0.2
+
+
+@torch.no_grad()
+def test_the_visual_tokens_of_one_picture_are_not_repeated_for_its_expressions():
+    """A decoder's keys and values of one picture, seen by the attention function, are views without memory."""
+    model, inputs = tiny_model(box_head="map", fusion_type="decoder"), _inputs(images=1, expressions=5)
+    seen = []
+
+    def record(module, query, key, value, attention_mask, **kwargs):
+        seen.append((query.shape[0], key.stride(0), value.stride(0)))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("recorded", record)
+    AttentionMaskInterface.register("recorded", sdpa_mask)
+    model.model.fusion.config._attn_implementation = "recorded"
+    model(**inputs)
+    cross = [strides for count, *strides in seen if strides[0] == 0]
+    assert seen[-1][0] == 5 and len(cross) == model.config.fusion_layers and all(s == [0, 0] for s in cross)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        tiny_config().backbone_config,
+        {"model_type": "timm_backbone", "backbone": "tf_efficientnet_lite0", "out_indices": [2]},
+    ],
+    ids=["resnet", "timm"],
+)
+@torch.no_grad()
+def test_a_model_optimized_for_inference_gives_the_same_boxes_and_survives_saving(backbone, tmp_path):
+    model, inputs = tiny_model(box_head="map", backbone_config=backbone), _inputs()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:  # a new norm does nothing
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    names, before = model.state_dict().keys(), model(**inputs)
+
+    assert model.optimize_for_inference() is model
+    assert norms and not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    model.save_pretrained(tmp_path)
+    loaded = EpmVGForVisualGrounding.from_pretrained(tmp_path)
+    assert model.state_dict().keys() == names == loaded.state_dict().keys()
+    for after in (model(**inputs), loaded(**inputs), model.optimize_for_inference()(**inputs)):
+        torch.testing.assert_close(after.pred_boxes, before.pred_boxes, atol=1e-4, rtol=0)
+        torch.testing.assert_close(after.consistency_map, before.consistency_map, atol=1e-4, rtol=1e-4)
 
 
 def test_tuples_instead_of_outputs():
@@ -364,9 +467,20 @@ def test_frozen_batch_norm_stays_as_loaded(tmp_path):
     ("change", "message"),
     [
         ({"input_ids": torch.ones(5, 13, dtype=torch.long)}, "13 tokens per expression, but .*max_text_length is 12"),
-        ({"input_ids": None}, "expected either input_ids or inputs_embeds, got neither"),
-        ({"visual_tokens": torch.zeros(3, 64, 16)}, "expected either pixel_values or visual_tokens, got both"),
-        ({"visual_mask": torch.ones(3, 8, 8)}, "visual_tokens and visual_mask come together"),
+        ({"input_ids": None}, "expected one of input_ids, inputs_embeds, text_hidden_states, got none of them"),
+        (
+            {"visual_tokens": torch.zeros(3, 64, 16)},
+            "expected one of pixel_values, backbone_features, visual_tokens, got pixel_values and visual_tokens",
+        ),
+        ({"visual_mask": torch.ones(3, 8, 8)}, "visual_mask comes together with backbone_features or visual_tokens"),
+        (
+            {
+                "pixel_values": None,
+                "backbone_features": torch.zeros(3, 16, 8, 8),
+                "visual_mask": torch.ones(3, 8, 7),
+            },
+            r"backbone_features have shape \(3, 16, 8, 8\) and visual_mask \(3, 8, 7\), expected \(B, C, grid_height",
+        ),
         (
             {"pixel_values": None, "visual_tokens": torch.zeros(3, 64, 16), "visual_mask": torch.ones(3, 8, 7)},
             r"visual_tokens have shape \(3, 64, 16\) and visual_mask \(3, 8, 7\), expected \(B, grid_height",

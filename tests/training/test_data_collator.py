@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from epmvg_hf import EpmVGDataCollator, GroundingAugmentation, ImageGroups, load_grounding_dataset
+from epmvg_hf.data.image_groups import CaptionedGroups
 from tests.fixtures.rows import coloured_rows
 
 
@@ -29,6 +30,29 @@ def test_expressions_of_one_image_share_one_visual_pass(processor, streamed):
         batch["labels"]
     )
     torch.testing.assert_close(boxes, batch["boxes"], atol=1e-3, rtol=0)
+
+
+def test_an_image_that_is_drawn_twice_needs_one_visual_pass(processor):
+    groups = ImageGroups(coloured_rows(["a", "bb", "a", "ccc"]))
+    numbers = []
+    collator = EpmVGDataCollator(processor, teacher_columns=lambda images, texts: numbers.extend(images) or {})
+    batch = collator([groups[index] for index in (2, 0, 1, 0)])
+    assert batch["pixel_values"].shape[0] == 3 and numbers == [2, 0, 1]  # in the order of their first appearance
+    assert batch["row_index"].tolist() == [3, 0, 2, 0, 2, 1] == batch["boxes"][:, 0].tolist()
+    assert batch["image_index"].tolist() == [0, 1, 1, 1, 1, 2]
+    assert batch["original_sizes"][:, 1].tolist() == [43, 41, 42]
+    # The limit counts the expressions of both draws.
+    collator.max_expressions_per_image = 3
+    assert torch.bincount(collator([groups[0], groups[1], groups[0]])["image_index"]).tolist() == [3, 1]
+
+
+def test_a_captioned_image_is_another_than_the_labelled_one_of_the_same_id(processor):
+    labelled = ImageGroups(coloured_rows(["a", "bb"]))
+    captioned = ImageGroups(coloured_rows(["a"]).remove_columns("box"))
+    mixed = CaptionedGroups(labelled, captioned, ratio=1.5, seed=0)  # the one captioned image comes three times
+    batch = EpmVGDataCollator(processor)([mixed[index] for index in (0, 1, 2, 3, 4)])
+    assert batch["image_index"].tolist() == [0, 1, 2, 2, 2]
+    assert batch["labels"].isnan().all(-1).tolist() == [False, False, True, True, True]
 
 
 def test_at_most_so_many_expressions_of_an_image(processor):

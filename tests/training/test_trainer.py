@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -21,6 +23,7 @@ from epmvg_hf import (
 )
 from tests.fixtures.models import ONE_STEP, tiny_model
 from tests.fixtures.paths import DISTRIBUTED, ROOT
+from tests.fixtures.tiny_teacher import TinyTeacher
 
 
 @pytest.fixture
@@ -132,6 +135,37 @@ def test_several_evaluation_sets_with_persistent_workers(tmp_path, processor, da
     for name, part in sets.items():
         expected = alone.evaluate(part)["eval_mean_iou"]
         assert together[f"eval_{name}_mean_iou"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_workers_change_neither_pixels_nor_losses(tmp_path, processor, dataset):
+    """Workers send bytes, which are normalised in the main process."""
+    losses, batches = [], []
+    for workers in (0, 1):
+        model = tiny_model(box_head="map")
+        trainer = _trainer(tmp_path, processor, dataset, model=model, augment=False, dataloader_num_workers=workers)
+        batch = next(iter(trainer.get_eval_dataloader()))
+        assert (batch["pixel_values"].dtype == torch.uint8) == (workers > 0)
+        batches.append(trainer._prepare_inputs(batch))
+        losses.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+    assert losses[0] == losses[1]
+    assert batches[0].keys() == batches[1].keys()
+    assert all(torch.equal(values, batches[1][name]) for name, values in batches[0].items())
+
+
+def test_large_jpegs_are_reduced_for_augmented_training_only(tmp_path, processor, dataset):
+    def enlarge(row):
+        file = io.BytesIO()
+        row["image"].resize((400, 300)).save(file, format="JPEG")
+        return {"image": {"bytes": file.getvalue(), "path": None}, "box": [8.0, 8.0, 100.0, 200.0]}
+
+    large = dataset.select(range(16)).map(enlarge)
+    for augment, size in ((True, (100, 75)), (False, (400, 300))):  # 100 pixels are more than 1.5 times the canvas
+        trainer = _trainer(tmp_path, processor, large, augment=augment)
+        assert trainer.get_train_dataloader().dataset[0].image.size == size
+        assert trainer.get_eval_dataloader().dataset[0].image.size == (400, 300)
+    trainer = _trainer(tmp_path, processor, large)
+    trainer.train()
+    assert trainer.predict(large).label_ids.tolist() == [[8.0, 8.0, 100.0, 200.0]] * 16
 
 
 def test_rows_without_boxes_are_predicted(tmp_path, processor, dataset):
@@ -332,6 +366,38 @@ def test_resumed_training_is_bit_equal(tmp_path, processor, dataset):
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+class RefuseToWait(TorchDispatchMode):
+    """Fails where a GPU would be waited for: where a number is read, or a size depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = args[1] if function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) else []
+        waits = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select}
+        assert function.overloadpacket not in waits
+        assert not any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("terms", [{}, {"relation_loss_coefficient": 1.0, "feature_loss_coefficient": 1.0}])
+def test_no_step_waits_for_the_device(tmp_path, processor, dataset, terms, monkeypatch):
+    """Apart from transformers, which looks whether a mask of attention hides anything."""
+    monkeypatch.setattr("transformers.masking_utils._ignore_bidirectional_mask_sdpa", lambda *args: False)
+    model = tiny_model(box_head="map", teacher_projection_dim=24)
+    args = EpmVGTrainingArguments(str(tmp_path), **ONE_STEP, **terms)
+    assert not args.logging_nan_inf_filter  # it reads each loss
+    assert args.optim == "adamw_torch_fused"
+    trainer = EpmVGTrainer(
+        model, args, train_dataset=dataset, processing_class=processor, teacher=TinyTeacher() if terms else None
+    )
+    batches = iter(list(trainer.get_train_dataloader()))
+    with monkeypatch.context() as patch, RefuseToWait():
+        for name in ("tolist", "numpy"):  # on a CPU they read the memory without a function that PyTorch dispatches
+            patch.setattr(torch.Tensor, name, None)
+        (batch,), counts = trainer.get_batch_samples(batches, 1, torch.device("cpu"))
+        trainer.training_step(model, batch, counts)
+    with pytest.raises(AssertionError), RefuseToWait():
+        counts[0].item()
 
 
 def test_a_few_steps_learn(tmp_path, processor, dataset):

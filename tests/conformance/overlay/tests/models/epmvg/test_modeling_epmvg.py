@@ -29,6 +29,7 @@ class EpmVGModelTester:
     stride = 8
     is_training = True
     teacher_projection_dim = None
+    fusion_type = "encoder"
 
     backbone_config = {  # noqa: RUF012
         "model_type": "resnet",
@@ -41,8 +42,10 @@ class EpmVGModelTester:
 
     def __init__(self, parent: unittest.TestCase):
         self.parent = parent
-        # The length of the fusion transformer: [REG], text, grid.
-        self.seq_length = 1 + self.text_length + (self.image_size // self.stride) ** 2
+        # The length of the states in the fusion transformer: [REG], text, and with an encoder the grid.
+        self.seq_length = 1 + self.text_length
+        if self.fusion_type == "encoder":
+            self.seq_length += (self.image_size // self.stride) ** 2
 
     def get_config(self) -> EpmVGConfig:
         return EpmVGConfig(
@@ -63,6 +66,7 @@ class EpmVGModelTester:
             encoder_layers=self.num_hidden_layers,
             encoder_attention_heads=self.num_attention_heads,
             encoder_ffn_dim=37,
+            fusion_type=self.fusion_type,
             fusion_layers=self.num_hidden_layers,
             fusion_attention_heads=self.num_attention_heads,
             fusion_ffn_dim=37,
@@ -88,9 +92,13 @@ class EpmVGModelTester:
 
 
 class EpmVGTransformerTowersTester(EpmVGModelTester):
-    """A backbone that is a transformer as well, so that every part has attention; and a teacher's projections."""
+    """
+    A backbone that is a transformer as well, so that every part has attention; the decoder as fusion transformer; and
+    a teacher's projections.
+    """
 
     teacher_projection_dim = 24
+    fusion_type = "decoder"
 
     backbone_config = {  # noqa: RUF012
         "model_type": "dinov2",
