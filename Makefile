@@ -29,8 +29,12 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info outputs .conformance
 
 # The environment is installed again when one of the files that describe it changes.
-$(VENV)/.venv:
+# The build of torch for NVIDIA GPUs takes 5 GB. Without a driver for them, the pinned versions are first looked for as
+# builds for the CPU (torch==X+cpu), which not every package index has; otherwise pip takes the large ones below.
+$(VENV)/.venv: constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		$$(sed -n 's/^torch\(vision\)\{0,1\}==.*/&+cpu/p' constraints.txt) 2> /dev/null || true
 	touch $@
 
 $(VENV)/.train: $(VENV)/.venv pyproject.toml constraints.txt
