@@ -1,15 +1,9 @@
-#!/usr/bin/env python
 """Time of a training step without a teacher, with a cached teacher, and with a teacher that runs in every step.
 
-python examples/benchmarks/distillation.py                       # the demo's model, data and teacher
-python examples/benchmarks/distillation.py --steps 300 --threads 1
-
+It is measured with the demo's model, data and teacher on the CPU.
 The three trainings take turns, step by step, on the same batches, so other work of the machine slows them down alike.
 """
 
-import argparse
-import json
-import os
 import sys
 import tempfile
 import threading
@@ -30,11 +24,12 @@ from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_gro
 from epmvg_hf.training.hardware import choose_compute
 
 EXAMPLES = Path(__file__).parents[1]
-COMPUTE = choose_compute(torch.device("cpu"))
+TEACHER = f"local-dir:{EXAMPLES.parent / 'model_cards' / 'clip-tiny-shapes'}"
 # The modes in the order of their turns. The one after "on the fly" finds the processor's caches filled by the teacher,
 # which may slow it down. That should be "cached", whose speed is in question, and not the baseline.
 MODES = ("on the fly", "cached", "no teacher")
 WARM_UP = 5
+BATCH_SIZE = 8  # images
 
 
 class Turns(TrainerCallback):
@@ -65,25 +60,24 @@ class Turns(TrainerCallback):
         self.following.release()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default=f"local-dir:{EXAMPLES.parent / 'model_cards' / 'clip-tiny-shapes'}")
-    parser.add_argument("--config_name", default="tiny.json", help="model configuration, see run_grounding.py")
-    parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=8, help="images")
-    parser.add_argument("--steps", type=int, default=200, help="steps to measure in each mode, after 5 to warm up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def measure(quick: bool, steps: int | None = None) -> list[dict[str, Any]]:
+    """
+    Args:
+        quick (`bool`): whether to take few steps.
+        steps (`int`, *optional*): the steps of each training; without it 200, after 5 to warm up.
 
-    teacher = ClipTeacher.from_pretrained(arguments.teacher)
-    dataset = load_grounding_dataset("shapes", split="train", num_images=arguments.images)
+    Returns:
+        `list[dict]`: a row for each training, with the median time of a step and of its ratio to the same step without
+        a teacher.
+    """
+    steps = steps or (3 if quick else 200)
+    teacher = ClipTeacher.from_pretrained(TEACHER)
+    dataset = load_grounding_dataset("shapes", split="train", num_images=8 if quick else 400)
     batons = [threading.Semaphore(0) for _ in MODES]
     turns = [Turns(own, following) for own, following in zip(batons, batons[1:] + batons[:1], strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         trainers = [
-            make_trainer(arguments, mode, teacher, dataset, folder, own)
-            for mode, own in zip(MODES, turns, strict=True)
+            make_trainer(mode, teacher, dataset, folder, own, steps) for mode, own in zip(MODES, turns, strict=True)
         ]
         threads = [threading.Thread(target=trainer.train) for trainer in trainers]
         for thread in threads:
@@ -91,23 +85,22 @@ def main() -> None:
         batons[0].release()
         for thread in threads:
             thread.join()
-    report(arguments, np.array([own.seconds[WARM_UP:] for own in turns]))
+    return compare(np.array([own.seconds[WARM_UP:] for own in turns]))
 
 
 def make_trainer(
-    arguments: argparse.Namespace, mode: str, teacher: ClipTeacher, dataset: Dataset, folder: str, turns: Turns
+    mode: str, teacher: ClipTeacher, dataset: Dataset, folder: str, turns: Turns, steps: int
 ) -> EpmVGTrainer:
     torch.manual_seed(0)
-    model_arguments = ModelArguments(
-        config_name=arguments.config_name, attn_implementation=COMPUTE.attn_implementation
-    )
+    compute = choose_compute(torch.device("cpu"))
+    model_arguments = ModelArguments(attn_implementation=compute.attn_implementation)
     model, processor = make_model(model_arguments, dataset["expression"], None)
     args = EpmVGTrainingArguments(
         output_dir=folder,
         use_cpu=True,
-        bf16=COMPUTE.precision == "bf16",
-        max_steps=WARM_UP + arguments.steps,
-        per_device_train_batch_size=arguments.batch_size,
+        bf16=compute.precision == "bf16",
+        max_steps=WARM_UP + steps,
+        per_device_train_batch_size=BATCH_SIZE,
         augment=False,
         cache_teacher=mode == "cached",
         save_strategy="no",
@@ -125,21 +118,19 @@ def make_trainer(
     )
 
 
-def report(arguments: argparse.Namespace, seconds: np.ndarray) -> None:
-    """Prints medians of `seconds` `(3, steps)` by mode, and of their ratios to the same step without a teacher."""
-    medians = np.median(seconds, axis=1)
+def compare(seconds: np.ndarray) -> list[dict[str, Any]]:
+    """Medians of `seconds` `(3, steps)` by mode, and of their ratios to the same step without a teacher."""
     ratios = seconds / seconds[MODES.index("no teacher")] - 1
-    resampled = np.random.default_rng(0).integers(arguments.steps, size=(10_000, arguments.steps))
-    for mode, median, ratio in zip(MODES, medians, ratios, strict=True):
+    steps = seconds.shape[1]
+    resampled = np.random.default_rng(0).integers(steps, size=(10_000, steps))
+    rows = []
+    for mode, taken, ratio in zip(MODES, seconds, ratios, strict=True):
         low, high = np.quantile(np.median(ratio[resampled], axis=1), [0.025, 0.975])
-        print(
-            f"{mode:12} {median * 1e3:8.1f} ms a step, {np.median(ratio):+.1%} against the same step without a "
-            f"teacher (95 % interval {low:+.1%} to {high:+.1%})"
-        )
-    print(
-        json.dumps({"threads": arguments.threads, "steps": arguments.steps, **dict(zip(MODES, medians, strict=True))})
-    )
-
-
-if __name__ == "__main__":
-    main()
+        row = {
+            "teacher": mode,
+            "ms a step": 1e3 * float(np.median(taken)),
+            "against no teacher": f"{np.median(ratio):+.1%}",
+            "95 % interval": f"{low:+.1%} to {high:+.1%}",
+        }
+        rows.append(row)
+    return rows

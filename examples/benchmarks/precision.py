@@ -1,17 +1,12 @@
-#!/usr/bin/env python
-"""A table of what a model gains and what its boxes lose in bfloat16, float16 and dynamic int8 (torchao).
-
-python examples/benchmarks/precision.py outputs/demo                     # the test split of shapes
-python examples/benchmarks/precision.py outputs/demo --limit 2000        # its first expressions
-python examples/benchmarks/precision.py MODEL --dataset_name refcoco --data_dir DIR --split validation
+"""What a model gains and what its boxes lose in bfloat16, float16 and dynamic int8 (torchao).
 
 In dynamic int8, the weights of linear layers are rounded once and their inputs at every call, with a scale for each
 token; convolutions, embeddings and norms stay in float32. The time is that of the model alone, per expression.
 """
 
-import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TorchAoConfig
 
-from epmvg_hf import EpmVGDataCollator, EpmVGForVisualGrounding, EpmVGProcessor, ImageGroups, load_grounding_dataset
+from epmvg_hf import EpmVGDataCollator, EpmVGForVisualGrounding, EpmVGProcessor, ImageGroups
 from epmvg_hf.evaluation.accuracy import evaluate_boxes
 from epmvg_hf.model.modeling_epmvg import MODEL_INPUTS
 from epmvg_hf.utils import needs_extra
@@ -45,9 +40,9 @@ def predict(
 ) -> tuple[np.ndarray, float]:
     """The boxes of all rows `(N, 4)`, xyxy pixels, in the order of the rows, and the time of the model in seconds."""
     boxes, seconds = np.empty((len(dataset), 4), np.float32), 0.0
-    names = [name for name in MODEL_INPUTS if name != "labels"]  # a loss would cost time
+    names = [name for name in MODEL_INPUTS if name != "labels"]  # The loss would take time, too.
     for batch in DataLoader(ImageGroups(dataset), batch_size, collate_fn=EpmVGDataCollator(processor)):
-        inputs = {name: batch[name].to(model.device) for name in names}
+        inputs = {name: batch[name].to(model.device) for name in names if name in batch}
         start = time.perf_counter()
         outputs = model(**inputs)
         results = processor.post_process_grounding(outputs, batch)  # waits for an accelerator
@@ -63,43 +58,39 @@ def saved_megabytes(model: EpmVGForVisualGrounding) -> float:
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
 
 
-def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub name of a trained model")
-    parser.add_argument("--dataset_name", default="shapes")
-    parser.add_argument("--data_dir", help="folder with the benchmark's files")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--box_format", choices=["xyxy", "xywh"], help="of custom data")
-    parser.add_argument("--limit", type=int, help="how many expressions to use, from the first on")
-    parser.add_argument("--batch_size", type=int, default=16, help="images at a time")
-    parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float16", "int8"], help="besides float32")
-    arguments = parser.parse_args(command_line)
+def measure(
+    device: torch.device, model_name: str, dataset: Dataset, precisions: Sequence[str], batch_size: int = 16
+) -> list[dict[str, Any]]:
+    """
+    Args:
+        device (`torch.device`): where the model runs.
+        model_name (`str`): folder or Hub name of a trained model.
+        dataset (`Dataset`): the expressions to find, with boxes.
+        precisions (`Sequence[str]`): those to compare with float32: names of PyTorch, or `"int8"`.
+        batch_size (`int`, *optional*, defaults to 16): images at a time.
 
-    dataset = load_grounding_dataset(
-        arguments.dataset_name, arguments.data_dir, arguments.split, box_format=arguments.box_format
-    )
-    if arguments.limit is not None:
-        dataset = dataset.select(range(min(arguments.limit, len(dataset))))
-    processor = EpmVGProcessor.from_pretrained(arguments.model)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    print(f"{len(dataset):,} expressions on {device}, {torch.get_num_threads()} threads\n")
-    print("| precision | Acc@0.5 (95 % interval) | mean IoU | pixels off float32: mean, largest | saved | time |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    exact = None
-    for precision in ("float32", *arguments.precisions):
-        model = load(arguments.model, precision).to(device)
-        boxes, seconds = predict(model, processor, dataset, arguments.batch_size)
+    Returns:
+        `list[dict]`: a row for float32 and each of the precisions.
+    """
+    processor = EpmVGProcessor.from_pretrained(model_name)
+    rows, exact = [], None
+    for precision in ("float32", *precisions):
+        model = load(model_name, precision).to(device)
+        boxes, seconds = predict(model, processor, dataset, batch_size)
         exact = boxes if exact is None else exact
         difference = np.abs(boxes - exact)
         scores: dict[str, Any] = evaluate_boxes(boxes, np.array(dataset["box"]), dataset["image_id"][:])
         low, high = scores["acc@0.5_interval"]
-        print(
-            f"| {precision} | {scores['acc@0.5']:.4f} ({low:.3f} to {high:.3f}) | {scores['mean_iou']:.4f} "
-            f"| {difference.mean():.2f}, {difference.max():.1f} | {saved_megabytes(model):.1f} MB "
-            f"| {1000 * seconds / len(dataset):.2f} ms |",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()
+        row = {
+            "precision": precision,
+            "expressions": len(dataset),
+            "Acc@0.5": scores["acc@0.5"],
+            "95 % interval": f"{low:.3f} to {high:.3f}",
+            "mean IoU": scores["mean_iou"],
+            "pixels off float32: mean": float(difference.mean()),
+            "largest": float(difference.max()),
+            "saved MB": saved_megabytes(model),
+            "ms an expression": 1e3 * seconds / len(dataset),
+        }
+        rows.append(row)
+    return rows

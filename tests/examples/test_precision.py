@@ -1,4 +1,4 @@
-"""The example that compares precisions, and int8 by torchao."""
+"""The benchmark that compares precisions, and int8 by torchao."""
 
 import numpy as np
 import precision as example
@@ -35,12 +35,12 @@ def test_int8_keeps_the_boxes_within_a_pixel(folder):
     assert 0 < np.abs(boxes - exact).mean() < 0.5 and np.abs(boxes - exact).max() < 3
 
 
-def test_the_table_has_a_row_for_each_precision(folder, capsys):
-    example.main([str(folder), "--limit", "20", "--batch_size", "2"])
-    header, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [row[0] for row in rows] == ["| float32", "| bfloat16", "| float16", "| int8"]
-    column = header.index("pixels off float32: mean, largest")
-    off = {row[0].removeprefix("| "): row[column] for row in rows}
-    assert off["float32"] == "0.00, 0.0"
+def test_there_is_a_row_for_each_precision(folder):
+    dataset = load_grounding_dataset("shapes", split="test", num_images=4).select(range(20))
+    precisions = ["bfloat16", "float16", "int8"]
+    rows = example.measure(torch.device("cpu"), str(folder), dataset, precisions, batch_size=2)
+    assert [row["precision"] for row in rows] == ["float32", *precisions]
+    off = {row["precision"]: row["largest"] for row in rows}
+    assert off["float32"] == 0
     for precision, largest in (("bfloat16", 3), ("float16", 0.5), ("int8", 3)):
-        assert 0 < float(off[precision].split(", ")[1]) < largest
+        assert 0 < off[precision] < largest
