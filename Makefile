@@ -29,7 +29,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info outputs .conformance
 
 # The environment is installed again when one of the files that describe it changes.
-# The build of torch for NVIDIA GPUs takes 5 GB. Without a driver for them, the pinned versions are first looked for as
+# The build of torch for NVIDIA GPUs takes 4 GB more. Without a driver for them, the pinned versions are first looked for as
 # builds for the CPU (torch==X+cpu), which not every package index has; otherwise pip takes the large ones below.
 $(VENV)/.venv: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -381,7 +381,11 @@ class Shapes(datasets.GeneratorBasedBuilder):
         # `datasets` divides lists among processes and among the workers of a data loader.
         indices = range(self.config.num_images)
         shards = [indices[i : i + IMAGES_PER_SHARD] for i in indices[::IMAGES_PER_SHARD]]
-        return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"index_ranges": shards})]
+        generator = datasets.SplitGenerator(name=self.config.split, gen_kwargs={"index_ranges": shards})
+        # Very few scenes have fewer expressions. With this number the progress bar knows how much time remains, and
+        # `datasets` replaces it by the real one.
+        generator.split_info.num_examples = MAX_EXPRESSIONS * self.config.num_images
+        return [generator]
 
     def _generate_examples(self, index_ranges: list[range]) -> Iterator[tuple[str, dict]]:
         for index in (index for index_range in index_ranges for index in index_range):

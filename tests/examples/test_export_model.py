@@ -16,7 +16,7 @@ from tests.fixtures.models import tiny_model
 
 @pytest.fixture
 def folder(tmp_path, processor) -> Path:
-    model = tiny_model(box_head="map")
+    model = tiny_model(box_head="map", fusion_type="decoder")
     # These weights are zero in a new model, whose boxes would then all have the same size and nearly the same centre.
     torch.nn.init.normal_(model.box_head[-1].weight)
     model.save_pretrained(tmp_path / "model")
