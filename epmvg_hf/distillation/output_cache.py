@@ -89,11 +89,12 @@ def complete(
     batch_size: int,
     description: str,
     disable_tqdm: bool,
-) -> None:
-    """Returns when all shards are there. `encode` computes the columns of the items from a start to a stop."""
+) -> list[Path]:
+    """The files of all shards, once they are there. `encode` computes the columns of the items from start to stop."""
+    files = [shard.path for shard in shards]
     missing = [shard for shard in shards if not shard.is_complete()]
     if not missing:
-        return
+        return files
     total = shards[-1].stop
     done = total - sum(map(len, missing))
     with tqdm(total=total, initial=done, desc=description, disable=disable_tqdm) as progress:
@@ -113,6 +114,7 @@ def complete(
                     else:
                         shard.write(_encode_shard(shard, encode, batch_size, progress))
             missing = locked_elsewhere
+    return files
 
 
 class CachedRows:

@@ -135,9 +135,10 @@ class TeacherCache:
 
         image_shards = split(folder, "images", len(groups), _IMAGES_PER_SHARD, image_columns)
         expression_shards = split(folder, "expressions", len(expressions), _EXPRESSIONS_PER_SHARD, text_columns)
-        complete(image_shards, encode_images, batch_size, "Teacher: images", disable_tqdm)
-        complete(expression_shards, encode_expressions, batch_size, "Teacher: expressions", disable_tqdm)
-        return cls([shard.path for shard in image_shards], [shard.path for shard in expression_shards])
+        return cls(
+            complete(image_shards, encode_images, batch_size, "Teacher: images", disable_tqdm),
+            complete(expression_shards, encode_expressions, batch_size, "Teacher: expressions", disable_tqdm),
+        )
 
     @classmethod
     def concatenate(cls, caches: Sequence["TeacherCache"]) -> "TeacherCache":

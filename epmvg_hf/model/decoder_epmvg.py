@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -27,10 +26,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_epmvg import EpmVGCrossAttention, EpmVGSelfAttention, for_each_expression
 from .base_epmvg import EpmVGPreTrainedModel
 from .configuration_epmvg import EpmVGConfig
+from .encoder_epmvg import EpmVGTransformerLayer
 
 
-class EpmVGDecoderLayer(GradientCheckpointingLayer):
-    """DETR's transformer decoder layer, which normalises after each residual connection."""
+class EpmVGDecoderLayer(EpmVGTransformerLayer):
+    """DETR's transformer decoder layer."""
 
     def __init__(self, config: EpmVGConfig, num_attention_heads: int, ffn_dim: int):
         super().__init__()
@@ -55,10 +55,7 @@ class EpmVGDecoderLayer(GradientCheckpointingLayer):
         image_index: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(hidden_states, attention_mask, position_embeddings, **kwargs)
-        attended = nn.functional.dropout(attended, p=self.dropout, training=self.training)
-        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
-
+        hidden_states = self.attend_to_itself(hidden_states, attention_mask, position_embeddings, **kwargs)
         attended, _ = self.encoder_attn(
             hidden_states,
             visual_mask,
@@ -69,12 +66,7 @@ class EpmVGDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         attended = nn.functional.dropout(attended, p=self.dropout, training=self.training)
-        hidden_states = self.encoder_attn_layer_norm(hidden_states + attended)
-
-        expanded = self.activation_fn(self.fc1(hidden_states))
-        expanded = nn.functional.dropout(expanded, p=self.dropout, training=self.training)
-        contracted = nn.functional.dropout(self.fc2(expanded), p=self.dropout, training=self.training)
-        return self.final_layer_norm(hidden_states + contracted)
+        return self.feed_forward(self.encoder_attn_layer_norm(hidden_states + attended))
 
 
 class EpmVGDecoder(EpmVGPreTrainedModel):

@@ -29,8 +29,34 @@ from .base_epmvg import EpmVGPreTrainedModel
 from .configuration_epmvg import EpmVGConfig
 
 
-class EpmVGEncoderLayer(GradientCheckpointingLayer):
-    """DETR's transformer encoder layer, which normalises after each residual connection."""
+class EpmVGTransformerLayer(GradientCheckpointingLayer):
+    """
+    What DETR's encoder and decoder layers do alike; both normalise after each residual connection. Each of them makes
+    its modules itself, because their order decides which random numbers a new model starts with.
+    """
+
+    def attend_to_itself(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Self-attention with its residual connection; all states are `(batch, length, d_model)`."""
+        attended, _ = self.self_attn(hidden_states, attention_mask, position_embeddings, **kwargs)
+        attended = nn.functional.dropout(attended, p=self.dropout, training=self.training)
+        return self.self_attn_layer_norm(hidden_states + attended)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The feed-forward network with its residual connection, the last part of a layer."""
+        expanded = self.activation_fn(self.fc1(hidden_states))
+        expanded = nn.functional.dropout(expanded, p=self.dropout, training=self.training)
+        contracted = nn.functional.dropout(self.fc2(expanded), p=self.dropout, training=self.training)
+        return self.final_layer_norm(hidden_states + contracted)
+
+
+class EpmVGEncoderLayer(EpmVGTransformerLayer):
+    """DETR's transformer encoder layer."""
 
     def __init__(self, config: EpmVGConfig, num_attention_heads: int, ffn_dim: int):
         super().__init__()
@@ -49,14 +75,7 @@ class EpmVGEncoderLayer(GradientCheckpointingLayer):
         position_embeddings: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(hidden_states, attention_mask, position_embeddings, **kwargs)
-        attended = nn.functional.dropout(attended, p=self.dropout, training=self.training)
-        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
-
-        expanded = self.activation_fn(self.fc1(hidden_states))
-        expanded = nn.functional.dropout(expanded, p=self.dropout, training=self.training)
-        contracted = nn.functional.dropout(self.fc2(expanded), p=self.dropout, training=self.training)
-        return self.final_layer_norm(hidden_states + contracted)
+        return self.feed_forward(self.attend_to_itself(hidden_states, attention_mask, position_embeddings, **kwargs))
 
 
 class EpmVGEncoder(EpmVGPreTrainedModel):

@@ -44,6 +44,7 @@ def fold_batch_norms(model: nn.Module, pixel_values: torch.Tensor) -> int:
     ```
     """
     pairs = _pairs(model, pixel_values)
+    names = {module: name for name, module in model.named_modules()}
     for convolution, norm in pairs:
         assert norm.running_mean is not None and norm.running_var is not None
         weight, bias = fuse_conv_bn_weights(
@@ -58,8 +59,7 @@ def fold_batch_norms(model: nn.Module, pixel_values: torch.Tensor) -> int:
         else:
             convolution.bias.copy_(bias)
             saved_bias.zero_()
-        name = next(name for name, module in model.named_modules() if module is norm)
-        model.set_submodule(name, FoldedBatchNorm(norm, saved_bias))
+        model.set_submodule(names[norm], FoldedBatchNorm(norm, saved_bias))
     return len(pairs)
 
 

@@ -204,8 +204,7 @@ class FrozenTowers(EpochCallback):
 
         columns = ("backbone_features", "visual_mask", "letterbox", "original_sizes")
         shards = split(folder, "images", len(groups), _IMAGES_PER_SHARD, columns)
-        complete(shards, encode, self.batch_size, "Vision backbone: images", self.disable_tqdm)
-        return [shard.path for shard in shards]
+        return complete(shards, encode, self.batch_size, "Vision backbone: images", self.disable_tqdm)
 
     def _cache_expressions(self) -> CachedExpressions:
         shards = [shard for dataset in self.datasets for shard in self._expression_shards(dataset)]
@@ -239,8 +238,7 @@ class FrozenTowers(EpochCallback):
 
         columns = ("expression", "text_hidden_states")
         shards = split(folder, "expressions", len(expressions), _EXPRESSIONS_PER_SHARD, columns)
-        complete(shards, encode, _EXPRESSIONS_PER_BATCH, "Text tower: expressions", self.disable_tqdm)
-        return [shard.path for shard in shards]
+        return complete(shards, encode, _EXPRESSIONS_PER_BATCH, "Text tower: expressions", self.disable_tqdm)
 
     def _key(self, tower: nn.Module, config: PreTrainedConfig, dataset: datasets.Dataset) -> dict[str, Any]:
         settings = {

@@ -46,7 +46,7 @@ def read_coco(file: Path) -> Iterator[Entry | str]:
             image = images[image_id]
             if image is not None:  # otherwise the image itself is reported
                 bbox = None if captions_only else get_field(entry, "bbox")
-                box = None if bbox is None else to_xyxy(bbox, "xywh")
+                box = to_xyxy(bbox, "xywh")
                 yield Entry(str(annotation_id), image[0], _get_expressions(entry), box, image[1])
         except ValueError as error:
             yield f"{where}: {error}."

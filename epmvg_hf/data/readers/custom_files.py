@@ -144,4 +144,4 @@ def _parse_record(source_row: str, record: dict[str, Any], names: dict[str, str]
         box = None if numbers == [None] * 4 else numbers
     else:
         box = get_field(record, names["box"])
-    return Entry(source_row, name, expressions, None if box is None else to_xyxy(box, box_format))
+    return Entry(source_row, name, expressions, to_xyxy(box, box_format))
