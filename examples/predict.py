@@ -8,10 +8,10 @@ import argparse
 
 import numpy as np
 from transformers import pipeline
-from transformers.image_utils import load_image
 
 import epmvg_hf  # noqa: F401 (registers the task)
 from epmvg_hf.evaluation.visualization import draw_grid
+from epmvg_hf.model.rgb_images import as_rgb, open_image
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="Folder or Hub id of a trained model.")
@@ -21,7 +21,7 @@ parser.add_argument("--output", default="prediction.png", help="Picture file to 
 arguments = parser.parse_args()
 
 grounder = pipeline("visual-grounding", model=arguments.model)
-image = load_image(arguments.image)  # applies the EXIF orientation, in which the boxes are given
+image = as_rgb(open_image(arguments.image, upright=True))  # as the pipeline sees it, and gives the boxes
 results = grounder(image, arguments.expressions)
 
 boxes = np.array([list(result["box"].values()) for result in results])

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 from transformers import pipeline
-from transformers.image_utils import load_image
 
 from epmvg_hf import VisualGroundingPipeline
+from epmvg_hf.model.rgb_images import as_rgb, open_image
 from epmvg_hf.utils import needs_extra
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def ground(grounder: VisualGroundingPipeline, image: Image.Image | None, text: s
         row of expression, xmin, ymin, xmax, ymax (pixels of the image) for each box.
     """
     results = grounder(image, [line.strip() for line in text.splitlines() if line.strip()])
-    image = load_image(image)  # applies the EXIF orientation, in which the boxes are given
+    image = as_rgb(open_image(image, upright=True))  # as the pipeline sees it, and gives the boxes
     outlines, rows = [], []
     for result in results:
         box = list(result["box"].values())
@@ -64,7 +64,10 @@ def make_page(model: str, device: str | None = None) -> "gr.Interface":
 
     return gr.Interface(
         answer,
-        inputs=[gr.Image(type="pil", label="Picture"), gr.Textbox(lines=4, label="Expressions, one per line")],
+        inputs=[
+            gr.Image(type="pil", image_mode=None, label="Picture"),  # any mode but None is what gradio converts to
+            gr.Textbox(lines=4, label="Expressions, one per line"),
+        ],
         outputs=[gr.AnnotatedImage(label="Boxes"), gr.Dataframe(headers=COLUMNS, label="Pixels of the picture")],
         title=f"Visual grounding: {model}",
         flagging_mode="never",

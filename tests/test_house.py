@@ -14,10 +14,10 @@ PACKAGE = ROOT / "epmvg_hf"
 MAY_IMPORT = {
     "utils": (),
     "model": (),
-    "data": ("utils", "model.letterbox", "data.readers", "data.files"),
+    "data": ("utils", "model.letterbox", "model.rgb_images", "data.readers", "data.files"),
     "data.readers": ("utils", "model.letterbox", "data", "data.files"),
     "data.files": (),
-    "evaluation": ("utils",),
+    "evaluation": ("utils", "model.rgb_images", "data.files"),
     "distillation": ("utils", "model", "data"),
     "training": ("utils", "model", "data", "evaluation", "distillation"),
 }

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from ..model.rgb_images import as_rgb
 from ..utils import needs_extra
 
 with needs_extra("draw_grid", "train"):
-    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
 
@@ -47,20 +49,21 @@ def draw_grid(
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    # pyplot would keep the figure in a list that all threads share.
+    figure = Figure(figsize=(3 * columns, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for number, (axis, image, expression) in enumerate(zip(axes.flat, images, expressions, strict=False)):
-        axis.imshow(image.convert("RGB"))
+        axis.imshow(as_rgb(image))
         axis.set_title(expression, fontsize=9, wrap=True)
         if true_boxes is not None:
             _outline(axis, true_boxes[number], color="lime", linestyle="--")
         _outline(axis, boxes[number], color="red", linestyle="-")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
-def _outline(axis: plt.Axes, box: np.ndarray, color: str, linestyle: str) -> None:
+def _outline(axis: Axes, box: np.ndarray, color: str, linestyle: str) -> None:
     x1, y1, x2, y2 = box
     # imshow draws the centre of the first pixel at 0, so the pixel's left edge, which is 0 in a box, is at -0.5.
     axis.add_patch(

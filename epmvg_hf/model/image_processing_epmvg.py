@@ -13,7 +13,8 @@
 # limitations under the License.
 """Image processor class for EpmVG (torchvision backend)."""
 
-from collections.abc import MutableMapping, Sequence
+import os
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,16 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     PILImageResampling,
     SizeDict,
+    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
 from .letterbox import Letterbox
+from .rgb_images import as_rgb, blend_with_white, open_image, to_levels, to_tensor
 
 
 class EpmVGImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
@@ -92,6 +96,19 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
                 }
             }
         return settings
+
+    def post_process_object_detection(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Says that there are no scores: `pipeline("zero-shot-object-detection")` asks for the boxes of several labels
+        above a threshold, and this model finds one box for each expression and does not say how sure it is.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            'pipeline("zero-shot-object-detection") needs a score for every box, which EpmVG does not give: it finds '
+            'one box for each expression. Use pipeline("visual-grounding") with the labels as expressions.'
+        )
 
     def unnormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -199,6 +216,50 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
                     )
         return letterbox
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """
+        Reads images that are given by name. The method of transformers would turn them by their EXIF orientation, so
+        that a file and the PIL image opened from it would differ.
+
+        Args:
+            image_url_or_urls: an image, or a list of images or of such lists. Those of type `str` or `os.PathLike`
+                are read by [`~rgb_images.open_image`], the others come back as they are.
+
+        Example:
+
+        ```python
+        >>> processor.image_processor.fetch_images("scene.png").size
+        (113, 128)
+        ```
+        """
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        return open_image(image_url_or_urls) if isinstance(image_url_or_urls, str | os.PathLike) else image_url_or_urls
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list:
+        return list(single_images(self.fetch_images(images)))
+
+    def _prepare_image_like_inputs(
+        self,
+        images: Any,
+        *args: Any,
+        do_convert_rgb: bool | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
+    ) -> list:
+        """Scales the values of each image by what its type means, before a backend sees it without its number."""
+        scaled_already = not do_rescale or rescale_factor == 1
+        levels = [
+            as_levels(image, f"Image {index}", do_convert_rgb, not scaled_already, input_data_format)
+            for index, image in enumerate(self._prepare_images_structure(images))
+        ]
+        first = ChannelDimension.FIRST
+        return super()._prepare_image_like_inputs(
+            levels, *args, do_convert_rgb=do_convert_rgb, input_data_format=first, **kwargs
+        )
+
     def _preprocess(
         self,
         images: list[torch.Tensor] | list[np.ndarray],
@@ -242,6 +303,72 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
         data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
         data |= {"original_sizes": original_sizes, "letterbox": letterbox.to_tensor()}
         return BatchFeature(data, tensor_type=return_tensors)
+
+
+def single_images(images: Any) -> Iterator[Any]:
+    """Lists the images in nested lists and in batches, which are arrays with 4 dimensions."""
+    if isinstance(images, list | tuple) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4):
+        for part in images:
+            yield from single_images(part)
+    else:
+        yield images
+
+
+def as_levels(
+    image: Any,
+    name: str,
+    do_convert_rgb: bool | None,
+    do_rescale: bool,
+    input_data_format: str | ChannelDimension | None,
+) -> Image.Image | torch.Tensor:
+    """
+    Makes an RGB image, or a tensor with the channels first, of an image of any type.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the image.
+        name (`str`): what an error calls the image.
+        do_convert_rgb (`bool`, *optional*): whether transparency is blended with white, and other modes become RGB.
+        do_rescale (`bool`): whether the values of an array are scaled by what its type means; else they stay as they
+            are. Bytes are levels from 0 to 255 in both cases.
+        input_data_format (`str` or `ChannelDimension`, *optional*): where an array has its channels.
+
+    Returns:
+        `PIL.Image.Image` of mode RGB, or a tensor of shape `(channels, height, width)`: bytes, or float32 if
+        `do_rescale` is `False` and the array does not have bytes.
+
+    Raises:
+        ValueError: it is no image, it has a shape that no image has, or its values have no known meaning.
+    """
+    if isinstance(image, Image.Image):
+        if do_convert_rgb:
+            return as_rgb(image, name)
+        if image.mode in ("P", "PA"):
+            raise ValueError(f"{name} has a palette, so its pixels need do_convert_rgb=True to become colours.")
+        image = np.array(image)
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"{name} is a value of type {type(image).__name__}, expected a PIL image, an array, a tensor, or the "
+            "path, http(s) URL or base64 data of an image."
+        )
+    pixels = image if isinstance(image, torch.Tensor) else to_tensor(image, name)
+    shape = tuple(pixels.shape)
+    expected = "expected (height, width), or that with 1, 3 or 4 channels before or after it (gray, RGB or RGBA)"
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    elif pixels.ndim != 3 or (input_data_format is None and not {shape[0], shape[-1]} & {1, 3, 4}):
+        raise ValueError(f"{name} has the shape {shape}, {expected}.")
+    elif (input_data_format or infer_channel_dimension_format(pixels, (1, 3, 4))) == ChannelDimension.LAST:
+        pixels = pixels.permute(2, 0, 1)
+    if do_convert_rgb and len(pixels) not in (1, 3, 4):
+        raise ValueError(f"{name} has the shape {shape}, {expected}.")
+
+    if do_rescale:
+        pixels = to_levels(pixels, name)
+    elif pixels.dtype != torch.uint8:
+        pixels = pixels.float()
+    if do_convert_rgb and len(pixels) == 4 and pixels.dtype == torch.uint8:
+        pixels = blend_with_white(pixels)
+    return pixels
 
 
 def count_channels(images: list) -> int:
@@ -307,9 +434,17 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
     transform of TransVG (djiajunustc/TransVG, `datasets/transforms.py`). Some pixels differ from TransVG's by one of
     255 levels, because TransVG resizes with PIL; those of [`EpmVGImageProcessorPil`] (`backend="pil"`) are the same.
 
-    Images are PIL images, arrays or tensors (channels first or last; gray ones with a channel axis), or paths. EXIF
-    orientation is **not** applied: boxes refer to the pixels as they are stored. For an array with a side of 3 pixels
-    pass `input_data_format`, because that side cannot be told from the channels.
+    Images are PIL images, arrays or tensors (channels first or last; gray ones with or without a channel axis), paths,
+    http(s) URLs or base64 data. EXIF orientation is **not** applied, in files neither: boxes refer to the pixels as
+    they are stored. For an array with a side of 3 pixels pass `input_data_format`, because that side cannot be told
+    from the channels.
+
+    What the numbers of an image mean follows from their type, and both backends round them to the same levels from 0
+    to 255 before they resize. Bytes are levels. Of 16 bits (`uint16`, or a mode of PIL that begins with `"I;16"`),
+    65,535 is white, of booleans, `True` is. Floats within [0, 1] are fractions of white; floats within [0, 255], and
+    integers of other types, are levels. Everything else is an error. With `do_rescale=False` or `rescale_factor=1`,
+    the values of arrays have already been scaled and are taken as they are, but PIL images are levels nevertheless.
+    Transparent pixels are blended with white.
 
     Args:
         size (`dict[str, int]`, *optional*, defaults to `{"height": 640, "width": 640}`):
@@ -333,7 +468,8 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
     - **letterbox** (`torch.LongTensor` of shape `(B, 4)`) -- where this call placed the pictures, which
       [`~EpmVGProcessor.post_process_grounding`] reads: (longer side of the picture on the canvas, top, left, S).
 
-    It raises a `ValueError` for images without pixels and for settings that place a picture off the canvas.
+    It raises a `ValueError` for images without pixels, for values without a known meaning, for files that cannot be
+    read, and for settings that place a picture off the canvas.
 
     Example:
 
@@ -355,6 +491,12 @@ class EpmVGImageProcessor(EpmVGImageProcessorMixin, TorchvisionBackend):
             # half of the time, to the same values.
             return torch.from_numpy(to_array(image)).permute(2, 0, 1).to(kwargs.get("device"))
         return super().process_image(image, *args, **kwargs)
+
+    def resize(self, image: torch.Tensor, size: SizeDict, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if size.height == size.width == 1:
+            # To make one pixel of bytes, torch needs the channels of a pixel side by side, or fails an internal check.
+            image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        return super().resize(image, size, *args, **kwargs)
 
 
 __all__ = ["EpmVGImageProcessor", "EpmVGImageProcessorKwargs"]

@@ -15,8 +15,11 @@
 
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.utils import TensorType
 
 from .image_processing_epmvg import EpmVGImageProcessorKwargs, EpmVGImageProcessorMixin
@@ -42,6 +45,15 @@ class EpmVGImageProcessorPil(EpmVGImageProcessorMixin, PilBackend):
     """
 
     valid_kwargs = EpmVGImageProcessorKwargs
+
+    def resize(
+        self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        if image.dtype == np.uint8:
+            return super().resize(image, size, resample, **kwargs)
+        # Values that the user has scaled: the method of transformers would round them to bytes, or refuse them.
+        channels = [Image.fromarray(channel).resize((size.width, size.height), resample) for channel in image]
+        return np.stack([np.asarray(channel) for channel in channels])
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:
         # As with every image processor of this backend, NumPy arrays are what it returns if nothing else is asked for.

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import load_image
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
@@ -30,6 +29,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from .nested_inputs import has_words
+from .rgb_images import as_rgb, open_image
 
 
 class VisualGroundingPipeline(Pipeline):
@@ -299,21 +299,15 @@ def _make_rows(image: Any, text: Any) -> Mapping | list | Iterator | Dataset:
 
 def _read_image(image: Any, timeout: float | None) -> Image.Image:
     """
-    Reads an image in RGB and applies its EXIF orientation.
+    Reads an image in RGB, as displayed: upright, and what is transparent on white.
 
     Raises:
-        ValueError: the image cannot be read, for whatever reason.
+        ValueError: the image cannot be read, for whatever reason, or its values have no known meaning.
     """
-    source = os.fspath(image) if isinstance(image, os.PathLike) else image
-    try:
-        return load_image(source, timeout=timeout)
-    except Exception as error:
-        # Pillow, file systems and HTTP clients raise many types, most of which do not say which image it was.
-        given = f"{source!r:.100}" if isinstance(source, str) else _type_name(source)
-        raise ValueError(
-            f"`image` is {given}, which cannot be read ({type(error).__name__}): expected a PIL image, the path of an "
-            "image file, an http(s) URL or base64 data."
-        ) from error
+    named = isinstance(image, str | os.PathLike)
+    return as_rgb(
+        open_image(image, timeout, upright=True), f"`image` {os.fspath(image)!r:.100}" if named else "`image`"
+    )
 
 
 def _as_result(expression: str, box: list[float]) -> dict[str, Any]:

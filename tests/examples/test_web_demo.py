@@ -42,9 +42,16 @@ def test_a_box_for_each_line(folder, image):
         ground(grounder, image, " \n")
 
 
+def test_transparent_ground_is_drawn_white(folder):
+    grounder = pipeline("visual-grounding", model=folder, device="cpu")
+    (picture, _), _ = ground(grounder, Image.new("RGBA", (40, 60), (0, 0, 0, 0)), TEXT)
+    assert picture.getcolors() == [(40 * 60, (255, 255, 255))]
+
+
 def test_the_page(folder, image):
     gradio = pytest.importorskip("gradio")
     page = make_page(folder, "cpu")
+    assert page.input_components[0].image_mode is None  # gradio's own conversion would make what is transparent black
     (picture, outlines), rows = page.fn(image, TEXT)
     # `page.fn` gives what the page is sent; its components say what it shows of that.
     shown = page.output_components[0].postprocess((picture, outlines))

@@ -1,4 +1,6 @@
+import base64
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from torchvision.transforms import functional as tvf
 
 from epmvg_hf.model.image_processing_epmvg import EpmVGImageProcessor
 from epmvg_hf.model.image_processing_pil_epmvg import EpmVGImageProcessorPil
+from epmvg_hf.model.rgb_images import as_rgb
 from tests.fixtures.paths import SHARED
 from tests.fixtures.transvg_images import ONE_LEVEL, transvg_image
 
@@ -152,15 +155,205 @@ def test_gray_array(backend):
     assert torch.equal(inputs.pixel_values, processor(gray, return_tensors="pt").pixel_values)
 
 
+RAMP = np.arange(0, 256, 2, np.uint8).reshape(8, 16)
+COLOURS = np.stack([RAMP, 255 - RAMP, np.full_like(RAMP, 40)], -1)  # channels last
+SCALED = {
+    "bool": (COLOURS > 127, np.where(COLOURS > 127, 255, 0)),
+    "uint16": (COLOURS.astype(np.uint16) * 257, COLOURS),
+    "uint16 of other machines": (COLOURS.astype(">u2") * 257, COLOURS),
+    "int16": (COLOURS.astype(np.int16), COLOURS),
+    "int32": (COLOURS.astype(np.int32), COLOURS),
+    "int64": (COLOURS.astype(np.int64), COLOURS),
+    "uint32": (COLOURS.astype(np.uint32), COLOURS),
+    "fractions": (COLOURS.astype(np.float32) / 255, COLOURS),
+    "fractions, float64": (COLOURS / 255, COLOURS),
+    "fractions, float16": ((COLOURS / 255).astype(np.float16), COLOURS),
+    "levels": (COLOURS.astype(np.float32), COLOURS),
+    "levels, float16": (COLOURS.astype(np.float16), COLOURS),
+    "backwards": (np.ascontiguousarray(COLOURS[..., ::-1])[..., ::-1], COLOURS),
+    "channels first": (COLOURS.transpose(2, 0, 1) / 255, COLOURS),
+    "a batch": (COLOURS[None].astype(np.uint16) * 257, COLOURS),
+    "gray": (RAMP, RAMP[..., None]),
+    "gray fractions": (RAMP / 255, RAMP[..., None]),
+    "gray, channel last": (RAMP[..., None] / 255, RAMP[..., None]),
+    "opaque": (np.dstack([COLOURS, np.full_like(RAMP, 255)]), COLOURS),
+    "transparent": (np.dstack([COLOURS, np.zeros_like(RAMP)]).astype(np.float32), np.full_like(COLOURS, 255)),
+    "opaque, uint16": (np.dstack([COLOURS, np.full_like(RAMP, 255)]).astype(np.uint16) * 257, COLOURS),
+}
+NO_TENSORS = ("uint16 of other machines", "backwards")
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "as_tensor"),
+    [(kind, False) for kind in SCALED] + [(kind, True) for kind in SCALED if kind not in NO_TENSORS],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_exif_orientation_is_not_applied(backend, tmp_path):
-    image = smooth_image(40, 32)
+def test_numbers_are_scaled_by_what_their_type_means(backend, kind, as_tensor, as_bytes):
+    array, levels = SCALED[kind]
+    if as_tensor:
+        array = torch.from_numpy(array)
+    processor = backend(size=16)
+    expected = processor(np.broadcast_to(levels, (8, 16, 3)).astype(np.uint8), return_tensors="pt")
+    inputs = processor.from_bytes(processor(array, as_bytes=as_bytes, return_tensors="pt"))
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert inputs["original_sizes"].tolist() == [[8, 16]]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (COLOURS / 127.5 - 1, r"has float64 values from -1 to 1, expected levels .* or fractions .*do_rescale=False"),
+        (
+            COLOURS * 257.0,
+            "has float64 values from 0 to 65535, expected levels from 0 to 255 or fractions from 0 to 1",
+        ),
+        (np.where(COLOURS == 40, np.nan, COLOURS), r"has float64 values that are not numbers \(NaN\)"),
+        (np.where(COLOURS == 40, np.inf, COLOURS), "has float64 values from 0 to inf, expected"),
+        (COLOURS / 200, r"has float64 values from 0 to 1\.275, which may be fractions beyond 1 or levels"),
+        (
+            COLOURS.astype(np.int16) - 1,
+            "has int16 values from -1 to 254, expected levels from 0 to 255 or the type uint16",
+        ),
+        (COLOURS.astype(np.int32) * 257, "has int32 values from 0 to 65535, expected"),
+        (COLOURS.astype(np.int64) * 2, "has int64 values from 0 to 510, expected"),
+        (COLOURS.astype(complex), "has values of the type torch.complex128, expected integers or floats"),
+        (COLOURS.astype(str), "has values of the type <U3, expected integers or floats"),
+        (COLOURS[..., :2], r"has the shape \(8, 16, 2\), expected \(height, width\), or that with 1, 3 or 4 channels"),
+        (RAMP[0], r"has the shape \(16,\), expected"),
+        (COLOURS[None, None], r"has the shape \(1, 1, 8, 16, 3\), expected"),
+        (Image.fromarray(RAMP.astype(np.float32) - 1), "has float32 values from -1 to 253, expected"),
+        (None, "is a value of type NoneType, expected a PIL image, an array, a tensor, or the path"),
+        ({"bytes": b"", "path": None}, "is a value of type dict, expected a PIL image"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_no_image_is_one_sentence(backend, image, message):
+    with pytest.raises(ValueError, match=f"^Image 1 {message}") as raised:
+        backend(size=16)([COLOURS, image])
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+@pytest.mark.parametrize("options", [{"do_rescale": False}, {"rescale_factor": 1.0}])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_that_the_user_has_scaled_stay(backend, dtype, options):
+    processor = backend(size=16, do_normalize=False, **options)
+    values = (COLOURS * (1 if dtype == np.uint8 else 3)).astype(dtype)
+    values = values - dtype(300.5) if np.issubdtype(dtype, np.floating) else values
+    expected = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)
+    picture = processor(values, return_tensors="pt").pixel_values[0, :, 4:12]
+    torch.testing.assert_close(picture, expected)
+    smaller = processor(values, size=8, return_tensors="pt").pixel_values[0, :, 2:6]
+    reference = torch.nn.functional.interpolate(expected[None], (4, 8), mode="bilinear", antialias=True)[0]
+    # Bytes are rounded after each of the two directions, other numbers never.
+    torch.testing.assert_close(smaller, reference, atol=1.01 if dtype == np.uint8 else 1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["I;16", "LA", "La", "RGBa", "F", "RGB with a key", "palette with alphas"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_modes_that_pillow_converts_to_white_or_black(backend, kind):
+    """[`as_rgb`] has tests of its own: here its image and the one that it is made of give the same."""
+    image = Image.fromarray(np.dstack([COLOURS, RAMP]))
+    image = {
+        "I;16": lambda: Image.fromarray(RAMP.astype(np.uint16) * 257),
+        "LA": lambda: image.convert("LA"),
+        "La": lambda: image.convert("LA").convert("La"),
+        "RGBa": lambda: image.convert("RGBa"),
+        "F": lambda: Image.fromarray(RAMP.astype(np.float32) / 255),
+        "RGB with a key": lambda: image.convert("RGB"),
+        "palette with alphas": lambda: image.quantize(16),
+    }[kind]()
+    if kind == "RGB with a key":
+        image.info["transparency"] = (0, 255, 40)
+    assert not np.array_equal(as_rgb(image), COLOURS)
+    inputs, expected = (backend(size=64)(given, return_tensors="pt").pixel_values for given in (image, as_rgb(image)))
+    assert torch.equal(inputs, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_conversion_to_rgb(backend):
+    processor = backend(size=16, do_convert_rgb=False, do_normalize=False)
+    gray = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    pixels = processor(gray, return_tensors="pt").pixel_values[0, :, 4:12]
+    torch.testing.assert_close(pixels, torch.from_numpy(RAMP)[None] / 255)
+    with pytest.raises(ValueError, match="Image 0 has a palette, so its pixels need do_convert_rgb=True"):
+        processor(Image.fromarray(COLOURS).quantize(16))
+
+
+@pytest.fixture
+def turned(tmp_path):
+    """The path of a photo of 40 x 32 pixels (width x height) that shall be displayed with a quarter turn."""
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to show"
-    image.save(tmp_path / "turned.png", exif=exif)
-    with Image.open(tmp_path / "turned.png") as turned:
-        inputs = backend(size=64)(turned, return_tensors="pt")
-    assert inputs.original_sizes.tolist() == [[32, 40]]
+    smooth_image(40, 32).save(tmp_path / "turned.jpg", exif=exif)
+    return tmp_path / "turned.jpg"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exif_orientation_is_not_applied(backend, turned, monkeypatch):
+    processor = backend(size=64)
+    with Image.open(turned) as image:
+        expected = processor(image, return_tensors="pt")
+    assert expected.original_sizes.tolist() == [[32, 40]]
+    encoded = base64.b64encode(turned.read_bytes()).decode()
+    page = SimpleNamespace(content=turned.read_bytes())
+    monkeypatch.setattr("transformers.image_utils.httpx.get", lambda *_, **__: page)
+    for source in (
+        turned,
+        str(turned),
+        [turned],
+        (str(turned),),
+        [[turned]],
+        encoded,
+        "https://example.org/turned.jpg",
+    ):
+        inputs = processor(source, return_tensors="pt")
+        assert torch.equal(inputs.pixel_values, expected.pixel_values)
+        assert inputs.original_sizes.tolist() == [[32, 40]]
+    assert processor([turned, str(turned), COLOURS], return_tensors="pt").original_sizes[:, 1].tolist() == [40, 40, 16]
+
+
+def test_the_processor_takes_paths(processor, turned):
+    text = ["the dog", "a red circle"]
+    expected = processor(images=Image.open(turned), text=text)
+    for source in (turned, str(turned)):  # one image, with both expressions
+        inputs = processor(images=source, text=text)
+        assert inputs["image_index"].tolist() == [0, 0]
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    inputs = processor(images=[turned, str(turned)], text=text, boxes=[[0, 0, 40, 32]] * 2)
+    assert inputs["image_index"].tolist() == [0, 1]
+    assert torch.equal(inputs["labels"][0], inputs["labels"][1])
+    assert inputs["original_sizes"].tolist() == [[32, 40]] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_file_that_cannot_be_read_is_one_sentence(backend, turned):
+    turned.with_name("cut.jpg").write_bytes(turned.read_bytes()[:400])
+    for name in ("none.jpg", "cut.jpg", "."):
+        for source in (turned.parent / name, str(turned.parent / name)):
+            with pytest.raises(
+                ValueError, match=r"^`image` is '/.*', which cannot be read \(\w+\): expected"
+            ) as raised:
+                backend()([turned, source])
+            assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize("long_side", [1, 2, 63])
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (4000, 3), (640, 480), (1, 1)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pictures_of_a_single_pixel(backend, size, long_side, as_bytes):
+    """torch fails an internal check on some of them, depending on how their bytes lie in memory."""
+    width, height = size
+    channels = np.full((3, height, width), 200, np.uint8)
+    processor = backend(size=64, do_normalize=False)
+    options = {"placements": [(long_side, 0.5, 0.5)], "as_bytes": as_bytes, "return_tensors": "pt"}
+    for image in (Image.fromarray(channels.transpose(1, 2, 0).copy()), channels, channels.astype(np.float32)):
+        first = {} if isinstance(image, Image.Image) else {"input_data_format": "channels_first"}
+        inputs = processor.from_bytes(processor(image, **options, **first))
+        assert inputs["pixel_mask"].sum() == long_side * max(1, round(min(size) * long_side / max(size)))
+        assert (inputs["pixel_values"] * 255).round().unique().tolist() == [0, 200]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

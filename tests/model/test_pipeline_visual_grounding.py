@@ -106,6 +106,41 @@ def test_any_mode_of_image(grounder, images, mode):
     check([grounder(image, RED)], directly(grounder, image.convert("RGB"), [RED]), [RED])
 
 
+def seen(grounder, monkeypatch, image) -> np.ndarray:
+    """The pixels of an image as the pipeline gives them to the processor."""
+    given = []
+    collate = grounder.collate
+    monkeypatch.setattr(grounder, "collate", lambda rows: given.extend(rows) or collate(rows))
+    grounder(image, RED)
+    monkeypatch.undo()
+    return np.asarray(given[0]["image"])
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_16_bits_and_transparency(grounder, tmp_path, monkeypatch, as_path):
+    ramp = np.arange(0, 256, 2, np.uint8).reshape(8, 16)
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "gray.png")
+    icon = Image.new("RGBA", (16, 8), (0, 0, 0, 0))
+    icon.paste((0, 0, 0, 255), (4, 2, 12, 6))
+    icon.save(tmp_path / "icon.png")
+    gray, on_white = (
+        seen(grounder, monkeypatch, path if as_path else Image.open(path))
+        for path in (tmp_path / "gray.png", tmp_path / "icon.png")
+    )
+    assert np.array_equal(gray, np.repeat(ramp[..., None], 3, axis=2))
+    expected = np.full((8, 16, 3), 255)
+    expected[2:6, 4:12] = 0
+    assert np.array_equal(on_white, expected)
+
+
+def test_values_without_a_known_meaning_are_one_sentence(grounder, tmp_path):
+    depths = Image.fromarray(np.full((8, 16), 7000, np.float32))
+    depths.save(tmp_path / "depths.tiff")
+    for image, name in ((depths, ""), (tmp_path / "depths.tiff", " '/.*depths.tiff'")):
+        with pytest.raises(ValueError, match=f"^`image`{name} has float32 values from 7000 to 7000, expected levels"):
+            grounder(image, RED)
+
+
 def test_boxes_are_of_the_upright_picture(grounder, images, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise
@@ -295,6 +330,7 @@ def test_on_a_gpu(grounder, folder, images):
         ),
         (lambda image: ([image], {RED}), "but there are a value of type set"),
         (lambda image: ("no/such.png", RED), r"`image` is 'no/such.png', which cannot be read \(ValueError\)"),
+        (lambda image: (Path("no/such.png"), RED), r"`image` is 'no/such.png', which cannot be read \(FileNotFound"),
         (lambda image: (np.zeros((4, 4, 3)), RED), "`image` is a value of type ndarray, which cannot be read"),
         (lambda image: ({"image": image, "text": RED}, RED), "`image` is a value of type dict, which cannot be read"),
     ],
@@ -344,3 +380,20 @@ def test_predict(grounder, folder, images, tmp_path, monkeypatch, capsys):
     expected = directly(grounder, images[0], [RED, GREEN])
     assert [json.loads(box) for _, box in printed] == [pytest.approx(box, abs=0.06) for box in expected]
     assert Image.open(output).size[0] > 100
+
+
+def test_predict_shows_what_is_transparent_as_white(folder, tmp_path, monkeypatch):
+    Image.new("RGBA", (60, 60), (0, 0, 0, 0)).save(tmp_path / "ground.png")
+    output = tmp_path / "prediction.png"
+    script = str(EXAMPLES / "predict.py")
+    monkeypatch.setattr(sys, "argv", [script, str(folder), str(tmp_path / "ground.png"), RED, "--output", str(output)])
+    runpy.run_path(script)
+    assert (np.asarray(Image.open(output).convert("L")) < 50).mean() < 0.05
+
+
+def test_detection_without_scores_says_what_to_use(processor, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    detector = pipeline("zero-shot-object-detection", model=str(tmp_path))
+    with pytest.raises(NotImplementedError, match=r'needs a score .*Use pipeline\("visual-grounding"\)'):
+        detector(Image.new("RGB", (40, 30)), candidate_labels=["a dog", "a man"])
