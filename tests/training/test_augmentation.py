@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from epmvg_hf.data.shapes import make_scene
 from epmvg_hf.training.augmentation import GroundingAugmentation, mirror
+from epmvg_hf.training.known_words import ENGLISH, KnownWords
 
 BOX = (40, 20, 70, 60)
 
@@ -163,3 +165,124 @@ def test_expressions_without_a_box_stay_so_and_are_not_cropped_away():
         mirrored += expressions[0] == "a thing to the right"
     assert 0 < mirrored < 20
     assert boxes[1].tolist() == list(BOX)
+
+
+def _draws(expression: str, count: int = 1000, **settings) -> list[tuple[Image.Image, str]]:
+    """What a user's training sees of one expression in many draws."""
+    random.seed(0)
+    augmentation = GroundingAugmentation(**{"crop": 0, "color_jitter_probability": 0} | settings)
+    image, box = _picture(), np.array([BOX], np.float32)
+    return [
+        (changed, texts[0]) for changed, texts, _ in (augmentation(image, [expression], box) for _ in range(count))
+    ]
+
+
+# The words that swap sides here, and all others, are none of the English ones; or nobody can tell what they mean.
+@pytest.mark.parametrize(
+    "expression",
+    ["der Kreis links", "links", "rechts", "man links", "Die Hand rechts", "l'homme à gauche", "le chien", "perro",
+     "izquierda", "左边的人", "左", "lewy pies", "chap", "r", "L", "table on the R", "l side", "rite side",
+     "tight side", "boat let side", "2nd frm rt", "lft3", "righthandsided man", "rightunder tree", "leftdog",
+     "dog 👈", "dog ←", "dog ->", "the # 7 player", "an L-shaped table", "the 's'", "the man at two oclock",
+     "dog on the east", "coca cola can", "cafe\u0301 a\u0300 droite", "starboard boat", "der Kreis"],
+)  # fmt: skip
+def test_what_is_unknown_is_neither_mirrored_nor_cropped_nor_strongly_jittered(expression):
+    for image, text in _draws(expression, 40, flip=1, crop=1):
+        assert text == expression and image.tobytes() == _picture().tobytes()
+    strong, weak = (
+        _draws("the dog", 40, color_jitter_probability=1),
+        _draws(expression, 40, color_jitter_probability=1),
+    )
+    assert _largest_change(weak) < _largest_change(strong) / 2
+
+
+def _largest_change(draws: list[tuple[Image.Image, str]]) -> int:
+    before = np.asarray(_picture()).astype(int)
+    return max(np.abs(np.asarray(image) - before).max() for image, _ in draws if image.size == (160, 120))
+
+
+@pytest.mark.parametrize("expression", ["der Kreis links", "rght circle", "sky top rigth", "bottom-lft"])
+def test_no_side_is_wrong_in_a_thousand_draws(expression):
+    """A picture is mirrored if and only if the word for the side changes with it."""
+    for image, text in _draws(expression):
+        assert (_red_box(image) != list(BOX)) == (text != expression)
+
+
+@pytest.mark.parametrize(
+    ("expression", "mirrored"),
+    [
+        ("rght circle", "left circle"),  # words of ReferItGame's annotators
+        ("sky top rigth", "sky top left"),
+        ("person far lef", "person far right"),
+        ("Tree leftt", "Tree right"),
+        ("btm lft corner", "btm rt corner"),
+        ("bottom leftish", "bottom rightish"),
+        ("topleft tower", "topright tower"),
+        ("bottom_left tree", "bottom_right tree"),
+        ("man on lefts arm", "man on rights arm"),
+        ("RIGHTHAND cup, rightside plate", "LEFTHAND cup, leftside plate"),
+    ],
+)
+def test_misspelled_and_abbreviated_sides_are_swapped(expression, mirrored):
+    ((_, text),) = _draws(expression, 1, flip=1)
+    assert text == mirrored
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "first person",  # counted from a side that nobody names
+        "the last horse",
+        "the next glass",
+        "second to last bus",
+        "the driver's side door",
+        "passenger side of the car",
+        "rght above the car",
+        "right  behind the car",
+        "right close to the tree",
+        "the cake that's left",
+        "he left the room",
+        "the last slice left",
+        "a right angle",
+    ],
+)
+def test_a_side_that_no_word_names_forbids_mirroring(expression):
+    ((_, text),) = _draws(expression, 1, flip=1)
+    assert text == expression
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["second cup from the left", "the third car from right", "first row of seats", "last shelf at the bottom",
+     "the first base", "Leftmost t-shirt", "the woman's hat, the man 's hat", "man w/ a black/white hat"],
+)  # fmt: skip
+def test_known_expressions_are_mirrored(expression):
+    ((image, text),) = _draws(expression, 1, flip=1)
+    assert _red_box(image) == [90, 20, 120, 60]
+    assert (text != expression) == any(word in expression.lower() for word in ("left", "right"))
+
+
+@pytest.mark.parametrize("split", ["train", "test_composition"])
+def test_all_words_of_the_shapes_are_known(split):
+    texts = {item.text for index in range(300) for item in make_scene(0, split, index).expressions}
+    assert not ENGLISH.unknown(texts)
+    assert all(map(ENGLISH.mirrorable, texts))
+
+
+def test_words_of_another_language_are_a_setting():
+    german = KnownWords({"links": "rechts", "linke": "rechte"}, {"der", "Kreis", "Hund"}, {"oben"}, {"rote"})
+    settings = {"flip": 1, "words": german}
+    assert _draws("Der linke Kreis", 1, **settings)[0][1] == "Der rechte Kreis"
+    assert _draws("RECHTS der Hund", 1, **settings)[0][1] == "LINKS der Hund"
+    assert _draws("the circle on the left", 1, **settings)[0][1] == "the circle on the left"
+    for expression, cropped in [("Hund", True), ("rote Hund", True), ("Hund oben", False), ("Hund links", False)]:
+        sizes = {image.size for image, _ in _draws(expression, 5, **settings, crop=1)}
+        assert (sizes != {(160, 120)}) == cropped
+    _, texts, _ = mirror(_picture(), ["der Kreis links"], np.array([BOX], np.float32), german)
+    assert texts == ["der Kreis rechts"]
+
+
+def test_an_unknown_word_of_one_expression_keeps_the_whole_picture_as_it_is():
+    augmentation = GroundingAugmentation(flip=1, crop=1, color_jitter_probability=0)
+    image, _, _ = augmentation(_picture(), ["a dog", "roter Kreis"], np.array([BOX, BOX], np.float32))
+    assert image.tobytes() == _picture().tobytes()
