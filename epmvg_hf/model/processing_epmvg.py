@@ -31,6 +31,7 @@ from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .letterbox import Letterbox
 from .nested_inputs import check_boxes, flatten, flatten_boxes, group_expressions
 from .pretrained_towers import tower_statistics, tower_tokenizer
+from .tokenized_expressions import keep_whole, tokenize
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +82,8 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         **kwargs: Any,
     ):
         super().__init__(image_processor, tokenizer, **kwargs)
+        if tokenizer is not None:
+            keep_whole(tokenizer)
         self.max_text_length = max_text_length
         self.do_lower_case = do_lower_case
 
@@ -134,7 +137,8 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         Prepares B images and N expressions for the model.
 
         Args:
-            images (`ImageInput`, *optional*): one image, or a list of B images.
+            images (`ImageInput`, `str` or `os.PathLike`, *optional*): one image, or a list of B images, of any type
+                that [`EpmVGImageProcessor`] takes. Like a PIL image, a file is not turned by its EXIF orientation.
             text (`str`, `list[str]` or `list[list[str]]`, *optional*): one expression; a list of expressions, one for
                 each image of a list or all for one image that is not in a list; or for each image a list of its
                 expressions, which may be empty.
@@ -309,19 +313,13 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         """Tokenizes the expressions, and warns if some of them are cut."""
         if self.do_lower_case:
             expressions = [expression.lower() for expression in expressions]
-        encoded = self.tokenizer(expressions, **text_kwargs)
-        # An expression that was cut has as many tokens as the limit allows, so only those are tokenized again.
-        limit = text_kwargs["max_length"]
-        lengths = [np.asarray(mask).sum() for mask in encoded["attention_mask"]]
-        full = [expression for expression, length in zip(expressions, lengths, strict=True) if length == limit]
-        if full:
-            whole = {**text_kwargs, "truncation": False, "padding": False, "return_tensors": None, "verbose": False}
-            longest = max(len(input_ids) for input_ids in self.tokenizer(full, **whole)["input_ids"])
-            if longest > limit:
-                logger.warning_once(
-                    f"Expressions are cut to {limit} tokens, but the longest one has {longest}. To keep all of it, "
-                    "raise `max_text_length` of the processor and of the model."
-                )
+        encoded, longest = tokenize(self.tokenizer, expressions, **text_kwargs)
+        if longest:
+            limit = text_kwargs["max_length"]
+            logger.warning_once(
+                f"Expressions are cut to {limit} tokens, but the longest one has {longest}. To keep all of it, raise "
+                "`max_text_length` of the processor and of the model."
+            )
         return {name: values for name, values in encoded.items() if name not in self.unused_input_names}
 
 

@@ -154,7 +154,7 @@ def test_no_warning_where_nothing_is_cut(warnings_of_processor, options):
 
 
 def test_max_length_that_the_tokenizer_remembers_does_not_count(processor, tmp_path):
-    processor(text="dog", max_length=4)
+    processor.tokenizer("dog", max_length=4, truncation=True)
     processor.tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.init_kwargs["max_length"] == 4
