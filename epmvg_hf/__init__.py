@@ -3,22 +3,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForZeroShotObjectDetection,
-    AutoProcessor,
-)
-from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import is_torchvision_available
+from .utils import needs_extra, without_enum_warnings
+
+with without_enum_warnings():
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForZeroShotObjectDetection,
+        AutoProcessor,
+    )
+    from transformers.pipelines import PIPELINE_REGISTRY
+    from transformers.utils import is_torchvision_available
 
 from .model.configuration_epmvg import EpmVGConfig
 from .model.image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .model.modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
 from .model.pipeline_visual_grounding import VisualGroundingPipeline
 from .model.processing_epmvg import EpmVGProcessor
-from .utils import needs_extra
 
 if is_torchvision_available():
     from .model.image_processing_epmvg import EpmVGImageProcessor

@@ -1,5 +1,6 @@
-"""Error messages: the extra that a missing library belongs to, and an error in one line."""
+"""Messages: the extra that a missing library belongs to, an error in one line, and a warning that is not for users."""
 
+import logging
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,24 @@ def needs_extra(what: str, extra: str) -> Iterator[None]:
             raise
         library = error.name.partition(".")[0]
         raise ImportError(f'{what} needs {library}: pip install "epmvg_hf[{extra}]"', name=error.name) from error
+
+
+@contextmanager
+def without_enum_warnings() -> Iterator[None]:
+    """
+    Drops what torch logs in its block about enumerations: importing transformers imports torchao, if it is installed,
+    which registers two of them in a way that torch will give up. Users can do nothing about that.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "is an Enum subclass" not in record.getMessage()
+
+    logger = logging.getLogger("torch.utils._pytree")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def in_short(error: Exception) -> str:

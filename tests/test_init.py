@@ -87,16 +87,31 @@ def test_every_public_name_is_there():
         epmvg_hf.EpmVGDetector  # noqa: B018
 
 
+def test_an_import_prints_nothing(tmp_path):
+    """With torchao installed, transformers imports it, and torch warns of what torchao then does."""
+    pytest.importorskip("torchao")
+    code = """
+import logging
+before = list(logging.getLogger("torch.utils._pytree").filters)
+import epmvg_hf
+for name in epmvg_hf.__all__:
+    getattr(epmvg_hf, name)
+assert logging.getLogger("torch.utils._pytree").filters == before
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
+
+
 def test_type_checkers_see_what_is_imported_when_first_used():
     body = ast.parse(Path(epmvg_hf.__file__).read_text()).body
     (block,) = (node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     assert {alias.name: node.module for node in block.body for alias in node.names} == epmvg_hf._LAZY
 
 
-def test_the_import_loads_no_library_that_the_model_base_of_transformers_does_not(tmp_path):
+def test_the_import_loads_no_library_that_a_model_of_transformers_does_not(tmp_path):
     code = """
 import json
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import DetrModel, ProcessorMixin
 before = {name.split(".")[0] for name in sys.modules}
 import epmvg_hf
 print(json.dumps(sorted({name.split(".")[0] for name in sys.modules} - before)))
@@ -287,10 +302,11 @@ print(json.dumps({
     train = 'pip install "epmvg_hf[train]"'
     missing = {name: sentence for name, sentence in found["lazy"].items() if sentence is not None}
     assert missing == {
-        "EpmVGDataCollator": f"EpmVGDataCollator needs torchvision: {train}",
+        "EpmVGDataCollator": f"EpmVGDataCollator needs datasets: {train}",
         "EpmVGTrainer": f"EpmVGTrainer needs accelerate: {train}",
         "GroundingAccuracy": f"GroundingAccuracy needs datasets: {train}",
         "GroundingAugmentation": f"GroundingAugmentation needs torchvision: {train}",
+        "ImageGroups": f"ImageGroups needs datasets: {train}",
         "as_grounding_dataset": f"as_grounding_dataset needs datasets: {train}",
     }
     assert found["plots"] == f"draw_grid needs matplotlib: {train}"

@@ -23,8 +23,9 @@ class AnnotatedImage:
             have another size; boxes are then scaled to it.
         rows (`list[dict[str, Any]]`):
             One dict per expression with `expression` (`str`), `box` (xyxy float pixels, 0-based and half-open, or
-            `None` where there is none), `where` (file and row, for error messages), and the other columns of the
-            format, among which `boxes` is a list of boxes like `box`.
+            `None` where there is none), `where` (file and row, for error messages), where errors should show the box
+            as its user wrote it `written_box` (`str`), and the other columns of the format, among which `boxes` is a
+            list of boxes like `box`.
     """
 
     name: str
@@ -44,9 +45,9 @@ def place_rows(
         stored_size (`tuple[int, int]` or `None`): Width and height of the image file in pixels, if there is one.
 
     Returns:
-        `tuple`: The usable rows, without `where` and with boxes in pixels of the image file, and a sentence for each
-        other row. If one box reaches beyond the image by more than `MAX_OVERHANG` pixels, the file is probably not
-        the image that the boxes were drawn on, so none of its rows is usable.
+        `tuple`: The usable rows, without what is for errors and with boxes in pixels of the image file, and a sentence
+        for each other row. If one box reaches beyond the image by more than `MAX_OVERHANG` pixels, the file is
+        probably not the image that the boxes were drawn on, so none of its rows is usable.
     """
     if not annotated.rows:
         return [], []
@@ -58,17 +59,15 @@ def place_rows(
     rows, problems, beyond = [], [], False
     for row in annotated.rows:
         box = row["box"]
-        problem = _problem_with(row["expression"], box)
-        if problem is None and box is not None and _sticks_out(box, size):
-            problem = (
-                f"the box {_round(box)} is not within the {size[0]} x {size[1]} pixels of {annotated.name}, "
-                "so no row of that image is used"
-            )
+        problem = find_problem(row["expression"], box, size, annotated.name, row.get("written_box"))
+        # Other problems are of a row alone, and are found without the size, too.
+        if problem is not None and find_problem(row["expression"], box, None) is None:
+            problem += ", so no row of that image is used"
             beyond = True
         if problem is not None:
             problems.append(f"{row['where']}: {problem}.")
             continue
-        placed = {name: value for name, value in row.items() if name != "where"}
+        placed = {name: value for name, value in row.items() if name not in ("where", "written_box")}
         placed["box"] = None if box is None else _place(box, scale, limits)
         if row.get("boxes") is not None:
             placed["boxes"] = [_place(each, scale, limits) for each in row["boxes"]]
@@ -95,18 +94,36 @@ def _problem_with_size(annotated: AnnotatedImage, stored_size: tuple[int, int] |
     return None
 
 
-def _problem_with(expression: Any, box: Any) -> str | None:
-    """The problem with an expression or a box that shows without knowing the image, or `None`."""
+def find_problem(
+    expression: Any,
+    box: Any,
+    size: tuple[float, float] | None,
+    image_name: str = "its image",
+    written_box: str | None = None,
+) -> str | None:
+    """
+    What is wrong with an expression or its box, without the place and without a full stop, or `None`.
+
+    Args:
+        expression (`Any`): must be text with words.
+        box (`Any`): must be `None` or xyxy pixels that are not empty and lie within the image, up to `MAX_OVERHANG`.
+        size (`tuple` or `None`): width and height of the image in pixels, if they are known.
+        image_name (`str`, *optional*): what errors call the image.
+        written_box (`str`, *optional*): what errors show as the box.
+    """
     if not _has_words(expression):
         return f"the expression is {reprlib.repr(expression)}, expected words"
     if box is None:
         return None
     if not is_box(box):
         return f"the box is {reprlib.repr(box)}, expected 4 finite numbers"
+    shown = written_box or show_box(box)
     if not (box[0] < box[2] and box[1] < box[3]):
-        return f"the box {_round(box)} is empty or inverted, expected xmin < xmax and ymin < ymax"
+        return f"the box {shown} is empty or inverted, expected xmin < xmax and ymin < ymax"
     if min(box[0], box[1]) < -MAX_OVERHANG or min(box[2], box[3]) <= 0:
-        return f"the box {_round(box)} starts outside the image"
+        return f"the box {shown} starts outside the image"
+    if size is not None and _sticks_out(box, size):
+        return f"the box {shown} is not within the {size[0]} x {size[1]} pixels of {image_name}"
     return None
 
 
@@ -141,5 +158,6 @@ def _place(box: list[float], scale: tuple[float, float], limits: tuple[float, fl
     return [float(min(max(value * scale[axis % 2], 0.0), limits[axis % 2])) for axis, value in enumerate(box)]
 
 
-def _round(box: list[float]) -> str:
+def show_box(box: list[float]) -> str:
+    """A box for an error message."""
     return "[" + ", ".join(f"{value:.7g}" for value in box) + "]"

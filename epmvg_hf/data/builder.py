@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from .annotations import place_rows
 from .files.image_files import measure_image
+from .progress import bars_only_on_a_terminal
 from .readers.source import GroundingSource
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def open_source(
     )
     if streaming:
         return builder.as_streaming_dataset(split=source.split)
-    builder.download_and_prepare(num_proc=num_proc)
+    with bars_only_on_a_terminal():
+        builder.download_and_prepare(num_proc=num_proc)
     return builder.as_dataset(split=source.split)
 
 
@@ -196,9 +198,14 @@ def read_image(source: GroundingSource, item: Any) -> tuple[str | None, list[dic
     try:
         path = source.path_of(item)
         annotated = source.annotate(item)
-        stored_size = None if path is None else measure_image(path, source.exif_oriented)
     except ValueError as error:
         return path, [], [str(error)]
+    try:
+        stored_size = None if path is None else measure_image(path, source.exif_oriented)
+    except ValueError as error:
+        # The file may be a copy in the cache, so the error also names the row that the user knows.
+        where = f"{annotated.rows[0]['where']}: " if annotated.rows else ""
+        return path, [], [f"{where}{error}"]
     return path, *place_rows(annotated, stored_size)
 
 

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from .annotations import is_box
+from .annotations import is_box, show_box
 
 BOX_COLUMNS = {"xyxy": ("xmin", "ymin", "xmax", "ymax"), "xywh": ("x", "y", "width", "height")}
 
@@ -68,6 +68,14 @@ def to_xyxy(box: Any, box_format: str) -> list[float] | None:
     if not (width > 0 and height > 0):
         raise ValueError(f"the box {box} is empty, expected x, y, width and height with width > 0 and height > 0")
     return [x, y, x + width, y + height]
+
+
+def as_written(box: list[float] | None, box_format: str) -> str | None:
+    """What errors show for a box from [`to_xyxy`], so that users find the numbers that they wrote."""
+    if box is None or box_format == "xyxy":
+        return None
+    x0, y0, x1, y1 = box
+    return f"{show_box([x0, y0, x1 - x0, y1 - y0])} (x, y, width, height)"
 
 
 def _is_nan(value: Any) -> bool:

@@ -16,6 +16,8 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .progress import bars_only_on_a_terminal
+
 # Raise this number with any change to the pictures or expressions: cached data is looked up by it.
 GENERATOR_VERSION = "1.0.0"
 
@@ -445,5 +447,6 @@ def load_shapes(
     builder = Shapes(dataset_name="shapes", cache_dir=cache_dir, split=split, seed=seed, num_images=num_images)
     if streaming:
         return builder.as_streaming_dataset(split=split)
-    builder.download_and_prepare(num_proc=num_proc)
+    with bars_only_on_a_terminal():
+        builder.download_and_prepare(num_proc=num_proc)
     return builder.as_dataset(split=split)

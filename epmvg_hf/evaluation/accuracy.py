@@ -13,12 +13,13 @@ import numpy as np
 _DESCRIPTION = """
 Fraction of expressions whose predicted box has an IoU of at least 0.5 or 0.7 with the true box (`acc@0.5`, `acc@0.7`),
 and the mean IoU. Boxes are continuous: the width is x2 - x1, without the +1 of inclusive pixel coordinates.
+Expressions without a true box do not count.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions: predicted boxes (x1, y1, x2, y2), one per expression.
-    references: true boxes (x1, y1, x2, y2) in the same order and unit.
+    references: true boxes (x1, y1, x2, y2) in the same order and unit; None or four times NaN where there is none.
 Returns:
     acc@0.5, acc@0.7 and mean_iou, each in [0, 1].
 """
@@ -37,7 +38,9 @@ class GroundingAccuracy(evaluate.Metric):
     The metric `acc@0.5`, `acc@0.7` and `mean_iou` for the `evaluate` library.
 
     `compute(predictions=..., references=...)` takes boxes (x1, y1, x2, y2), one per expression and all in the same
-    unit, and returns fractions in [0, 1]. It raises a `ValueError` if their numbers differ.
+    unit, and returns fractions in [0, 1]. Expressions without a true box, whose reference is `None` or four times NaN,
+    do not count. It raises a `ValueError` if the numbers of predictions and references differ, or if no reference is a
+    box.
 
     Example:
 
@@ -60,23 +63,26 @@ class GroundingAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        iou = paired_iou(np.asarray(predictions, np.float64), np.asarray(references, np.float64))
+        true_boxes, has_box = find_boxes(references, "references")
+        iou = paired_iou(np.asarray(predictions, np.float64)[has_box], true_boxes[has_box])
         scores = {f"acc@{threshold}": float((iou >= threshold).mean()) for threshold in (0.5, 0.7)}
         return {**scores, "mean_iou": float(iou.mean())}
 
 
 def evaluate_boxes(
-    predictions: np.ndarray,
-    references: np.ndarray,
+    predictions: np.ndarray | Sequence[Sequence[float]],
+    references: np.ndarray | Sequence[Sequence[float] | None],
     image_ids: Sequence[str],
     all_references: Sequence[Sequence[Sequence[float]]] | None = None,
 ) -> dict[str, float | int | list[float]]:
     """
-    Acc@0.5 of N expressions with its 95 % confidence interval, and the mean IoU.
+    Acc@0.5 of N expressions with its 95 % confidence interval, and the mean IoU. Expressions without a true box do not
+    count.
 
     Args:
         predictions (`np.ndarray` of shape `(N, 4)`): predicted boxes (x1, y1, x2, y2).
-        references (`np.ndarray` of shape `(N, 4)`): true boxes in the same unit.
+        references (`np.ndarray` of shape `(N, 4)` or `Sequence`):
+            True boxes in the same unit; four times NaN, or `None`, where there is none.
         image_ids (`Sequence[str]`): the image of each expression.
         all_references (`Sequence` of N sequences of boxes, *optional*):
             All true boxes of each expression, for the any-box protocol of Flickr30K Entities (MDETR, Kamath et al.
@@ -84,9 +90,13 @@ def evaluate_boxes(
             the boxes of the merged-box protocol, each the smallest box around all of them.
 
     Returns:
-        `dict`: `expressions` and `images` (`int`), the numbers of both; `acc@0.5` and `mean_iou` (`float`);
-        `acc@0.5_interval` (`list[float]`), the lower and upper end; with `all_references` also `any_box_acc@0.5` and
-        `any_box_acc@0.5_interval`.
+        `dict`: `expressions` and `images` (`int`), how many there are with a true box; `acc@0.5` and `mean_iou`
+        (`float`); `acc@0.5_interval` (`list[float]`), the lower and upper end; with `all_references` also
+        `any_box_acc@0.5` and `any_box_acc@0.5_interval`.
+
+    Raises:
+        `ValueError`: No expression has a true box, a box is not four finite numbers, the arguments differ in length,
+            or an expression with a true box has none in `all_references`.
 
     Example:
 
@@ -100,7 +110,13 @@ def evaluate_boxes(
     (0.5, [0.0, 1.0])
     ```
     """
-    iou = paired_iou(np.asarray(predictions, np.float64), np.asarray(references, np.float64))
+    if not len(predictions) == len(references) == len(image_ids):
+        lengths = f"{len(predictions)} predictions, {len(references)} references and {len(image_ids)} image_ids"
+        raise ValueError(f"there are {lengths}, expected equally many.")
+    true_boxes, has_box = find_boxes(references, "references")
+    predicted_boxes = np.asarray(predictions, np.float64)[has_box]
+    image_ids = np.asarray(image_ids)[has_box]
+    iou = paired_iou(predicted_boxes, true_boxes[has_box])
     is_right = iou >= 0.5
     result: dict[str, float | int | list[float]] = {
         "expressions": len(iou),
@@ -110,13 +126,52 @@ def evaluate_boxes(
         "mean_iou": float(iou.mean()),
     }
     if all_references is not None:
-        counts = [len(boxes) for boxes in all_references]
-        iou_of_every_box = paired_iou(np.repeat(predictions, counts, axis=0), np.concatenate(all_references))
+        every_box = {row: all_references[row] for row in np.flatnonzero(has_box).tolist()}
+        if empty := [row for row, boxes in every_box.items() if len(boxes) == 0]:
+            raise ValueError(f"all_references[{empty[0]}] is empty although references[{empty[0]}] is a box.")
+        counts = [len(boxes) for boxes in every_box.values()]
+        repeated = np.repeat(predicted_boxes, counts, axis=0)
+        iou_of_every_box = paired_iou(repeated, np.concatenate([*every_box.values()]))
         first_boxes = np.cumsum([0, *counts[:-1]])
         is_right = np.maximum.reduceat(iou_of_every_box, first_boxes) >= 0.5
         result["any_box_acc@0.5"] = float(is_right.mean())
         result["any_box_acc@0.5_interval"] = bootstrap_interval(is_right, image_ids)
     return result
+
+
+def find_boxes(boxes: np.ndarray | Sequence[Sequence[float] | None], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Tells apart rows with and without a box.
+
+    Args:
+        boxes (`np.ndarray` of shape `(N, 4)` or `Sequence`): boxes; `None` or four times NaN where there is none.
+        name (`str`): what errors call the rows.
+
+    Returns:
+        `tuple`: the boxes as one `np.ndarray` of shape `(N, 4)`, and one of truth values of shape `(N,)`.
+
+    Raises:
+        `ValueError`: No row has a box, or one has neither four finite numbers nor four times NaN.
+
+    Example:
+
+    ```python
+    >>> from epmvg_hf.evaluation.accuracy import find_boxes
+
+    >>> boxes, has_box = find_boxes([[0, 0, 10, 6], None], name="training data")
+    >>> has_box
+    array([ True, False])
+    ```
+    """
+    rows = np.array([[np.nan] * 4 if box is None else box for box in boxes], np.float64).reshape(-1, 4)
+    has_box = np.asarray(np.isfinite(rows).all(-1))
+    broken = np.flatnonzero(~has_box & ~np.isnan(rows).all(-1))
+    if len(broken):
+        row = broken[0]
+        raise ValueError(f"row {row} of the {name} is {rows[row].tolist()}, expected 4 finite numbers or no box.")
+    if not has_box.any():
+        raise ValueError(f"none of the {len(rows)} rows of the {name} has a box, expected at least one.")
+    return rows, has_box
 
 
 def paired_iou(boxes: np.ndarray, references: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset, Image
 from torchvision.ops import box_iou
 
-from .accuracy import paired_iou
+from ..data.files.image_files import measure_stored
+from .accuracy import find_boxes, paired_iou
 
 # At most this many training boxes are tried as the fitted box, and at most this many are used to compare them. More
 # would change the accuracy by less than its sampling error.
@@ -26,10 +27,11 @@ _MIN_BOXES = 5
 def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: float = 0.5) -> dict[str, float]:
     """
     Accuracy of three baselines that predict a box without the image. The boxes are fitted to the training rows, as
-    fractions of the image's width and height.
+    fractions of the image's width and height. Rows without a box do not count. The rows are those that are stored,
+    without what `set_transform` makes of them.
 
     Args:
-        train_dataset (`datasets.Dataset`): rows with `image`, `image_id`, `expression` and `box`, to fit the boxes to.
+        train_dataset (`datasets.Dataset`): rows with `image`, `expression` and `box`, to fit the boxes to.
         eval_dataset (`datasets.Dataset`): rows with the same columns, to measure the accuracy on.
         threshold (`float`, *optional*, defaults to 0.5): the IoU from which a box is right.
 
@@ -37,6 +39,9 @@ def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: flo
         `dict[str, float]`: the accuracy in [0, 1] of predicting the `whole_image`, the `best_constant_box`, and the
         `best_box_per_expression`. Where the training rows have fewer than five boxes of an expression, the last is
         fitted to the expressions with the same last word, and if these are too few, it is the constant box.
+
+    Raises:
+        `ValueError`: No row of a dataset has a box, or a row with a box has no image.
 
     Example:
 
@@ -48,18 +53,18 @@ def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: flo
     (['whole_image', 'best_constant_box', 'best_box_per_expression'], 0.0)
     ```
     """
-    train_boxes, true_boxes = _relative_boxes(train_dataset), _relative_boxes(eval_dataset)
-    train_expressions = [expression.lower() for expression in train_dataset["expression"]]
-    rows_by_key = defaultdict(list)
+    train_boxes, train_expressions = _read_rows(train_dataset, "training data")
+    true_boxes, expressions = _read_rows(eval_dataset, "evaluation data")
+    rows_by_key: defaultdict[str | tuple[str, str], list[int]] = defaultdict(list)
     for row, expression in enumerate(train_expressions):
         rows_by_key[expression].append(row)
         rows_by_key["last word", expression.split()[-1]].append(row)
 
     constant = _best_box(train_boxes, threshold)
-    fitted = {}
+    fitted: dict[str | tuple[str, str], np.ndarray] = {}
     predicted = np.empty_like(true_boxes)
-    for row, expression in enumerate(eval_dataset["expression"]):
-        keys = (expression.lower(), ("last word", expression.lower().split()[-1]))
+    for row, expression in enumerate(expressions):
+        keys = (expression, ("last word", expression.split()[-1]))
         key = next((key for key in keys if len(rows_by_key.get(key, ())) >= _MIN_BOXES), None)
         if key is not None and key not in fitted:
             fitted[key] = _best_box(train_boxes[rows_by_key[key]], threshold)
@@ -75,15 +80,26 @@ def blind_accuracy(train_dataset: Dataset, eval_dataset: Dataset, threshold: flo
     }
 
 
-def _relative_boxes(dataset: Dataset) -> np.ndarray:
-    """Boxes `(N, 4)` as fractions of their image's width and height. Only the headers of the images are read."""
-    undecoded = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
-    sizes = {}
-    for row, image_id in enumerate(dataset["image_id"]):
-        if image_id not in sizes:
-            sizes[image_id] = Image().decode_example(undecoded[row]["image"]).size
-    scale = np.array([sizes[image_id] * 2 for image_id in dataset["image_id"]], np.float64)
-    return np.array(dataset["box"], np.float64) / scale
+def _read_rows(dataset: Dataset, name: str) -> tuple[np.ndarray, list[str]]:
+    """
+    The rows that have a box: boxes `(N, 4)` as fractions of their image's width and height, and expressions in lower
+    case. Only the headers of the images are read, and a file that several rows name is read once.
+    """
+    stored = dataset.with_format(None).cast_column("image", Image(decode=False))
+    boxes, has_box = find_boxes(stored["box"], name)
+    rows = np.flatnonzero(has_box)
+    sizes = []
+    size_of_path: dict[str | None, tuple[int, int]] = {}
+    for row, image in zip(rows, stored.select(rows)["image"], strict=True):
+        if image is None:
+            raise ValueError(f"row {row} of the {name} has no image, whose size its box needs.")
+        path = image["path"] if image["bytes"] is None else None
+        size = size_of_path.get(path) or measure_stored(image) or Image().decode_example(image).size
+        if path is not None:
+            size_of_path[path] = size
+        sizes.append(size)
+    scale = np.tile(np.array(sizes, np.float64), 2)
+    return boxes[rows] / scale, [expression.lower() for expression in stored.select(rows)["expression"]]
 
 
 def _best_box(boxes: np.ndarray, threshold: float) -> np.ndarray:

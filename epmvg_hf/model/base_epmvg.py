@@ -13,7 +13,9 @@
 # limitations under the License.
 """The base class of the models."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -22,6 +24,7 @@ from transformers import MODEL_FOR_BACKBONE_MAPPING
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import is_peft_available
 
 from .card_mixin import ModelCardMixin
 from .configuration_epmvg import EpmVGConfig
@@ -55,6 +58,15 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
     # The loss is a mean over the expressions of one batch, and EpmVGTrainer weighs the batches that it accumulates. So
     # the Trainer of transformers must not pass `num_items_in_batch` for the model to divide by.
     accepts_loss_kwargs = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:
+            if (problem := _problem_with_adapter(pretrained_model_name_or_path)) is not None:
+                raise OSError(problem) from error
+            raise
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """
@@ -135,6 +147,21 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
                 "AutoModelForZeroShotObjectDetection": "modeling_epmvg.EpmVGForVisualGrounding",
             }
         super().save_pretrained(save_directory, **kwargs)
+
+
+def _problem_with_adapter(folder: str | os.PathLike) -> str | None:
+    """Why a folder could not be loaded, if it holds an adapter alone: transformers' error does not mention that."""
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file() or (file.parent / "config.json").is_file():
+        return None
+    if not is_peft_available():
+        return f"{folder} is an adapter, which needs peft: pip install peft."
+    base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return (
+        f"{folder} is an adapter whose base model could not be loaded from {base}, as its {file.name} names it: "
+        "correct base_model_name_or_path there, or load the base model from where it is and then call its "
+        f"load_adapter({str(folder)!r})."
+    )
 
 
 def supports_attention(backbone_config: PreTrainedConfig, name: str | None) -> bool:

@@ -202,7 +202,7 @@ def test_problems_are_skipped_and_reported(tmp_path, reports, options):
     assert missing == f"1 of 5 images of the train split are missing in {root}: their 0 rows are left out."
     assert outside.startswith(f"left out: {OUTSIDE}")
     assert inverted == f"left out: {INVERTED}"
-    assert empty.startswith(f"left out: {root}/d.jpg has no readable image header")
+    assert empty.startswith(f"left out: a.json, d.jpg: {root}/d.jpg has no readable image header")
     assert not [*tmp_path.rglob("left-out*")]
 
 

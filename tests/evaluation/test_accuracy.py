@@ -60,6 +60,48 @@ def test_both_protocols_equal_a_plain_loop():
     assert "any_box_acc@0.5" not in evaluate_boxes(predictions, merged, ["a"] * 60)
 
 
+NONE = pytest.mark.parametrize("none", [None, [float("nan")] * 4], ids=["None", "NaN"])
+
+
+@NONE
+def test_rows_without_a_box_do_not_count(none):
+    rng = np.random.default_rng(0)
+    predictions, references = _random_boxes(rng, 6), _random_boxes(rng, 6).tolist()
+    images, every = list("aabbcc"), [[box] for box in references]
+    expected = evaluate_boxes(predictions, references, images, every)
+    rows = [0, 1, 2, 2, 3, 4, 5]  # row 3 repeats the prediction of row 2, but has no box and another image
+    images.insert(3, "none")
+    references.insert(3, none)
+    every.insert(3, [])
+    assert evaluate_boxes(predictions[rows], references, images, every) == expected
+    metric = GroundingAccuracy(keep_in_memory=True)
+    assert metric.compute(predictions=predictions[rows], references=references)["mean_iou"] == expected["mean_iou"]
+
+
+@NONE
+def test_no_row_with_a_box_is_an_error(none):
+    with pytest.raises(ValueError, match="none of the 2 rows of the references has a box, expected at least one"):
+        evaluate_boxes(np.zeros((2, 4)), [none, none], ["a", "b"])
+    with pytest.raises(ValueError, match="none of the 2 rows of the references has a box, expected at least one"):
+        GroundingAccuracy(keep_in_memory=True).compute(predictions=np.zeros((2, 4)), references=[none, none])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ([[0, 0, 1, 1]], [[0, 0, 1, float("nan")]], ["a"]),
+            r"row 0 of the references is \[0.0, 0.0, 1.0, nan\], expected",
+        ),
+        (([[0, 0, 1, 1]] * 2, [[0, 0, 1, 1]], ["a"]), "2 predictions, 1 references and 1 image_ids, expected equally"),
+        (([[0, 0, 1, 1]], [[0, 0, 1, 1]], ["a"], [[]]), r"all_references\[0\] is empty although references\[0\] is a"),
+    ],
+)
+def test_boxes_that_cannot_be_compared(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_boxes(*arguments)
+
+
 def test_interval_is_that_of_a_proportion_and_wider_for_clusters():
     rng = np.random.default_rng(3)
     values = (rng.random(400) < 0.3).astype(float)

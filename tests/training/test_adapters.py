@@ -123,6 +123,26 @@ def _last_lora(model) -> str:
 
 
 @both_ways
+def test_an_adapter_whose_base_moved_says_so(tmp_path, processor, dataset, base, with_adapter, monkeypatch):
+    with_adapter(base).save_pretrained(tmp_path / "out")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(OSError) as caught:
+        _load(tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path}/out is an adapter whose base model could not be loaded from {base}, as its adapter_config.json "
+        f"names it: correct base_model_name_or_path there, or load the base model from where it is and then call "
+        f"its load_adapter({str(tmp_path / 'out')!r})."
+    )
+    model = _load(tmp_path / "moved")
+    model.load_adapter(str(tmp_path / "out"))
+    assert _boxes(model, processor, dataset).isfinite().all()
+    monkeypatch.setattr("epmvg_hf.model.base_epmvg.is_peft_available", lambda: False)
+    monkeypatch.setattr("transformers.integrations.peft.is_peft_available", lambda: False)
+    with pytest.raises(OSError, match=r"out is an adapter, which needs peft: pip install peft\.$"):
+        _load(tmp_path / "out")
+
+
+@both_ways
 def test_the_best_adapter_is_loaded_at_the_end(tmp_path, processor, dataset, base, with_adapter):
     model = with_adapter(base)
     trainer = _trainer(

@@ -11,7 +11,7 @@ import datasets
 
 from ..annotations import AnnotatedImage
 from ..benchmarks import full_split_name, short_split_name
-from ..field_values import BOX_COLUMNS, look_normalised
+from ..field_values import BOX_COLUMNS, as_written, look_normalised
 from ..files.image_files import ImageRoot, file_statuses, list_files
 from .coco_files import read_coco
 from .custom_files import Entry, name_columns, read_csv, read_jsonl
@@ -120,7 +120,13 @@ class CustomData(GroundingSource):
 
     def annotate(self, item: ListedImage) -> AnnotatedImage:
         rows = [
-            {"where": self._where(source_row), "expression": expression, "box": box, "source_row": source_row}
+            {
+                "where": self._where(source_row),
+                "expression": expression,
+                "box": box,
+                "written_box": as_written(box, self.box_format),
+                "source_row": source_row,
+            }
             for source_row, expression, box in item.rows
         ]
         return AnnotatedImage(item.name, item.name, item.size, rows)

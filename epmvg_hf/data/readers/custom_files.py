@@ -1,5 +1,6 @@
 """Files of your own with one row per line, JSONL and CSV, read as entries."""
 
+import codecs
 import csv
 import reprlib
 from collections.abc import Iterator
@@ -34,13 +35,18 @@ def read_jsonl(file: Path, names: dict[str, str], box_format: str) -> Iterator[E
     for number, line in enumerate(read_lines(file), start=1):
         if line.strip():
             try:
+                _check_text(line)
                 yield _parse_record(str(number), parse_json_object(line.strip()), names, box_format)
             except ValueError as error:
                 yield f"{file}, line {number}: {error}."
 
 
 def read_csv(file: Path, names: dict[str, str], box_format: str) -> Iterator[Entry | str]:
-    """An entry for each row, or a sentence if it cannot be used. A row of several lines is counted by its first."""
+    """
+    An entry for each row, or a sentence if it cannot be used. A row of several lines is counted by its first.
+
+    Where a quote is never closed, its row has all lines up to the next quote, so the sentence says how many they are.
+    """
     table = csv.reader(read_lines(file), strict=True, skipinitialspace=True)
     header: list[str] = []
     while True:
@@ -50,15 +56,20 @@ def read_csv(file: Path, names: dict[str, str], box_format: str) -> Iterator[Ent
         except StopIteration:
             break
         except csv.Error as error:
-            yield f"{file}, line {number}: not valid CSV ({error})."
+            lines = f"line {number}" if table.line_num <= number else f"lines {number} to {table.line_num}"
+            problem = f"{file}, {lines}: not valid CSV ({error}); look at the quotes in line {number}."
+            if not header:
+                raise ValueError(problem) from error
+            yield problem
+            continue
+        if cells in ([], [""]):  # a blank line
             continue
         if not header:
             header = cells
             _check_header(file, header, names, box_format)
             continue
-        if not cells:  # a blank line
-            continue
         try:
+            _check_text("".join(cells))
             if len(cells) != len(header):
                 raise ValueError(f"{len(cells)} cells, expected {len(header)} as in the header")
             record = _parse_cells(dict(zip(header, cells, strict=True)), names, box_format)
@@ -70,18 +81,24 @@ def read_csv(file: Path, names: dict[str, str], box_format: str) -> Iterator[Ent
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a file with their ends, which a CSV may have within its cells."""
+    """The lines of a file, whose ends `\\n`, `\\r\\n` or `\\r` stay, because a CSV may have them within its cells."""
     with file.open("rb") as opened:
+        if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{file}, line 1: not UTF-8 but UTF-16, as its first two bytes say.")
+    # What is not UTF-8 passes through this decoding, and is found below in the line that it is in.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
         number = 0
         while line := opened.readline(MAX_LINE_BYTES + 1):
             number += 1
-            if len(line) > MAX_LINE_BYTES:
+            content = line.encode("utf-8", "surrogateescape")
+            if len(content) > MAX_LINE_BYTES:
                 raise ValueError(f"{file}, line {number}: the line is longer than {MAX_LINE_BYTES:,} bytes.")
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                content.decode()
             except UnicodeDecodeError as error:
                 problem = f"not UTF-8 ({error.reason} at byte {error.start})"
                 raise ValueError(f"{file}, line {number}: {problem}.") from error
+            yield line
 
 
 def get_field(record: dict[str, Any], name: str) -> Any:
@@ -107,11 +124,22 @@ def normalise_path(name: Any) -> str:
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
+def _check_text(text: str) -> None:
+    """Raises a `ValueError` for a NUL, such as every second byte of UTF-16 without a mark at its start often is."""
+    if "\0" in text:
+        raise ValueError("it has a NUL byte, expected text in UTF-8")
+
+
 def _check_header(file: Path, header: list[str], names: dict[str, str], box_format: str) -> None:
+    if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
+        raise ValueError(f"{file} has the header {reprlib.repr(header[0])}, expected names between commas.")
+    if broken := [name for name in header if set(name) & set("\n\r\0")]:
+        has = f"{file} has the column {reprlib.repr(broken[0])}"
+        raise ValueError(f"{has}, expected a name in UTF-8 without line breaks; look at the quotes in the header.")
     four = [names[column] for column in BOX_COLUMNS[box_format]]
-    has = f"{file} has the columns {', '.join(header)}"
+    has = f"{file} has the columns {', '.join(header)[:400]}"
     if twice := [name for name in header if header.count(name) > 1]:
-        raise ValueError(f"{has}, of which {twice[0]} comes twice.")
+        raise ValueError(f"{has}, of which {twice[0]!r} comes twice.")
     missing = [names[name] for name in ("image", "expression") if names[name] not in header]
     if missing or (names["box"] not in header and not set(four) <= set(header)):
         raise ValueError(

@@ -25,7 +25,7 @@ import pyarrow as pa
 from ..annotations import AnnotatedImage
 from ..benchmarks import Counts, SplitRequest, short_split_name
 from ..field_values import list_expressions, parse_json_object, to_xyxy
-from ..files.image_files import ImageFolders, file_statuses, measure_image
+from ..files.image_files import ImageFolders, file_statuses
 from ..files.parquet_files import check_columns, has_all_images, read_column_names, read_parquet, write_image_files
 from .source import GroundingSource
 
@@ -134,16 +134,6 @@ class HubParquet(GroundingSource):
             problem = "there is no image in that row, expected the bytes of a JPEG or PNG"
             raise ValueError(f"{item.rows[0]['where']}: {problem}.")
         return path
-
-    def annotate(self, item: AnnotatedImage) -> AnnotatedImage:
-        """The item, after a look at its image: later, an error would name a file in the cache instead of a row."""
-        path = self.path_of(item)
-        if self.has_images and path is not None:
-            try:
-                measure_image(path)
-            except ValueError as error:
-                raise ValueError(f"{item.rows[0]['where']}: {error}") from error
-        return item
 
     def _read_objects(self) -> Iterator[AnnotatedImage | str]:
         """Each row as an image with one object, or a sentence if it cannot be used."""

@@ -326,7 +326,7 @@ BAD_LINES = [
     ("[" * 100_000, "not usable JSON ("),
     ('{"box": ' + "1" * 5000 + "}", "not usable JSON ("),
     ("[1]", "not a JSON object but [1]"),
-    ("\x00", "not valid JSON (Expecting value at character 1)"),
+    ("\x00", "it has a NUL byte, expected text in UTF-8"),
     (without("image"), "no 'image', only expression, box"),
     (without("expression"), "no 'expression', only image, box"),
     (without("box"), "no 'box', only image, expression"),
@@ -386,10 +386,26 @@ def test_xywh_without_extent(folder):
     ("text", "message"),
     [
         ("", "train.csv is empty, expected a header and rows"),
-        ("image;expression;box\n", "has the columns image;expression;box, expected image, expression and either box"),
+        ("\n \n", "train.csv is empty, expected a header and rows"),
+        ("image;expression;box\n", "train.csv has the header 'image;expression;box', expected names between commas"),
+        ("image\texpression\tbox\n", r"has the header 'image\texpression\tbox', expected names between commas"),
+        (
+            '"image,expression,box\na.png,a dog,1 2 3 4\n',
+            "train.csv, lines 1 to 2: not valid CSV (unexpected end of data",
+        ),
+        (
+            'image,"expression,box\na.png,"a dog",1 2 3 4\n',
+            "train.csv, lines 1 to 2: not valid CSV (',' expected after",
+        ),
+        ('image,"expression"s,box\na.png,a dog,1 2 3 4\n', "train.csv, line 1: not valid CSV (',' expected after"),
+        (
+            'image,expression,"box\na.png,a dog,"\n',
+            "has the column 'box\\na.png,a dog,', expected a name in UTF-8 without line breaks",
+        ),
         ("image,expression,xmin,ymin,xmax\n", "expected image, expression and either box or xmin, ymin, xmax, ymax"),
         ("image,expression,x,y,width,height\n", "and either box or xmin, ymin, xmax, ymax"),
-        ("image,expression,image,box\n", "of which image comes twice"),
+        ("image,expression,image,box\n", "of which 'image' comes twice"),
+        ("image,expression,box,,\n", "of which '' comes twice"),
         ("image,expression,box\na.png,a dog\n", "line 2: 2 cells, expected 3 as in the header"),
         ("image,expression,box\na.png,a dog,1,2,3,4\n", "line 2: 6 cells, expected 3"),
         ("image,expression,box\na.png,a dog,1 2 3\n", "line 2: the box is [1.0, 2.0, 3.0], expected 4 finite"),
@@ -400,7 +416,11 @@ def test_xywh_without_extent(folder):
         ("image,expression,box\na.png,,1 2 3 4\n", "line 2: the expression is '', expected words"),
         ("image,expression,xmin,ymin,xmax,ymax\na.png,a,1,,3,4\n", "line 2: the box is [1.0, None, 3.0, 4.0]"),
         ('image,expression,box\na.png,"a" dog,1 2 3 4\n', "line 2: not valid CSV (',' expected after '\"')"),
-        ('image,expression,box\na.png,"a dog,1 2 3 4\n', "line 2: not valid CSV (unexpected end of data)"),
+        ('image,expression,box\na.png,"a dog,1 2 3 4\n', "line 2: not valid CSV (unexpected end of data"),
+        (
+            'image,expression,box\na.png,"a dog,1 2 3 4\na.png,a dog,1 2 3 4\na.png,"a dog",1 2 3 4\n',
+            "lines 2 to 4: not valid CSV (',' expected after '\"'); look at the quotes in line 2.",
+        ),
     ],
 )
 def test_bad_csv(folder, text, message):
@@ -488,6 +508,39 @@ def test_limits(folder, monkeypatch):
         load(folder)
     monkeypatch.setattr(custom, "MAX_FILE_BYTES", 100)
     with pytest.raises(ValueError, match=r"train\.jsonl has 1,048,.* bytes, expected at most 100; as_grounding_data"):
+        load(folder)
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\r\r\n", "\n"])
+@pytest.mark.parametrize("write", [write_jsonl, write_csv])
+def test_ends_of_lines(folder, write, end):
+    write(folder)
+    (file,) = folder.glob("train.*")
+    file.write_bytes(file.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", end.encode()))
+    assert found(load(folder)) == GROUPED
+
+
+@pytest.mark.parametrize("end", ["\r", "\n"])
+def test_lines_of_any_end_are_counted(folder, end):
+    text = end.join(["image,expression,box", 'a.png,"a', 'dog",1 2 3 4', "a.png,a star,1 2 3 4", ""])
+    (folder / "train.csv").write_bytes(text.encode())
+    dataset = load(folder)
+    assert dataset["expression"][:] == [f"a{end}dog", "a star"] and dataset["source_row"][:] == ["2", "4"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\n".encode("utf-16"), ", line 1: not UTF-8 but UTF-16, as its first two bytes say."),
+        ("a\n".encode("utf-16-be"), "(, line 1: it has a NUL byte| has the column '.x00a.*), expected .* in UTF-8"),
+        (b"\n\ncaf\xe9\n", ", line 3: not UTF-8 .invalid continuation byte at byte 3.[.]"),
+        (b"\n\n" + b" " * 20_000 + b"\n\xe9\xb4", ", line 4: not UTF-8 .unexpected end of data at byte 0.[.]"),
+    ],
+)
+def test_what_is_not_utf8_is_named(folder, suffix, content, message):
+    (folder / f"train.{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"train\.{suffix}{message}"):
         load(folder)
 
 
