@@ -7,7 +7,18 @@ from typing import Any
 import datasets
 
 from .annotations import AnnotatedImage, place_rows
-from .field_values import BOX_COLUMNS, check_columns, check_id, list_expressions, look_normalised, to_xyxy
+from .field_values import (
+    BOX_COLUMNS,
+    as_written,
+    check_columns,
+    check_id,
+    list_expressions,
+    look_normalised,
+    to_xyxy,
+)
+from .files.image_files import measure_stored
+from .image_groups import is_transformed
+from .progress import bars_only_on_a_terminal
 
 SAMPLES_AT_ONCE = 64  # in memory, with their images
 
@@ -44,7 +55,8 @@ def as_grounding_dataset(
 
     Raises:
         `ValueError`: An argument is not valid, or a row cannot be used; a stream says so when that row is read. The
-            error names the row, counted from 0. The workers of a data loader each count their own rows.
+            error names the row, counted from 0, and shows the box as it stands there. The workers of a data loader
+            each count their own rows.
 
     Note:
         In a WebDataset, write every number of a box with a decimal point (1.0), or pass `features` to `load_dataset`.
@@ -70,6 +82,11 @@ def as_grounding_dataset(
         )
     if box_format not in BOX_COLUMNS:
         raise ValueError(f'box_format must be "xyxy" or "xywh", not {box_format!r}.')
+    if is_transformed(dataset):
+        raise ValueError(
+            "the dataset has a transform (with_transform), which as_grounding_dataset could only apply once and for "
+            "all: call as_grounding_dataset first, and with_transform on what it returns."
+        )
     features = dataset.features
     present = list(next(iter(dataset), {})) if features is None else list(features)
     names = _find_columns(present, features, columns)
@@ -129,26 +146,24 @@ def _row_features() -> dict[str, Any]:
 
 def _convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> datasets.Dataset:
     """Rows beside the column of images as it is stored. `datasets` copies images only where one has several rows."""
-    image, image_id = settings["names"]["image"], settings["names"]["image_id"]
+    image = settings["names"]["image"]
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows, expected at least one.")
     images = dataset.select_columns([image])
     if image != "image":
         images = images.rename_column(image, "image")
     images = images.cast_column("image", datasets.Image())
-    if image_id is None:
-        dataset = dataset.cast_column(image, datasets.Image(decode=False))
-    else:
-        dataset = dataset.remove_columns([image])  # so that it is not read
-    rows = dataset.map(
-        _make_rows,
-        batched=True,
-        batch_size=SAMPLES_AT_ONCE,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=datasets.Features(_row_features() | {"row": datasets.Value("int64")}),
-        fn_kwargs=settings | {"keep": "row"},
-    )
+    dataset = dataset.cast_column(image, datasets.Image(decode=False))
+    with bars_only_on_a_terminal():
+        rows = dataset.map(
+            _make_rows,
+            batched=True,
+            batch_size=SAMPLES_AT_ONCE,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=datasets.Features(_row_features() | {"row": datasets.Value("int64")}),
+            fn_kwargs=settings | {"keep": "row"},
+        )
     if len(rows) != len(images):
         images = images.select(rows["row"])
     return datasets.concatenate_datasets([images, rows.remove_columns("row")], split=dataset.split, axis=1)
@@ -199,23 +214,26 @@ def _make_rows(
     column "row" the index of its sample.
     """
     rows: dict[str, list] = {keep: [], "image_id": [], "expression": [], "box": []}
+    measured: tuple[Any, tuple[int, int] | None] = (None, None)  # the rows of an image usually follow each other
     for position, index in enumerate(indices):
         where = f"row {index}"
         try:
-            image: dict[str, Any] = {}
-            if names["image"] in batch:  # not if the dataset has ids, as then nothing of the image is needed
-                image, path = _encode_image(batch[names["image"]][position])
-                where += f" ({path})" if path else ""
+            image, path = _encode_image(batch[str(names["image"])][position])
+            where += f" ({path})" if path else ""
+            if measured[0] != image:
+                measured = (image, measure_stored(image))
             if names["image_id"] is None:
                 image_id = _identify(image)
             else:
                 image_id = str(check_id(_pick_nested(batch, names["image_id"], position), "image_id"))
             sample = _read_sample(batch, position, names, box_format)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}.") from error
-        # Images are not decoded here, so whether a box sticks out of its image stays unknown.
-        listed = [{"where": where, "expression": expression, "box": box} for expression, box in sample]
-        placed, problems = place_rows(AnnotatedImage("", image_id, None, listed), None)
+            raise ValueError(f"{where}: {str(error).removesuffix('.')}.") from error
+        listed = [
+            {"where": where, "expression": expression, "box": box, "written_box": as_written(box, box_format)}
+            for expression, box in sample
+        ]
+        placed, problems = place_rows(AnnotatedImage("its image", image_id, None, listed), measured[1])
         if problems:
             raise ValueError(problems[0])
         for row in placed:

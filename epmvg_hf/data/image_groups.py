@@ -1,19 +1,25 @@
 """Rows of expressions grouped by the image that they are about, so that each image needs one visual pass."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
+from transformers.image_utils import get_image_size
 
-from .files.image_files import decode_jpeg
+from ..model.rgb_images import as_rgb
+from .files.image_files import decode_jpeg, measure_stored
+from .pictures import number_pictures
+from .row_checks import check_features, check_row, find_doubtful_rows, place_of, read_boxes
 
-if TYPE_CHECKING:
-    import datasets
+# So many headers of images are read before a training starts. Each takes 0.05 ms, or 2 ms from a cold disk.
+MAX_MEASURED = 10_000
 
 
 @dataclass
@@ -22,14 +28,18 @@ class ImageGroup:
     An image and n expressions about it.
 
     Args:
-        image (`PIL.Image.Image` or `None`): the decoded image; `None` if the dataset keeps rows without image files.
-        image_id (`str`): the id of the image in the dataset.
+        image (`PIL.Image.Image` or `None`):
+            The decoded image, or what a transform of the dataset made of it: any image that [`EpmVGProcessor`] takes.
+            `None` if the dataset keeps rows without image files.
+        image_id (`str` or `None`): the id of the image in the dataset, if it has one.
         expressions (`list[str]`): the expressions.
         boxes (`np.ndarray` of shape `(n, 4)` or `None`):
             float32 boxes, xyxy in pixels of the image, 0-based and half-open. A row of NaN means that the expression
             has no box. `None` if the dataset has no column of boxes.
         row_indices (`list[int]`): the dataset's row of each expression; empty if the rows are not numbered.
-        index (`int` or `None`): the number of this image among the images of the dataset, if those are known.
+        index (`int` or `None`):
+            The number of this image among the images of the dataset, if those are known. An image that a transform
+            makes has none, because it may be another one each time.
     """
 
     image: Image.Image | None
@@ -57,11 +67,16 @@ class ImageGroups(Dataset):
     A dataset of expressions seen image by image: its length counts images, and each item is an [`ImageGroup`], whose
     image is decoded once however many expressions it has.
 
+    Rows share an image if they have the same `image_id` and the same stored file: ids alone are not trusted, because
+    those of concatenated or changed datasets may coincide. The rows of a dataset with a transform (`with_transform`)
+    are read whole, as the dataset gives them, and each has an image of its own: nobody knows what a transform, which
+    may draw at random, makes of the same file the next time.
+
     Args:
         dataset (`datasets.Dataset`):
-            One row per expression with `image`, `image_id`, `expression` and, unless boxes are only to be predicted,
-            `box`. Rows of one image share its `image_id`. The box `None` says that an expression has none; such rows
-            only take part in distillation.
+            One row per expression with `image`, `expression` and, unless boxes are only to be predicted, `box`. Rows
+            of one image share its `image_id`, if there is such a column. The box `None` says that an expression has
+            none; such rows only take part in distillation.
         decoded_side (`int`, *optional*):
             Lets JPEGs be decoded at 1/2, 1/4 or 1/8 of their size, as long as their longer side keeps at least this
             many pixels; boxes are scaled along. With 1.5 times the canvas, the canvas differs from that of the whole
@@ -71,9 +86,11 @@ class ImageGroups(Dataset):
 
     Attributes:
         groups (`list[list[int]]`): for each image the indices of its rows.
+        has_boxes (`bool`): whether the rows have a box.
 
     Raises:
-        ValueError: the dataset lacks a column.
+        ValueError: the dataset lacks a column, or its images are none; a row that is read cannot be used, which the
+            error names by its number, its image_id and its values.
 
     Example:
 
@@ -88,22 +105,28 @@ class ImageGroups(Dataset):
     ```
     """
 
-    def __init__(self, dataset: "datasets.Dataset", decoded_side: int | None = None):
-        missing = {"image", "image_id", "expression"} - set(dataset.column_names)
-        if missing:
-            raise ValueError(
-                f"the dataset lacks the column(s) {', '.join(sorted(missing))}; "
-                f"it has {', '.join(dataset.column_names)}"
-            )
-        self.images = dataset.select_columns(["image"])
+    def __init__(self, dataset: datasets.Dataset, decoded_side: int | None = None):
+        self.transformed = dataset if is_transformed(dataset) else None
         self.decoded_side = decoded_side
+        present = list(dataset[0]) if self.transformed is not None and len(dataset) else dataset.column_names
+        if missing := [name for name in ("image", "expression") if name not in present]:
+            raise ValueError(f"the dataset lacks the column(s) {', '.join(missing)}; it has {', '.join(present)}")
+        self.has_boxes = "box" in present
+        if self.transformed is not None:
+            self.groups = [[row] for row in range(len(dataset))]
+            return
+        # Formats such as "torch" say how to give values, not which, and those of a model come from its processor.
+        dataset = decode_images(dataset.with_format(None))
+        self._mode = dataset.features["image"].mode
+        self.images = dataset.select_columns(["image"]).cast_column("image", datasets.Image())
         if decoded_side is not None:
-            self._encoded = self.images.cast_column("image", replace(self.images.features["image"], decode=False))
-        self.rows = dataset.select_columns([c for c in ("image_id", "expression", "box") if c in dataset.column_names])
-        by_image = defaultdict(list)
-        for index, image_id in enumerate(self.rows.select_columns(["image_id"])[:]["image_id"]):
-            by_image[image_id].append(index)
-        self.groups = list(by_image.values())
+            self._encoded = self.images.cast_column("image", datasets.Image(decode=False))
+        check_features(dataset.features)
+        wanted = ("image_id", "expression", "box")
+        self.rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+        pictures = number_pictures(dataset)
+        by_picture = np.split(np.argsort(pictures, kind="stable"), np.cumsum(np.bincount(pictures))[:-1])
+        self.groups = [rows.tolist() for rows in by_picture] if len(dataset) else []
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -130,97 +153,163 @@ class ImageGroups(Dataset):
         ```
         """
         row_indices = self.groups[index]
+        if self.transformed is not None:
+            (row,) = row_indices
+            return make_group({**self.transformed[row], "row_index": row})
         columns = self.rows[row_indices]
-        image, scale = self._decode(row_indices[0]) if with_image else (None, 1.0)
-        return ImageGroup(
-            image=image,
-            image_id=columns["image_id"][0],
-            expressions=columns["expression"],
-            boxes=boxes_to_array(columns["box"]) * np.float32(scale) if "box" in columns else None,
-            row_indices=row_indices,
-            index=index,
-        )
+        image_id = columns["image_id"][0] if "image_id" in columns else None
+        image, size, scale = self._decode(row_indices[0], image_id) if with_image else (None, None, 1.0)
+        boxes = None
+        if self.has_boxes:
+            rows = zip(row_indices, columns["expression"], columns["box"], strict=True)
+            boxes = np.float32(scale) * boxes_to_array(
+                [check_row(place_of(row, image_id), expression, box, size) for row, expression, box in rows]
+            )
+        return ImageGroup(image, image_id, columns["expression"], boxes, row_indices, index)
 
-    def _decode(self, row: int) -> tuple[Image.Image | None, float]:
-        """The image of a row, and how many of its pixels stand for one of the stored image in each direction."""
-        if self.decoded_side is not None:
-            encoded, mode = self._encoded[row]["image"], self.images.features["image"].mode
-            decoded = None if encoded is None else decode_jpeg(encoded, self.decoded_side)
-            if decoded is not None:
-                image, scale = decoded
-                return image if mode is None else image.convert(mode), scale
-        return self.images[row]["image"], 1.0
+    def _decode(self, row: int, image_id: Any) -> tuple[Image.Image | None, tuple[int, int] | None, float]:
+        """
+        The image of a row, the width and height of the stored image, and how many pixels of the first stand for one of
+        the second in each direction.
+        """
+        try:
+            if self.decoded_side is not None:
+                encoded = self._encoded[row]["image"]
+                decoded = None if encoded is None else decode_jpeg(encoded, self.decoded_side)
+                if decoded is not None:
+                    image, size, scale = decoded
+                    return self._convert(image), size, scale
+            image = self.images[row]["image"]
+        except Exception as error:  # Pillow raises many kinds for damaged files, which say neither row nor file
+            raise ValueError(f"{place_of(row, image_id)}: the image cannot be read ({error}).") from error
+        return (None, None, 1.0) if image is None else (self._convert(image), image.size, 1.0)
+
+    def _convert(self, image: Image.Image) -> Image.Image:
+        """The image in the mode that its column asks for."""
+        if self._mode is None or image.mode == self._mode:
+            return image
+        # Pillow's own conversion of 16-bit gray makes it white, and that of transparent ground black.
+        return as_rgb(image).convert(self._mode)
+
+    def check_rows(self, name: str, needs_boxes: bool = False) -> None:
+        """
+        Checks all rows at once, as far as that takes seconds. Reading an image checks its rows anyway. What a
+        transform makes of rows is not checked here.
+
+        Args:
+            name (`str`): what errors call the dataset.
+            needs_boxes (`bool`, *optional*, defaults to `False`): whether at least one row must have a box.
+
+        Raises:
+            ValueError: an expression has no words, a box is empty or not four numbers, no row has a box that needs
+                one or, in a dataset with boxes and no more than `MAX_MEASURED` images, an image cannot be read or a
+                box is not within its image.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import ImageGroups
+
+        >>> outside = dataset.map(lambda row, index: {"box": [0, 0, 9, 999]} if index == 2 else row, with_indices=True)
+        >>> try:
+        ...     ImageGroups(outside).check_rows("train_dataset")
+        ... except ValueError as error:
+        ...     print(error)
+        train_dataset, row 2 (image_id '...'): the box [0, 0, 9, 999] is not within the ... pixels of its image.
+        ```
+        """
+        if self.transformed is not None:
+            return
+        rows = self.rows.with_format("arrow")[:]
+        boxes = read_boxes(rows.column("box")) if self.has_boxes else None
+        if needs_boxes and (boxes is None or np.isnan(boxes).all()):
+            raise ValueError(f"no row of {name} has a box, and without a teacher nothing else can be learned")
+        sizes = np.full((len(self.rows), 2), np.inf)
+        if boxes is not None and len(self) <= MAX_MEASURED:
+            encoded = self.images.cast_column("image", datasets.Image(decode=False))
+            for row_indices in self.groups:
+                sizes[row_indices] = self._measure(encoded[row_indices[0]]["image"], row_indices[0], name)
+        for row in find_doubtful_rows(rows.column("expression"), boxes, sizes):
+            values, (width, height) = self.rows[row], sizes[row].tolist()
+            size = (int(width), int(height)) if math.isfinite(width) else None
+            check_row(
+                f"{name}, {place_of(row, values.get('image_id'))}", values["expression"], values.get("box"), size
+            )
+
+    def _measure(self, encoded: dict[str, Any] | None, row: int, name: str) -> tuple[float, float]:
+        """Width and height of a stored image, infinite if they are unknown."""
+        try:
+            return (None if encoded is None else measure_stored(encoded)) or (np.inf, np.inf)
+        except ValueError as error:
+            values = self.rows[row]
+            raise ValueError(f"{name}, {place_of(row, values.get('image_id'))}: {error}") from None
 
 
-class CaptionedGroups(Dataset):
+def is_transformed(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
+    """Whether a function of the user makes the rows of a dataset while they are read (`with_transform`)."""
+    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
+
+
+def decode_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The same dataset, with the column `image` of the feature `datasets.Image` that decodes what is stored."""
+    feature = dataset.features["image"]
+    if isinstance(feature, datasets.Image):
+        return dataset if feature.decode else dataset.cast_column("image", replace(feature, decode=True))
+    try:
+        return dataset.cast_column("image", datasets.Image())
+    except (TypeError, ValueError, pa.ArrowException):
+        raise ValueError(f"the column 'image' is {feature}, expected images, their bytes or their paths.") from None
+
+
+def make_group(row: Mapping[str, Any]) -> ImageGroup:
     """
-    Labelled images, and `ratio` captioned images for each of them, as one dataset of [`ImageGroup`]s. An epoch shows
-    every labelled image once. The captioned images take turns in an order of their own, and each epoch goes on where
-    the one before stopped. Their expressions have no boxes.
+    Makes an image with one expression of a row as a stream or a transform gives it.
 
     Args:
-        labelled ([`ImageGroups`]): images with boxes.
-        captioned ([`ImageGroups`]): images with expressions or sentences; their boxes, if any, are not read.
-        ratio (`float`): how many captioned images there are for each labelled image.
-        seed (`int`): decides the order of the captioned images.
+        row (`Mapping`): has `image` (an image, or one as `datasets` stores it) and `expression`, and optionally
+            `image_id`, `box` (xyxy pixels, as a list, an array or a tensor) and `row_index`.
 
     Raises:
-        ValueError: there is no captioned image.
-
-    Example:
-
-    ```python
-    >>> from epmvg_hf import ImageGroups
-    >>> from epmvg_hf.data.image_groups import CaptionedGroups
-
-    >>> captions = dataset.remove_columns("box")
-    >>> groups = CaptionedGroups(ImageGroups(dataset), ImageGroups(captions), ratio=0.5, seed=0)
-    >>> len(groups), groups[5].boxes[0]  # 4 labelled and 2 captioned images
-    (6, array([nan, nan, nan, nan], dtype=float32))
-    ```
+        ValueError: the row cannot be used.
     """
+    image_id, number = row.get("image_id"), row.get("row_index")
+    where = place_of(number, image_id)
+    if missing := [name for name in ("image", "expression") if name not in row]:
+        raise ValueError(f"{where} has no {' and no '.join(missing)}, only {', '.join(map(str, row))}.")
+    image = row["image"]
+    try:
+        if isinstance(image, dict | str | bytes):
+            stored = image if isinstance(image, dict) else datasets.Image().encode_example(image)
+            image = datasets.Image().decode_example(stored)
+        size = None if image is None else _size_of(image)
+    except Exception as error:  # Pillow raises many kinds for damaged files, which say neither row nor file
+        raise ValueError(f"{where}: the image cannot be read ({error}).") from error
+    box = row.get("box")
+    if isinstance(box, np.ndarray | torch.Tensor):
+        box = box.tolist()
+    checked = check_row(where, row["expression"], box, size)
+    return ImageGroup(
+        image=image,
+        image_id=image_id,
+        expressions=[row["expression"]],
+        boxes=boxes_to_array([checked]) if "box" in row else None,
+        row_indices=[] if number is None else [number],
+    )
 
-    def __init__(self, labelled: ImageGroups, captioned: ImageGroups, ratio: float, seed: int):
-        if len(captioned) == 0:
-            raise ValueError("the caption dataset has no rows")
-        self.labelled, self.captioned = labelled, captioned
-        self.num_captioned = max(1, round(ratio * len(labelled)))
-        self.order = np.random.default_rng(seed).permutation(len(captioned)).tolist()
-        # The workers of a data loader may live longer than an epoch, so they must see the number change.
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
-        """
-        Sets the epoch, which decides which captioned images are shown. [`EpmVGTrainer`] calls this itself, because
-        accelerate passes the epoch on to the dataset on one process only.
-        """
-        self.epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.labelled) + self.num_captioned
-
-    def __getitem__(self, index: int) -> ImageGroup:
-        """The image at `index`; its own `index` counts the labelled images first, then all captioned ones."""
-        if index < len(self.labelled):
-            return self.labelled[index]
-        turn = self.epoch.item() * self.num_captioned + index - len(self.labelled)
-        captioned_index = self.order[turn % len(self.order)]
-        group = self.captioned[captioned_index]
-        no_boxes = np.full((len(group), 4), np.nan, np.float32)
-        return replace(group, boxes=no_boxes, index=len(self.labelled) + captioned_index)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[ImageGroup]:
-        """
-        The images of a batch, for PyTorch's data loader: the labelled ones first, otherwise in the order of `indices`.
-        Augmentation and dropout draw in this order, so the numbers of a run with a seed depend on it.
-        """
-        return [self[index] for index in sorted(indices, key=lambda index: index >= len(self.labelled))]
+def _size_of(image: Any) -> tuple[int, int]:
+    """Width and height of a PIL image, an array or a tensor."""
+    if isinstance(image, Image.Image):
+        return image.size
+    height, width = get_image_size(np.asarray(image))
+    return width, height
 
 
 def merge_groups(groups: Iterable[ImageGroup]) -> list[ImageGroup]:
     """
-    Makes one group of all that are of the same image, by their `index` and `image_id`: a sampler may draw an image
-    several times. Expressions that come several times stay, so each of them counts as often as it was drawn.
+    Makes one group of all that are of the same image: a sampler may draw an image several times, and the rows of an
+    image may follow each other in a stream. Numbered images are told apart by their `index`, others by `image_id` and
+    pixels. Expressions that come several times stay, so each of them counts as often as it was drawn.
 
     Args:
         groups (`Iterable[ImageGroup]`): groups of one dataset, all or none of them with `boxes` and `row_indices`.
@@ -228,10 +317,24 @@ def merge_groups(groups: Iterable[ImageGroup]) -> list[ImageGroup]:
     Returns:
         `list[ImageGroup]`: one for each image, in the order of their first appearance.
     """
-    by_image = defaultdict(list)
+    by_image: list[list[ImageGroup]] = []
     for group in groups:
-        by_image[group.index, group.image_id].append(group)
-    return [_join(same) if len(same) > 1 else same[0] for same in by_image.values()]
+        same = next((known for known in by_image if _show_same_image(known[0], group)), None)
+        if same is None:
+            by_image.append([group])
+        else:
+            same.append(group)
+    return [_join(same) if len(same) > 1 else same[0] for same in by_image]
+
+
+def _show_same_image(one: ImageGroup, other: ImageGroup) -> bool:
+    if one.index is not None or other.index is not None:
+        return one.index == other.index
+    if one.image_id != other.image_id or type(one.image) is not type(other.image):
+        return False
+    if one.image is None or isinstance(one.image, Image.Image):
+        return one.image == other.image
+    return np.array_equal(np.asarray(one.image), np.asarray(other.image))
 
 
 def _join(groups: list[ImageGroup]) -> ImageGroup:
@@ -244,49 +347,6 @@ def _join(groups: list[ImageGroup]) -> ImageGroup:
     )
 
 
-def group_rows(rows: Iterable[dict[str, Any]]) -> list[ImageGroup]:
-    """
-    Groups rows that are read one by one, as from a stream. [`ImageGroups`] does this for a whole dataset.
-
-    Args:
-        rows (`Iterable[dict]`): rows with `image`, `image_id` and `expression`, all or none of them with `box` and
-            with `row_index`.
-
-    Returns:
-        `list[ImageGroup]`: one for each `image_id`, in the order of their first rows.
-    """
-    return merge_groups(
-        ImageGroup(
-            image=row["image"],
-            image_id=row["image_id"],
-            expressions=[row["expression"]],
-            boxes=boxes_to_array([row["box"]]) if "box" in row else None,
-            row_indices=[row["row_index"]] if "row_index" in row else [],
-        )
-        for row in rows
-    )
-
-
 def boxes_to_array(boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
     """Boxes as a float32 array `(n, 4)`. Here, and nowhere else, the `None` of a missing box becomes a row of NaN."""
     return np.array([[np.nan] * 4 if box is None else box for box in boxes], np.float32).reshape(-1, 4)
-
-
-def number_rows(dataset: "datasets.IterableDataset", reader: int, readers: int) -> "datasets.IterableDataset":
-    """
-    Adds a `row_index` to the rows of a stream, which no two readers of the dataset give to different rows.
-
-    Args:
-        dataset (`datasets.IterableDataset`): the stream.
-        reader (`int`): the number of this process among those that read shards of their own.
-        readers (`int`): how many such processes there are; 1 if all of them read the same rows.
-    """
-    return dataset.map(_number_row, with_indices=True, fn_kwargs={"reader": reader, "readers": readers})
-
-
-def _number_row(row: dict[str, Any], index: int, reader: int, readers: int) -> dict[str, int]:
-    """Every process, and every worker of a data loader, counts its own rows from 0: interleaved, none collide."""
-    worker = get_worker_info()
-    if worker is not None:
-        reader, readers = reader * worker.num_workers + worker.id, readers * worker.num_workers
-    return {"row_index": index * readers + reader}

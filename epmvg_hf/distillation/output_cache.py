@@ -97,7 +97,8 @@ def complete(
         return files
     total = shards[-1].stop
     done = total - sum(map(len, missing))
-    with tqdm(total=total, initial=done, desc=description, disable=disable_tqdm) as progress:
+    # `None` shows the bar on a terminal only.
+    with tqdm(total=total, initial=done, desc=description, disable=disable_tqdm or None) as progress:
         # The first round computes what no other process is computing. The second one waits for the others, and
         # computes what they left unfinished.
         for timeout in (0, -1):
@@ -227,10 +228,11 @@ def process_images(
     Raises:
         ValueError: a row has no image.
     """
-    rows = [group[0] for group in groups.groups[start:stop]]
-    images = groups.images[rows]["image"]
-    for row, image in zip(rows, images, strict=True):
-        if image is None:
+    images = []
+    for index in range(start, stop):
+        images.append(groups.group(index).image)
+        if images[-1] is None:
+            row = groups.groups[index][0]
             raise ValueError(f"{what} cannot be cached for row {row} of the dataset, which has no image")
     return image_processor(images=images, return_tensors="pt")
 

@@ -9,7 +9,8 @@ import datasets
 import numpy as np
 import torch
 
-from ..data.image_groups import ImageGroups
+from ..data.image_groups import ImageGroups, is_transformed
+from ..data.pictures import fingerprint_files
 from .fingerprints import settings_of
 from .output_cache import (
     CachedExpressions,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .clip_teacher import ClipTeacher
 
 # Part of every key. Raise it when a change of the code changes the files, or the pixels that the teacher sees.
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 # A shard is the unit in which processes share the work, and all that is lost when one of them is killed.
 _IMAGES_PER_SHARD = 256
@@ -82,8 +83,8 @@ class TeacherCache:
         teacher computes under the caller's autocast.
 
         What identifies a cache is the teacher's fingerprint, the dtype that it computes in, the settings of the image
-        processor, and the fingerprint of the dataset. A dataset whose fingerprint is random therefore gets a new cache
-        every time, and image files that are replaced without changing the dataset go unnoticed.
+        processor, the fingerprint of the dataset, and sizes and times of change of the image files that it names. A
+        dataset whose fingerprint is random therefore gets a new cache every time.
 
         Args:
             teacher ([`ClipTeacher`]): runs on the device of its parameters.
@@ -98,10 +99,14 @@ class TeacherCache:
             disable_tqdm (`bool`, *optional*, defaults to `False`): whether to hide the progress bars.
 
         Raises:
-            ValueError: the dataset has no rows, or a row has no image.
+            ValueError: the dataset has no rows or a transform, or a row has no image.
         """
         if len(dataset) == 0:
             raise ValueError("the teacher cannot be cached for a dataset without rows")
+        if is_transformed(dataset):
+            raise ValueError(
+                "the teacher cannot be cached for a dataset whose transform may make other images each time"
+            )
         groups = ImageGroups(dataset)
         expressions = list(dict.fromkeys(groups.rows.select_columns(["expression"])[:]["expression"]))
         device = next(teacher.parameters()).device
@@ -113,6 +118,7 @@ class TeacherCache:
             "output_patches": output_patches,
             "image_processor": settings_of(image_processor),
             "dataset": dataset._fingerprint,
+            "files": fingerprint_files(groups.images),
             "images": len(groups),
             "expressions": len(expressions),
             "images_per_shard": _IMAGES_PER_SHARD,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.image_groups import CaptionedGroups
+from ..data.captioned_groups import CaptionedGroups
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
 
 # The file of a checkpoint that holds the weights in training, where the checkpoint's model is their average.

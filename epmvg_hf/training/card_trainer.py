@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from transformers import Trainer
-from transformers.trainer_utils import PredictionOutput, TrainOutput, unwrap_peft_model
+from transformers.trainer_utils import PredictionOutput, unwrap_peft_model
 
 from ..model.card_mixin import PIPELINE_TAG, REPOSITORY
 from .adapters import has_adapter
@@ -33,10 +33,12 @@ class CardTrainer(Trainer):
         self._evaluations: dict[tuple[str, str | None, int], Evaluation] = {}
         super().__init__(*args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains as `Trainer` does. From the start of training, the model has the card of this run."""
+    def _hp_search_setup(self, trial: Any) -> None:
+        # Each training calls this method once, when `model_init` has made its model.
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            self._evaluations.clear()  # of the model before
         self._use_card_of_this_run()
-        return super().train(*args, **kwargs)
 
     def evaluate(
         self,

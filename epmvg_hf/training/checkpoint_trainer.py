@@ -19,12 +19,12 @@ class CheckpointTrainer(CardTrainer):
 
     _average: WeightAverage | None = None
 
-    def _average_weights(self, decay: float) -> None:
-        """Keeps an average of the weights from now on, which is then evaluated and saved in place of the weights."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+    def _average_weights(self, decay: float | None) -> WeightAverage | None:
+        """The callback that averages the weights. The average is then evaluated and saved in place of the weights."""
+        if decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("ema_decay needs whole weights on every process, which FSDP and DeepSpeed do not keep")
-        self._average = WeightAverage(decay)
-        self.add_callback(self._average)
+        self._average = None if decay is None else WeightAverage(decay)
+        return self._average
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature
 
-from ..data.image_groups import ImageGroup, group_rows, merge_groups
+from ..data.image_groups import ImageGroup, merge_groups
+from ..data.streamed_rows import group_rows
 from ..model.nested_inputs import flatten
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
@@ -62,8 +64,8 @@ class EpmVGDataCollator:
         Args:
             examples (`list[ImageGroup]` or `list[dict]`):
                 Items of [`ImageGroups`], of which those of the same image are merged, or rows of a stream with
-                `image`, `image_id`, `expression` and optionally `box` and `row_index`, which are grouped by their
-                `image_id`.
+                `image`, `expression` and optionally `image_id`, `box` and `row_index`, which are grouped if they agree
+                in `image_id` and pixels.
 
         Returns:
             The processor's inputs, with the images in the order of their first appearance and the expressions ordered
@@ -72,7 +74,8 @@ class EpmVGDataCollator:
             `row_index` `(N,)`, and a teacher adds its columns.
 
         Raises:
-            ValueError: an image is missing, augmentation lacks the boxes, or the processor refuses a text or a box.
+            ValueError: a row cannot be used, an image is missing, augmentation lacks the boxes or a PIL image, or the
+                processor refuses a text.
         """
         groups = merge_groups(examples) if isinstance(examples[0], ImageGroup) else group_rows(examples)
         groups = [self._choose_expressions(group) for group in groups]
@@ -131,6 +134,10 @@ class EpmVGDataCollator:
     def _augment(group: ImageGroup, augmentation: GroundingAugmentation) -> ImageGroup:
         if group.boxes is None:
             raise ValueError("augmentation needs the boxes, and these rows have no column box")
-        assert group.image is not None  # __call__ has checked it
+        if not isinstance(group.image, Image.Image):
+            raise ValueError(
+                f"augmentation needs PIL images, and image {group.image_id!r} is a {type(group.image).__name__}, as "
+                "the dataset's transform gives it: set augment to False, or let the transform return PIL images"
+            )
         image, expressions, boxes = augmentation(group.image, group.expressions, group.boxes)
         return replace(group, image=image, expressions=expressions, boxes=boxes.astype(np.float32, copy=False))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..data.image_groups import ImageGroup, ImageGroups
+from ..data.pictures import fingerprint_files
 from ..distillation.fingerprints import content_of, fingerprint_of, settings_of
 from ..distillation.output_cache import (
     CachedExpressions,
@@ -34,7 +35,7 @@ from .callbacks import EpochCallback
 logger = logging.getLogger(__name__)
 
 # Part of every key. Raise it when a change of the code changes the files, or what the towers are given.
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 # A shard is the unit in which processes share the work, and all that is lost when one of them is killed. The features
 # of an image take up to some megabytes.
@@ -112,7 +113,8 @@ class FrozenTowers(EpochCallback):
     withdraws them before the first epoch in which something is. Warns of a tower whose outputs cannot be kept.
 
     What identifies a cache is the tower with its weights, the dtypes that it computes and is stored in, the settings
-    of the image processor or the tokenizer, and the fingerprint of the dataset. Neither the device nor the attention
+    of the image processor or the tokenizer, the fingerprint of the dataset, and sizes and times of change of the image
+    files that it names. Neither the device nor the attention
     implementation is part of that, although both decide the last bits.
 
     Args:
@@ -185,6 +187,7 @@ class FrozenTowers(EpochCallback):
                 **self._key(self.student.vision_model, self.student.config.backbone_config, dataset),
                 "image_processor": settings_of(image_processor),
                 "images": len(groups),
+                "files": fingerprint_files(groups.images),
                 "images_per_shard": _IMAGES_PER_SHARD,
             },
         )

@@ -1,14 +1,17 @@
 """Decides which parameters are trained, at which learning rates, and when the rates drop."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer import OPTIMIZER_NAME
 
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
 from .training_args import EpmVGTrainingArguments
@@ -26,7 +29,7 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
         patterns (`Sequence[str]`): regular expressions, searched in the names of parameters.
 
     Raises:
-        ValueError: a pattern matches no name.
+        ValueError: a pattern matches no name, or nothing is left to train.
     """
     for pattern in patterns:
         matching = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
@@ -34,6 +37,8 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
             raise ValueError(f"frozen_parameters has {pattern!r}, which is found in no parameter's name")
         for parameter in matching:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"frozen_parameters {list(patterns)} leaves no parameter to train")
 
 
 def find_unused_parameters(model: EpmVGForVisualGrounding, with_embeddings: bool) -> list[str]:
@@ -86,15 +91,21 @@ def parameter_groups(model: nn.Module, args: EpmVGTrainingArguments, decayed: Co
         decayed (`Collection[str]`): names of the parameters that weight decay applies to.
 
     Returns:
-        `list[dict]`: the parameter groups of a `torch.optim.Optimizer`.
+        `list[dict]`: the parameter groups of a `torch.optim.Optimizer`, with the names of the parameters, which its
+        state then holds too.
     """
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[_learning_rate_of(name, args), name in decayed].append(parameter)
+            groups[_learning_rate_of(name, args), name in decayed].append((name, parameter))
     return [
-        {"params": parameters, "lr": lr, "weight_decay": args.weight_decay if decay else 0.0}
-        for (lr, decay), parameters in groups.items()
+        {
+            "params": [parameter for _, parameter in members],
+            "param_names": [name for name, _ in members],
+            "lr": lr,
+            "weight_decay": args.weight_decay if decay else 0.0,
+        }
+        for (lr, decay), members in groups.items()
     ]
 
 
@@ -106,6 +117,51 @@ def _learning_rate_of(parameter_name: str, args: EpmVGTrainingArguments) -> floa
     elif any(name in modules for name in _VISION_MODULES):
         rate = args.vision_learning_rate
     return args.learning_rate if rate is None else rate
+
+
+def check_resumable(checkpoint: str | os.PathLike, groups: Sequence[dict[str, Any]]) -> None:
+    """
+    Compares the parameter groups of a run with those of the checkpoint that it is to go on from. The optimiser's state
+    fits the same parameters only, and the saved learning rates and weight decays would silently replace other ones.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): the folder. Without an optimiser's state there is nothing to compare.
+        groups (`Sequence[dict]`): the parameter groups of this run.
+
+    Raises:
+        ValueError: the parameters, their learning rates or their weight decays differ.
+    """
+    file = Path(checkpoint) / OPTIMIZER_NAME
+    if not file.is_file():
+        return
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+    before, now = (sum(len(group["params"]) for group in run) for run in (saved, groups))
+    # Optimisers that the user made, and checkpoints of older versions, have no names.
+    names = [{name for group in run for name in group.get("param_names", ())} for run in (saved, groups)]
+    changed = sorted(names[0] ^ names[1]) if all(names) else []
+    if before != now or changed:
+        example = f", and only one of them trains {changed[0]}" if changed else ""
+        raise ValueError(
+            f"{checkpoint} cannot be resumed: it trained {before} parameters and this run trains {now}{example}: "
+            "restore frozen_parameters, the adapter and the terms of the teacher's loss, or start a new run from its "
+            "weights"
+        )
+    for what, key, arguments in (
+        # The rate at the start, because the schedule changes the other. reduce_lr_on_plateau keeps no such rate.
+        ("learning rates", "initial_lr", "learning_rate, vision_learning_rate and text_learning_rate"),
+        ("weight decays", "weight_decay", "weight_decay"),
+    ):
+        if all(key in group for group in saved):
+            old, new = ([(float(g.get(key, g["lr"])), len(g["params"])) for g in run] for run in (saved, groups))
+            if old != new:
+                raise ValueError(
+                    f"{checkpoint} cannot be resumed: its {what} are {_list(old)}, and those of this run "
+                    f"{_list(new)}: restore {arguments}, or start a new run from its weights"
+                )
+
+
+def _list(values: Sequence[tuple[float, int]]) -> str:
+    return ", ".join(f"{value:g} (of {number} parameters)" for value, number in values)
 
 
 def drop_schedule(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,9 +10,17 @@ from accelerate.utils import broadcast, gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, unwrap_peft_model
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    EvalPrediction,
+    TrainOutput,
+    denumpify_detensorize,
+    unwrap_peft_model,
+)
 
-from ..data.image_groups import CaptionedGroups, ImageGroups, number_rows
+from ..data.captioned_groups import CaptionedGroups
+from ..data.image_groups import ImageGroups, is_transformed
+from ..data.streamed_rows import number_rows
 from ..distillation.clip_teacher import ClipTeacher
 from ..distillation.teaching import Teaching, check_captions, check_teacher
 from ..evaluation.accuracy import GroundingAccuracy
@@ -20,13 +29,13 @@ from ..model.losses import has_box
 from ..model.modeling_epmvg import MODEL_INPUTS, EpmVGForVisualGrounding
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
-from .callbacks import CaptionTurnsCallback, FreezeBackbonesCallback
-from .checkpoint_trainer import CheckpointTrainer
+from .callbacks import CaptionTurnsCallback
 from .data_collator import EpmVGDataCollator
-from .frozen_towers import FrozenTowers, TowerImageGroups
+from .frozen_towers import TowerImageGroups
 from .loss_terms import LossTerms
 from .model_card import strip_private_paths
-from .optimization import drop_schedule, find_unused_parameters, freeze_parameters, parameter_groups
+from .student_trainer import StudentTrainer
+from .trainer_checks import check_dataset, check_student, check_trainer
 from .training_args import EpmVGTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -36,7 +45,7 @@ logger = logging.getLogger(__name__)
 _DECODED_SHARE = 1.5
 
 
-class EpmVGTrainer(CheckpointTrainer):
+class EpmVGTrainer(StudentTrainer):
     """
     Trains and evaluates [`EpmVGForVisualGrounding`] on datasets with one row per expression, as
     [`load_grounding_dataset`] gives them. Map-style datasets are batched by image. Streamed ones are batched by row,
@@ -56,7 +65,8 @@ class EpmVGTrainer(CheckpointTrainer):
     continues with other random augmentation.
 
     Args:
-        model ([`EpmVGForVisualGrounding`] or `peft.PeftModel`): the student, or the student with an adapter.
+        model ([`EpmVGForVisualGrounding`] or `peft.PeftModel`, *optional*):
+            The student, or the student with an adapter. Not needed with `model_init`, which builds one for each run.
         args ([`EpmVGTrainingArguments`]): the arguments.
         train_dataset, eval_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
             Rows with `image`, `image_id`, `expression` and `box` (xyxy pixels of that image).
@@ -69,11 +79,12 @@ class EpmVGTrainer(CheckpointTrainer):
             terms need a model with `config.teacher_projection_dim`, the feature term one of the teacher's `embed_dim`.
         caption_dataset (`datasets.Dataset`, *optional*):
             Rows with `image`, `image_id` and `expression` (a caption), mixed into training at `args.caption_ratio`.
-        kwargs: further arguments of `transformers.Trainer`.
+        kwargs: further arguments of `transformers.Trainer`; examples/TRAINER.md says which of them work.
 
     Raises:
-        ValueError: there is no processor, a caption dataset or a term of the distillation lacks what it needs,
-            `frozen_parameters` match no parameter, or another argument does not fit.
+        ValueError: model, arguments, processor or datasets are not of the right kind, a caption dataset or a term of
+            the distillation lacks what it needs, `frozen_parameters` match no parameter, or another argument does not
+            fit.
 
     Example:
 
@@ -93,8 +104,8 @@ class EpmVGTrainer(CheckpointTrainer):
 
     def __init__(
         self,
-        model: EpmVGForVisualGrounding,
-        args: EpmVGTrainingArguments,
+        model: EpmVGForVisualGrounding | None = None,
+        args: EpmVGTrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         processing_class: EpmVGProcessor | None = None,
@@ -103,95 +114,64 @@ class EpmVGTrainer(CheckpointTrainer):
         caption_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
-        if processing_class is None:
-            raise ValueError("EpmVGTrainer needs processing_class, an EpmVGProcessor: it makes the model's inputs")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("EpmVGTrainer takes no compute_loss_func: override compute_loss")
-        if caption_dataset is not None:
-            check_captions(caption_dataset, train_dataset, teacher, args.distillation_weights)
-        if teacher is not None:
-            check_teacher(teacher, model.config, args.distillation_weights)
-        self.teacher = teacher if args.distils else None
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "caption_dataset": caption_dataset}
+        check_trainer(model, args, processing_class, data, kwargs)
         self.caption_dataset = caption_dataset
-        augmentation = (augmentation or GroundingAugmentation()) if args.augment else None
-        has_workers = args.dataloader_num_workers > 0
-        self.train_collator = EpmVGDataCollator(
-            processing_class, augmentation, args.max_expressions_per_image, as_bytes=has_workers
-        )
+        self._given_teacher, self._augmentation = teacher, augmentation or GroundingAugmentation()
         self._metric = GroundingAccuracy(keep_in_memory=True)
         self._evaluated: list[dict[str, Any]] = []
         kwargs.setdefault("compute_metrics", self._compute_accuracy)
         super().__init__(
             model=model,
             args=args,
-            data_collator=EpmVGDataCollator(processing_class, as_bytes=has_workers),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
-        self.teaching: Teaching | None = None
-        if self.teacher is not None:
-            self.teaching = Teaching(
-                self.teacher, args.distillation_weights, processing_class.image_processor, self.accelerator
-            )
-        self._loss_terms = LossTerms(self.accelerator)
         if caption_dataset is not None:
             self._caption_turns = CaptionTurnsCallback()
             self.add_callback(self._caption_turns)
-        self._prepare_student(unwrap_peft_model(model))
+        self._prepare_run()
 
-    def _prepare_student(self, student: EpmVGForVisualGrounding) -> None:
-        """Freezes what is not trained and adds the callbacks that act on the student, which may carry an adapter."""
-        if self.teaching is None or not self.teaching.weights.compares_embeddings:
-            # Some wrappers, such as DDP, expect a gradient for every parameter that requires one.
-            for name, parameter in student.named_parameters():
-                if "teacher_image_projection" in name or "teacher_text_projection" in name:
-                    parameter.requires_grad_(False)
-        freeze_parameters(student, self.args.frozen_parameters or [])
-        if self.args.ema_decay is not None:
-            self._average_weights(self.args.ema_decay)
-        if self.args.freeze_backbone_epochs > 0:
-            self.add_callback(FreezeBackbonesCallback(student, self.args.freeze_backbone_epochs))
-        self._find_unused_parameters(student)
-        self._frozen_towers: FrozenTowers | None = None
-        if self.args.cache_frozen_towers:
-            # Added after the callback above, which decides what is frozen in an epoch.
-            self._frozen_towers = FrozenTowers(
-                student,
-                self.processing_class,
-                self.accelerator,
-                self.args.per_device_train_batch_size,
-                cache_dir=self.args.tower_cache_dir,
-                dtype=self.args.tower_cache_dtype,
-                disable_tqdm=self._hides_progress,
-            )
-            self.train_collator.tower_outputs = self._frozen_towers.outputs
-            self.add_callback(self._frozen_towers)
-
-    def _find_unused_parameters(self, student: EpmVGForVisualGrounding) -> None:
-        """Has DDP search for parameters without a gradient, in every step, only where there are some."""
-        handler = self.accelerator.ddp_handler
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or handler is None:
-            return
-        if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is None:
-            with_embeddings = self.teaching is not None and self.teaching.weights.compares_embeddings
-            unused = find_unused_parameters(student, with_embeddings)
-            handler.find_unused_parameters = bool(unused)
-            if unused:
-                logger.info("DDP searches for unused parameters in every step, because of %s", ", ".join(unused[:3]))
+    def _prepare_run(self) -> None:
+        args, processor, weights = self.args, self.processing_class, self.args.distillation_weights
+        check_student(self.model)
+        student = unwrap_peft_model(self.model)
+        if self.caption_dataset is not None:
+            check_captions(self.caption_dataset, self.train_dataset, self._given_teacher, weights)
+        if self._given_teacher is not None:
+            check_teacher(self._given_teacher, student.config, weights)
+        self.teacher = self._given_teacher if args.distils else None
+        self.teaching: Teaching | None = None
+        if self.teacher is not None:
+            self.teaching = Teaching(self.teacher, weights, processor.image_processor, self.accelerator)
+        self._count_anew()
+        self._prepare_student(student, with_embeddings=self.teaching is not None and weights.compares_embeddings)
+        has_workers = args.dataloader_num_workers > 0
+        self.data_collator = EpmVGDataCollator(processor, as_bytes=has_workers)
+        self.train_collator = EpmVGDataCollator(
+            processor,
+            self._augmentation if args.augment else None,
+            args.max_expressions_per_image,
+            tower_outputs=None if self._frozen_towers is None else self._frozen_towers.outputs,
+            as_bytes=has_workers,
+        )
 
     # Data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         datasets = [dataset for dataset in (self.train_dataset, self.caption_dataset) if dataset is not None]
-        is_fixed = not self.args.augment and not any(isinstance(dataset, IterableDataset) for dataset in datasets)
+        is_fixed = not self.args.augment and not any(
+            isinstance(dataset, IterableDataset) or is_transformed(dataset) for dataset in datasets
+        )
         if self.teaching is not None:
             if is_fixed and self.args.cache_teacher:
                 self.teaching.fill_cache(datasets, self.args.teacher_cache_dir, disable_tqdm=self._hides_progress)
             elif self.args.cache_teacher:
                 logger.info(
-                    "the teacher runs in every step: only data that is neither augmented nor streamed is cached"
+                    "the teacher runs in every step: only data that is neither augmented, transformed nor streamed is "
+                    "cached"
                 )
             self.train_collator.teacher_columns = self.teaching.columns
         if self._frozen_towers is not None:
@@ -203,15 +183,11 @@ class EpmVGTrainer(CheckpointTrainer):
         finally:
             self.data_collator = evaluation_collator
 
-    @property
-    def _hides_progress(self) -> bool:
-        return self.args.disable_tqdm or not self.is_local_process_zero()
-
     def _obstacles_to_tower_outputs(self, is_fixed: bool) -> dict[str, str]:
         """Why the outputs of each tower cannot be computed once, if it is not for parameters that are trained."""
         vision, text = "vision backbone", "text tower"
         if not is_fixed:
-            return dict.fromkeys((vision, text), "its input is augmented (augment) or streamed")
+            return dict.fromkeys((vision, text), "its input is augmented (augment), transformed or streamed")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return dict.fromkeys((vision, text), "FSDP and DeepSpeed spread its weights over the processes")
         obstacles = {}
@@ -224,16 +200,18 @@ class EpmVGTrainer(CheckpointTrainer):
     def _get_dataloader(
         self, dataset: Dataset | IterableDataset, *args: Any, is_training: bool = False, **kwargs: Any
     ) -> DataLoader:
-        if is_training and dataset.column_names is not None and "box" not in dataset.column_names:
-            raise ValueError("train_dataset has no column box; an expression without a box has the value None there")
         by_image: Any
         if isinstance(dataset, IterableDataset):
+            has_boxes = dataset.column_names is None or "box" in dataset.column_names
             # Accelerate gives each process shards of its own if there are enough, else some rows of all shards.
             has_shards = dataset.num_shards >= self.accelerator.num_processes and not self.accelerator.split_batches
             reader = (self.accelerator.process_index, self.accelerator.num_processes) if has_shards else (0, 1)
             by_image = number_rows(dataset, *reader)
         else:
             by_image = self._group_images(dataset, is_training)
+            has_boxes = by_image.has_boxes
+        if is_training and not has_boxes:
+            raise ValueError("train_dataset has no column box; an expression without a box has the value None there")
         if is_training and self.caption_dataset is not None:
             captioned = self._group_images(self.caption_dataset, is_training)
             by_image = CaptionedGroups(by_image, captioned, self.args.caption_ratio, self.args.seed)
@@ -248,6 +226,18 @@ class EpmVGTrainer(CheckpointTrainer):
             return ImageGroups(dataset, decoded_side=round(_DECODED_SHARE * canvas))
         return ImageGroups(dataset)
 
+    def _check_rows(self) -> None:
+        """Checks the data before the first step, as far as that is quick: a bad row could end the third epoch."""
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        named = {"train_dataset": self.train_dataset, "caption_dataset": self.caption_dataset}
+        for name, dataset in (named if self.args.eval_strategy == "no" else {**named, **evaluated}).items():
+            if isinstance(dataset, Dataset):
+                ImageGroups(dataset).check_rows(name, needs_boxes=name == "train_dataset" and self.teaching is None)
+        if self.args.augment and isinstance(self.train_dataset, Dataset) and not is_transformed(self.train_dataset):
+            some = self.train_dataset.select(range(0, len(self.train_dataset), len(self.train_dataset) // 1000 + 1))
+            if (problem := self._augmentation.words.describe_unknown(some["expression"][:])) is not None:
+                logger.warning(problem)
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.processing_class.image_processor.from_bytes(super()._prepare_inputs(inputs))
 
@@ -261,7 +251,7 @@ class EpmVGTrainer(CheckpointTrainer):
             `TrainOutput`: `global_step`, `training_loss` and `metrics`.
 
         Raises:
-            ValueError: the training data has no column box, or is not what the collator can read.
+            ValueError: a row cannot be used, or no expression has a box and no teacher teaches anything else.
 
         Example:
 
@@ -271,8 +261,16 @@ class EpmVGTrainer(CheckpointTrainer):
         (1, True)
         ```
         """
+        self._check_rows()
+        self._count_anew()
+        output = super().train(*args, **kwargs)
+        if output.global_step > 0 and self.teaching is None and self._boxes_seen == 0:  # only a stream comes so far
+            raise ValueError("nothing was trained: no row of the stream had a box, and there is no teacher")
+        return output
+
+    def _count_anew(self) -> None:
         self._loss_terms = LossTerms(self.accelerator)
-        return super().train(*args, **kwargs)
+        self._boxes_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -284,7 +282,9 @@ class EpmVGTrainer(CheckpointTrainer):
         # The counts stay on the device, here and in the loss, because reading them would make a GPU wait.
         boxes = has_box(torch.cat([batch["labels"] for batch in batches])).sum()
         expressions = torch.full_like(boxes, sum(len(batch["labels"]) for batch in batches))
-        return batches, self.accelerator.reduce(torch.stack([boxes, expressions]), reduction="sum")
+        counts = self.accelerator.reduce(torch.stack([boxes, expressions]), reduction="sum")
+        self._boxes_seen += counts[0]
+        return batches, counts
 
     def compute_loss(
         self,
@@ -315,32 +315,29 @@ class EpmVGTrainer(CheckpointTrainer):
             logs.update(self._loss_terms.take())
         super().log(logs, start_time)
 
-    # Optimiser -------------------------------------------------------------------------------------------------
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        # Weight decay would pull this parameter, the logarithm of a scale, towards a scale of 1.
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_map_sharpness")]
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        model = self.model if model is None else model
-        if self.optimizer is None:
-            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = parameter_groups(model, self.args, set(self.get_decay_parameter_names(model)))
-            self.optimizer = optimizer_class(groups, **optimizer_kwargs)
-        return self.optimizer
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        drop_epochs = self.args.lr_drop_epochs
-        if drop_epochs is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        optimizer = self.optimizer if optimizer is None else optimizer
-        self.lr_scheduler = scheduler = drop_schedule(optimizer, drop_epochs, self.args, num_training_steps)
-        self._created_lr_scheduler = True
-        return scheduler
-
     # Evaluation ------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            with self._without_dropping():
+                return super().get_eval_dataloader(eval_dataset)
+        check_dataset("eval_dataset", eval_dataset)
+        # transformers keeps the loader whose workers persist, and would take it for another dataset too.
+        return self.get_test_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
+        check_dataset("test_dataset", test_dataset)
+        with self._without_dropping():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _without_dropping(self) -> Iterator[None]:
+        """A context in which data loaders keep their last batch: `dataloader_drop_last` is for training."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def prediction_step(
         self,
@@ -381,14 +378,19 @@ class EpmVGTrainer(CheckpointTrainer):
         rows = EvaluatedRows.merge(gather_object(self._evaluated))
         self._evaluated = []
 
-        metrics = dict(rows.losses)
-        if rows.references is not None and rows.has_box.any() and self.compute_metrics is not None:
+        metrics: dict[str, Any] = dict(rows.losses)
+        loss_only = self.args.prediction_loss_only
+        if rows.references is not None and rows.has_box.any() and self.compute_metrics is not None and not loss_only:
             predictions, references = rows.predictions[rows.has_box], rows.references[rows.has_box]
-            metrics.update(self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=references)))
-        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            computed = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=references))
+            if not isinstance(computed, dict):
+                raise ValueError(f"compute_metrics must return a dict of numbers, got a {type(computed).__name__}")
+            metrics.update(denumpify_detensorize(computed))
+        prefix = f"{metric_key_prefix}_"
+        prefixed = {prefix + name.removeprefix(prefix): value for name, value in metrics.items()}
         return EvalLoopOutput(
-            predictions=rows.predictions,
-            label_ids=rows.references,
+            predictions=None if loss_only else rows.predictions,
+            label_ids=None if loss_only else rows.references,
             metrics={**output.metrics, **prefixed},
             num_samples=len(rows.predictions),
         )

@@ -1,10 +1,33 @@
 """The arguments of [`EpmVGTrainer`]."""
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
 from ..distillation.distillation_loss import DistillationWeights
+
+# Arguments of transformers that would do nothing here, or not what they are for, and why.
+_REFUSED = {
+    "average_tokens_across_devices": "the loss is the mean over the expressions of all processes",
+    "batch_eval_metrics": "metrics are computed after the last batch, so that rows that were repeated to fill up a "
+    "batch count only once",
+    "debug": "its detector of overflows cannot read the boolean masks that parts of the model return",
+    "eval_do_concat_batches": "the results of all batches are put into the order of the dataset's rows",
+    "include_for_metrics": "compute_metrics gets boxes in pixels of the original images and nothing else",
+    "label_names": "labels are made from the column box and have one name",
+    "label_smoothing_factor": "it is for classes, and the labels are boxes",
+    "length_column_name": "images are not sorted by length",
+    "liger_kernel_config": "Liger has no kernels for this model",
+    "optim_target_modules": "optimisers that choose parameters by themselves do not know the learning rates per part",
+    "parallelism_config": "B images and N expressions are spread over processes by DDP, FSDP or DeepSpeed alone",
+    "remove_unused_columns": "the collator reads columns that are not arguments of the model",
+    "use_cache": "the model generates no text",
+    "use_liger_kernel": "Liger has no kernels for this model",
+}
+# The beginnings of the names of optimisers that choose the parameters and their groups by themselves.
+_OPTIMISERS_WITH_OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 
 
 @dataclass
@@ -22,10 +45,11 @@ class EpmVGTrainingArguments(TrainingArguments):
             Learning rate of the text tower, `learning_rate` by default.
         lr_drop_epochs (`list[float]`, *optional*):
             Epochs after which all learning rates are divided by 10 (TransVG: after 60 of 90). Apart from these drops
-            and from `warmup_steps` the learning rates are then constant, and `lr_scheduler_type` is ignored.
+            and from `warmup_steps` the learning rates are then constant, and `lr_scheduler_type` is ignored. With
+            `max_steps`, the `num_train_epochs` epochs are equal parts of these steps.
         frozen_parameters (`list[str]`, *optional*):
-            Regular expressions. Parameters in whose name one of them is found are never trained (TransVG: the first
-            stage of the backbone; CLIP-VG: both towers).
+            Regular expressions, or a single one as a string. Parameters in whose name one of them is found are never
+            trained (TransVG: the first stage of the backbone; CLIP-VG: both towers).
         ema_decay (`float`, *optional*):
             Decay of an exponential moving average of the weights (SimVG: 0.999). The average is what is evaluated,
             saved, and left in the model after training, see [`~callbacks.WeightAverage`]. It does not work with FSDP
@@ -76,6 +100,8 @@ class EpmVGTrainingArguments(TrainingArguments):
             Whether to leave losses that are not finite out of the log, for which a GPU is waited for in every step.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
             Must stay `False`, because the collator reads columns that are not arguments of the model.
+
+    The page examples/TRAINER.md says for each argument of transformers whether it works here.
 
     Raises:
         ValueError: an argument is out of its range or not supported by [`EpmVGTrainer`].
@@ -170,40 +196,37 @@ class EpmVGTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.remove_unused_columns:
+        self.debug = self.debug or ""  # copied arguments carry the list that transformers makes of it
+        for argument in dataclasses.fields(self):
+            if argument.name in _REFUSED:
+                default = argument.default
+                if argument.default_factory is not dataclasses.MISSING:
+                    default = argument.default_factory()
+                if getattr(self, argument.name) != default:
+                    raise ValueError(f"{argument.name} must be {default!r}: {_REFUSED[argument.name]}")
+        if str(self.optim).startswith(_OPTIMISERS_WITH_OWN_GROUPS):
+            raise ValueError(f"optim must not be {self.optim!r}: {_REFUSED['optim_target_modules']}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                "remove_unused_columns must be False: the collator reads columns that are not arguments of the model"
+                'train_sampling_strategy must be "random" or "sequential", because images are not sorted by length; '
+                f"got {self.train_sampling_strategy!r}"
             )
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}")
-        if any(not 0 < epoch < self.num_train_epochs for epoch in self.lr_drop_epochs or ()):
+        if self.include_num_input_tokens_seen not in (False, "no", "non_padding"):
             raise ValueError(
-                f"lr_drop_epochs must lie within the {self.num_train_epochs} epochs, got {self.lr_drop_epochs}"
+                'include_num_input_tokens_seen must be "no", or "non_padding" to count the tokens of the expressions: '
+                f'"all" would count pixels; got {self.include_num_input_tokens_seen!r}'
             )
-        if self.caption_ratio <= 0:
-            raise ValueError(f"caption_ratio must be positive, got {self.caption_ratio}")
-        for name in ("relation_loss_coefficient", "feature_loss_coefficient", "teacher_map_loss_coefficient"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if self.teacher_map_rows not in ("all", "without_box"):
-            raise ValueError(f'teacher_map_rows must be "all" or "without_box", got {self.teacher_map_rows!r}')
-        if self.tower_cache_dtype not in ("float32", "float16"):
-            raise ValueError(f'tower_cache_dtype must be "float32" or "float16", got {self.tower_cache_dtype!r}')
-        for name in ("student_temperature", "teacher_temperature", "map_temperature"):
-            if (value := getattr(self, name)) <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.freeze_backbone_epochs > 0:
-            if self.ddp_find_unused_parameters is False:
-                raise ValueError(
-                    "freeze_backbone_epochs needs ddp_find_unused_parameters=True: frozen parameters get no gradient"
-                )
-            self.ddp_find_unused_parameters = True
-        if self.batch_eval_metrics:
+        if self.include_num_input_tokens_seen == "non_padding" and self.cache_frozen_towers:
             raise ValueError(
-                "batch_eval_metrics must be False: metrics are computed after the last batch, so that rows that were "
-                "repeated to fill up a batch count only once"
+                'include_num_input_tokens_seen must be "no" with cache_frozen_towers: batches from the cache have no '
+                "pixels, without which transformers does not count"
             )
+        if self.greater_is_better is None and re.search(r"(^|_)loss(_|$)", self.metric_for_best_model or ""):
+            self.greater_is_better = False  # transformers knows this only of names that end in loss, not of loss_giou
+        self.check_values()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 does nothing on a CPU: use bf16, or neither")
         # By default, accelerate collates streamed rows on one process and splits the batch along the first dimension
         # of its tensors, but that is B for some of them and N for others.
         if self.accelerator_config.dispatch_batches:
@@ -211,6 +234,70 @@ class EpmVGTrainingArguments(TrainingArguments):
                 "dispatch_batches must not be True: a batch of B images and N expressions cannot be split evenly"
             )
         self.accelerator_config.dispatch_batches = False
+
+    def check_values(self) -> None:
+        """
+        Checks the arguments that visual grounding adds, and makes a list of a single pattern in `frozen_parameters`.
+        It is called for new arguments, and by [`EpmVGTrainer`] for those that a trial of a search has set.
+
+        Raises:
+            ValueError: an argument is out of its range.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import EpmVGTrainingArguments
+
+        >>> args = EpmVGTrainingArguments("outputs/mine")
+        >>> args.frozen_parameters = "text_model"
+        >>> args.check_values()
+        >>> args.frozen_parameters
+        ['text_model']
+        ```
+        """
+        if isinstance(self.frozen_parameters, str):
+            self.frozen_parameters = [self.frozen_parameters]
+        for pattern in self.frozen_parameters or ():
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"frozen_parameters has {pattern!r}, which is no regular expression: {error}"
+                ) from error
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}")
+        if not isinstance(self.lr_drop_epochs, list | tuple | None):
+            raise ValueError(f"lr_drop_epochs must be a list of epochs, got {self.lr_drop_epochs!r}")
+        if any(not 0 < epoch < self.num_train_epochs for epoch in self.lr_drop_epochs or ()):
+            raise ValueError(
+                f"lr_drop_epochs must lie within the {self.num_train_epochs} epochs, got {self.lr_drop_epochs}"
+            )
+        if self.max_expressions_per_image is not None and self.max_expressions_per_image < 1:
+            raise ValueError(f"max_expressions_per_image must be at least 1, got {self.max_expressions_per_image}")
+        not_negative = (
+            "vision_learning_rate",
+            "text_learning_rate",
+            "freeze_backbone_epochs",
+            "relation_loss_coefficient",
+            "feature_loss_coefficient",
+            "teacher_map_loss_coefficient",
+        )
+        for name in not_negative:
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("caption_ratio", "student_temperature", "teacher_temperature", "map_temperature"):
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.teacher_map_rows not in ("all", "without_box"):
+            raise ValueError(f'teacher_map_rows must be "all" or "without_box", got {self.teacher_map_rows!r}')
+        if self.tower_cache_dtype not in ("float32", "float16"):
+            raise ValueError(f'tower_cache_dtype must be "float32" or "float16", got {self.tower_cache_dtype!r}')
+        if self.freeze_backbone_epochs > 0:
+            if self.ddp_find_unused_parameters is False:
+                raise ValueError(
+                    "freeze_backbone_epochs needs ddp_find_unused_parameters=True: frozen parameters get no gradient"
+                )
+            self.ddp_find_unused_parameters = True
 
     @property
     def distillation_weights(self) -> DistillationWeights:

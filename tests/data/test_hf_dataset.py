@@ -14,7 +14,7 @@ from PIL import Image
 
 from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, as_grounding_dataset, load_grounding_dataset
 from tests.fixtures.models import tiny_model
-from tests.fixtures.own_rows import ROWS, SIZES, in_format, write_images
+from tests.fixtures.own_rows import PLACED, ROWS, SIZES, in_format, write_images
 
 
 def found(dataset) -> list[tuple]:
@@ -42,7 +42,7 @@ def own_rows(box_format="xyxy", **more) -> list[dict]:
 
 OWN = {"image": "photo", "expression": "text", "box": "bbox"}
 IDS = {name: hashlib.sha256(encoded(name)).hexdigest()[:32] for name in SIZES}
-CONVERTED = [(IDS[image], text, box) for image, text, box in ROWS]
+CONVERTED = [(IDS[image], text, box) for image, text, box in PLACED]
 
 
 def own_dataset(rows: list[dict] | None = None) -> datasets.Dataset:
@@ -153,7 +153,7 @@ def test_lists_of_expressions(tmp_path, streaming):
 def test_own_rows_without_box(tmp_path, streaming, no_box, box_format):
     rows = [{**row, "bbox": row["bbox"] if index % 2 else no_box} for index, row in enumerate(own_rows(box_format))]
     dataset = streamed_parquet(tmp_path, rows) if streaming else own_dataset(rows)
-    expected = [row[2] if index % 2 else None for index, row in enumerate(ROWS)]
+    expected = [row[2] if index % 2 else None for index, row in enumerate(PLACED)]
     assert [row["box"] for row in as_grounding_dataset(dataset, OWN, box_format)] == expected
     captions = as_grounding_dataset(dataset.remove_columns("bbox"), {**OWN, "box": None})
     assert [row["box"] for row in captions] == [None] * 10
@@ -224,16 +224,47 @@ def test_streams_train(tmp_path, processor, kind):
         ({"bbox": [math.nan] * 3}, r"row 1 \(0\.png\): the box is \[nan, nan, nan\], expected 4 finite numbers"),
         ({"bbox": [3.0, 2.0, 3.0, 4.0]}, r"row 1 \(0\.png\): the box \[3, 2, 3, 4\] is empty or inverted"),
         ({"bbox": [-2.0, 2.0, 3.0, 4.0]}, r"row 1 \(0\.png\): the box .* starts outside the image"),
+        (
+            {"bbox": [2.0, 2.0, 32.0, 4.0]},
+            r"row 1 \(0\.png\): the box \[2, 2, 32, 4\] is not within the 30 x 30 pixels",
+        ),
         ({"photo": None}, "row 1: there is no image"),
+        ({"photo": {"bytes": b"no image", "path": None}}, "row 1: the image has no readable image header"),
+        ({"photo": {"bytes": encoded("more/b.jpg")[:-40]}}, "row 1: the image cannot be decoded to its end"),
     ],
 )
+@pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_bad_own_row(tmp_path, change, message, streaming):
-    rows = own_rows()
+def test_bad_own_row(tmp_path, change, message, streaming, with_ids):
+    rows = own_rows(**({"image_id": "0"} if with_ids else {}))
     rows[1] |= change
     dataset = streamed_parquet(tmp_path, rows) if streaming else own_dataset(rows)
     with pytest.raises(ValueError, match=message):
         list(as_grounding_dataset(dataset, OWN))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bad_box_is_shown_as_its_user_wrote_it(tmp_path, streaming):
+    rows = own_rows("xywh")
+    rows[2]["bbox"] = [20.25, 4.0, 22.5, 16.0]
+    dataset = streamed_parquet(tmp_path, rows) if streaming else own_dataset(rows)
+    written = (
+        r"row 2 \(0\.png\): the box \[20\.25, 4, 22\.5, 16\] \(x, y, width, height\) is not within the 40 x 20 pixels"
+    )
+    with pytest.raises(ValueError, match=written):
+        list(as_grounding_dataset(dataset, OWN, "xywh"))
+
+
+def test_a_transform_is_not_dropped():
+    dataset = own_dataset().with_transform(lambda batch: batch)
+    with pytest.raises(ValueError, match="call as_grounding_dataset first, and with_transform on what it returns"):
+        as_grounding_dataset(dataset, OWN)
+
+
+def test_image_files_that_cannot_be_measured_here_are_left_to_the_reader(folder):
+    rows = [{"image": "https://example.org/a.png", "expression": "a dog", "box": [1.0, 2.0, 300.0, 4.0]}]
+    dataset = as_grounding_dataset(datasets.Dataset.from_list(rows))
+    assert dataset["box"][0] == [1, 2, 300, 4]
 
 
 def test_bad_nested_row():

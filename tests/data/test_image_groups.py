@@ -2,12 +2,12 @@ import io
 
 import numpy as np
 import pytest
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
-from torch.utils.data import DataLoader
 
 from epmvg_hf import ImageGroups
-from epmvg_hf.data.image_groups import CaptionedGroups, group_rows
+from epmvg_hf.data.streamed_rows import group_rows, number_rows
+from epmvg_hf.model.rgb_images import as_rgb
 from tests.fixtures.rows import coloured_rows
 
 IMAGES = ["a", "bb", "a", "ccc", "bb", "a"]
@@ -26,68 +26,10 @@ def test_missing_columns_are_named():
         ImageGroups(coloured_rows(["a"]).remove_columns("expression"))
 
 
-def test_rows_of_a_stream_are_grouped_as_those_of_a_dataset():
-    dataset = coloured_rows(IMAGES)
-    streamed = group_rows([{**row, "row_index": index} for index, row in enumerate(dataset)])
-    prepared = ImageGroups(dataset)
-    for one, other in zip(streamed, (prepared[index] for index in range(3)), strict=True):
-        assert (one.image_id, one.expressions, one.row_indices) == (
-            other.image_id,
-            other.expressions,
-            other.row_indices,
-        )
-        np.testing.assert_array_equal(one.boxes, other.boxes)
-        assert one.image.tobytes() == other.image.tobytes()
-    unnumbered = group_rows(list(dataset.remove_columns("box")))
-    assert [(group.boxes, group.row_indices) for group in unnumbered] == [(None, [])] * 3
-
-
-def test_no_box_is_nan():
-    dataset = coloured_rows(["a", "bb", "a"]).map(
-        lambda row, i: {"box": None if i == 2 else row["box"]}, with_indices=True
-    )
-    for groups in (ImageGroups(dataset), group_rows(list(dataset))):
-        assert np.isnan(groups[0].boxes).tolist() == [[False] * 4, [True] * 4]
-    assert np.isnan(group_rows([{**dataset[0], "box": None}])[0].boxes).all()
-
-
 def test_some_of_the_expressions():
     group = ImageGroups(coloured_rows(IMAGES))[0].select([2, 0])
     assert group.row_indices == [5, 0] and group.boxes[:, 0].tolist() == [5, 0]
     assert group.expressions == ["the dog left left", "the dog"] and len(group) == 2
-
-
-def test_captioned_images_take_turns_and_labelled_ones_come_once_an_epoch():
-    labelled = ImageGroups(coloured_rows(["a", "b", "a", "c"]))
-    captioned = ImageGroups(coloured_rows(["a", "x", "y", "y", "z"]).remove_columns("box"))
-    mixed = CaptionedGroups(labelled, captioned, ratio=2 / 3, seed=0)
-    assert len(mixed) == 3 + 2
-    shown = []
-    for epoch in range(4):
-        mixed.set_epoch(epoch)
-        groups = [mixed[index] for index in (4, 0, 3, 2, 1)]
-        with_boxes = [group for group in groups if not np.isnan(group.boxes).any()]
-        assert [group.image_id for group in with_boxes] == ["a", "c", "b"]
-        without = [group for group in groups if np.isnan(group.boxes).all()]
-        # Images of both sets may have the same id; the index counts on through both.
-        assert [group.index - 3 for group in without] == [["a", "x", "y", "z"].index(g.image_id) for g in without]
-        shown += [group.image_id for group in without]
-    # 4 epochs with 2 of 4 images each show every image twice, in turn.
-    assert sorted(shown[:4]) == sorted(shown[4:]) == ["a", "x", "y", "z"]
-    with pytest.raises(ValueError, match="the caption dataset has no rows"):
-        CaptionedGroups(labelled, ImageGroups(coloured_rows(["a"]).select([])), ratio=1, seed=0)
-
-
-def test_a_batch_has_its_labelled_images_first():
-    """Runs with a seed give other numbers in another order, because augmentation and dropout draw in it."""
-    labelled = ImageGroups(coloured_rows(["a", "b", "c"]))
-    captioned = ImageGroups(coloured_rows(["x", "y"]).remove_columns("box"))
-    mixed = CaptionedGroups(labelled, captioned, ratio=1, seed=0)
-    for workers in (0, 1):
-        loader = DataLoader(mixed, 4, sampler=[4, 2, 3, 0, 1, 5], collate_fn=list, num_workers=workers)
-        batches = [[group.image_id for group in batch] for batch in loader]
-        first, second, third = (mixed[index].image_id for index in (4, 3, 5))
-        assert batches == [["c", "a", first, second], ["b", third]]
 
 
 def _row_of(image: PILImage.Image, box: list[float] | None, **saving) -> Dataset:
@@ -144,5 +86,162 @@ def test_a_jpeg_file_is_decoded_to_the_mode_of_the_column(tmp_path):
     image = ImageGroups(dataset, decoded_side=100)[0].image
     assert image.mode == "RGB" and image.size == (100, 75) and image.getpixel((0, 0)) == (99, 99, 99)
     path.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"row 0 \(image_id 'a'\): the image cannot be read \(.*large\.jpg"):
         ImageGroups(dataset, decoded_side=100)[0]
+
+
+def test_pictures_stay_apart_whatever_their_ids_say():
+    red, blue = (PILImage.new("RGB", size, colour) for size, colour in (((100, 80), "red"), ((40, 160), "blue")))
+    rows = {"expression": ["red circle", "blue star"], "image": [red, blue], "box": [[0, 0, 9, 9]] * 2}
+    for ids in (["1", "1"], [None, None], [1, 1], None):
+        columns = rows if ids is None else {**rows, "image_id": ids}
+        dataset = Dataset.from_dict(columns).cast_column("image", Image())
+        groups = ImageGroups(dataset)
+        assert [(group.image.size, group.expressions) for group in (groups[0], groups[1])] == [
+            ((100, 80), ["red circle"]),
+            ((40, 160), ["blue star"]),
+        ]
+
+
+def test_changed_pictures_are_other_pictures():
+    dataset = coloured_rows(IMAGES)
+    brighter = dataset.map(lambda row: {"image": row["image"].point(lambda level: level + 100)})
+    groups = ImageGroups(concatenate_datasets([brighter, dataset]))
+    assert [group.image.getpixel((0, 0))[0] for group in groups] == [120, 140, 160, 20, 40, 60]
+    assert [group.row_indices for group in groups] == [[0, 2, 5], [1, 4], [3], [6, 8, 11], [7, 10], [9]]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow", "undecoded", "paths", "shuffled"])
+def test_forms_of_a_dataset_give_the_same_images(form, tmp_path):
+    dataset = changed = coloured_rows(IMAGES)
+    if form == "undecoded":
+        changed = dataset.cast_column("image", Image(decode=False))
+    elif form == "paths":
+        for row in dataset:
+            row["image"].save(tmp_path / f"{row['image_id']}.png")
+        paths = [str(tmp_path / f"{image_id}.png") for image_id in IMAGES]
+        changed = dataset.remove_columns("image").add_column("image", paths)
+    elif form == "shuffled":
+        changed = dataset.select([5, 4, 3, 2, 1, 0]).select([5, 4, 3, 2, 1, 0])
+    else:
+        changed = dataset.with_format(form)
+    expected, groups = ImageGroups(dataset), ImageGroups(changed)
+    for one, another in zip(groups, expected, strict=True):
+        assert (one.image_id, one.expressions, one.row_indices) == (
+            another.image_id,
+            another.expressions,
+            another.row_indices,
+        )
+        assert one.image.tobytes() == another.image.tobytes()
+        np.testing.assert_array_equal(one.boxes, another.boxes)
+    assert ImageGroups(changed, decoded_side=10)[2].image.size == (43, 30)
+
+
+def _flip(batch: dict) -> dict:
+    flipped = {**batch, "image": [image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) for image in batch["image"]]}
+    flipped["box"] = [
+        np.array([image.width - x1, y0, image.width - x0, y1])
+        for image, (x0, y0, x1, y1) in zip(batch["image"], batch["box"], strict=True)
+    ]
+    return flipped
+
+
+def test_rows_with_a_transform_are_read_as_the_dataset_gives_them():
+    dataset = coloured_rows(IMAGES)
+    groups = ImageGroups(dataset.with_transform(_flip))
+    assert len(groups) == 6  # a transform may make another picture of the same file each time
+    for row in range(6):
+        x0, _, x1, _ = dataset[row]["box"]
+        width = dataset[row]["image"].width
+        group = groups[row]
+        assert group.boxes.tolist() == [[width - x1, 2, width - x0, 12]] and group.boxes.dtype == np.float32
+        assert group.expressions == [dataset[row]["expression"]] and group.row_indices == [row]
+    renamed = dataset.rename_column("expression", "words")
+    renamed = renamed.with_transform(lambda batch: {"image": batch["image"], "expression": batch["words"]})
+    group = ImageGroups(renamed)[3]
+    assert (group.expressions, group.boxes, group.image_id) == (["the dog"], None, None)
+    with pytest.raises(ValueError, match="lacks the column\\(s\\) image, expression; it has words"):
+        ImageGroups(renamed.with_transform(lambda batch: {"words": batch["words"]}).select_columns(["words"]))
+
+
+BAD_ROWS = [
+    ({"box": [1.0, 2.0, 254.0, 12.0]}, "the box [1, 2, 254, 12] is not within the 43 x 30 pixels of its image."),
+    (
+        {"box": [9.0, 2.0, 9.0, 12.0]},
+        "the box [9, 2, 9, 12] is empty or inverted, expected xmin < xmax and ymin < ymax.",
+    ),
+    ({"box": [-9.0, 2.0, 9.0, 12.0]}, "the box [-9, 2, 9, 12] starts outside the image."),
+    ({"box": [1.0, 2.0, 3.0]}, "the box is [1.0, 2.0, 3.0], expected 4 finite numbers."),
+    ({"box": [1.0, 2.0, 3.0, float("inf")]}, "the box is [1.0, 2.0, 3.0, inf], expected 4 finite numbers."),
+    ({"expression": " "}, "the expression is ' ', expected words."),
+    ({"expression": None}, "the expression is None, expected words."),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_ROWS)
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_bad_row_is_named_when_it_is_read_and_before(change, message, transformed):
+    rows = coloured_rows(IMAGES).cast_column("image", Image(decode=False)).to_list()
+    rows[3] |= change
+    features = {"image": Image(), "image_id": Value("string"), "expression": Value("string")}
+    dataset = Dataset.from_list(rows, Features({**features, "box": List(Value("float64"))}))
+    groups = ImageGroups(dataset.with_transform(lambda batch: batch) if transformed else dataset)
+    with pytest.raises(ValueError) as error:
+        groups[3 if transformed else 2]
+    assert str(error.value) == f"row 3 (image_id 'ccc'): {message}"
+    if not transformed:
+        with pytest.raises(ValueError) as error:
+            groups.check_rows("train_dataset")
+        assert str(error.value) == f"train_dataset, row 3 (image_id 'ccc'): {message}"
+
+
+@pytest.mark.parametrize("content", [b"no image", None])
+def test_a_damaged_image_is_named(content):
+    dataset = coloured_rows(IMAGES).cast_column("image", Image(decode=False))
+    rows = dataset.to_list()
+    rows[3]["image"]["bytes"] = content or rows[3]["image"]["bytes"][:-40]
+    groups = ImageGroups(Dataset.from_list(rows, dataset.features))
+    with pytest.raises(ValueError, match=r"^row 3 \(image_id 'ccc'\): the image cannot be read \("):
+        groups[2]
+    with pytest.raises(ValueError, match=r"^eval_dataset, row 3 \(image_id 'ccc'\): the image "):
+        groups.check_rows("eval_dataset")
+
+
+def test_good_rows_pass_the_check():
+    dataset = coloured_rows(IMAGES)
+    for boxes in (
+        [[0, 0, 1, 1], None, [float("nan")] * 4, [39.5, 0, 42, 31], [-1, -1, 43, 31], None],
+        [None] * 6,
+        [[0.0, 0.0, 1.0, 1.0]] * 6,
+    ):
+        columns = {**dataset.with_format("arrow")[:].drop_columns("box").to_pydict(), "box": boxes}
+        ImageGroups(Dataset.from_dict(columns).cast_column("image", Image())).check_rows("train_dataset")
+    ImageGroups(dataset.remove_columns("box")).check_rows("caption_dataset")
+    with pytest.raises(ValueError, match="no row of train_dataset has a box, and without a teacher nothing else can"):
+        ImageGroups(dataset.remove_columns("box")).check_rows("train_dataset", needs_boxes=True)
+
+
+@pytest.mark.parametrize(
+    "column, values, message",
+    [
+        ("expression", [["a dog"]], "the column 'expression' is List.*expected text; as_grounding_dataset brings"),
+        ("box", ["1 2 3 4"], "the column 'box' is .*expected lists of four numbers"),
+        ("image_id", [[1]], "the column 'image_id' is .*expected text or numbers"),
+        ("image", [3], "the column 'image' is .*expected images, their bytes or their paths"),
+    ],
+)
+def test_columns_of_another_type_are_named(column, values, message):
+    dataset = coloured_rows(["a"])
+    with pytest.raises(ValueError, match=message):
+        ImageGroups(dataset.remove_columns(column).add_column(column, values))
+
+
+@pytest.mark.parametrize("mode, value", [("RGB", (127, 127, 127)), ("L", 127), (None, 32_639)])
+def test_sixteen_bits_are_not_cut_off_where_the_column_asks_for_a_mode(mode, value):
+    gray = PILImage.fromarray(np.full((20, 30), 32_639, np.uint16))
+    dataset = _row_of(gray, [1, 2, 3, 4], format="PNG").cast_column("image", Image(mode=mode))
+    assert ImageGroups(dataset)[0].image.getpixel((0, 0)) == value
+    if mode != "L":  # of a stream, `datasets` makes what the column asks for, and only RGB is made here
+        (group,) = group_rows(number_rows(dataset.to_iterable_dataset(), 0, 1))
+        image = group.image if mode is None else as_rgb(group.image)
+        assert image.getpixel((0, 0)) == value

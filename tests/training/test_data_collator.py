@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from epmvg_hf import EpmVGDataCollator, GroundingAugmentation, ImageGroups, load_grounding_dataset
-from epmvg_hf.data.image_groups import CaptionedGroups
+from epmvg_hf.data.captioned_groups import CaptionedGroups
 from tests.fixtures.rows import coloured_rows
 
 

@@ -196,7 +196,10 @@ BOTH = ("vision backbone", "text tower")
     ("changes", "sentences"),
     [
         ({"frozen_parameters": ["vision_model"]}, [_unfinished(BOTH[1], "21 of its parameters are trained")]),
-        ({"augment": True}, [_unfinished(name, "its input is augmented (augment) or streamed") for name in BOTH]),
+        (
+            {"augment": True},
+            [_unfinished(name, "its input is augmented (augment), transformed or streamed") for name in BOTH],
+        ),
         (
             {"teacher": TinyTeacher(), "cache_teacher": False},
             [_unfinished(BOTH[0], "the teacher sees the pixels in every step (cache_teacher)")],
@@ -213,7 +216,7 @@ def test_what_cannot_be_cached_is_said(tmp_path, processor, changes, sentences, 
 def test_streams_and_padding_on_the_left_are_said(tmp_path, processor, caplog):
     dataset = uneven_shapes([8, 1, 5, 3])
     Run(tmp_path, processor, dataset.to_iterable_dataset(), cached=True, max_steps=1)
-    assert caplog.text.count("its input is augmented (augment) or streamed") == 2
+    assert caplog.text.count("its input is augmented (augment), transformed or streamed") == 2
     processor.tokenizer.padding_side = "left"
     Run(tmp_path, processor, dataset, cached=True, max_steps=1)
     assert "the text tower runs in every step, because its tokenizer pads on the left" in caplog.text

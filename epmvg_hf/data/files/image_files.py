@@ -1,5 +1,6 @@
 """Finds image files of unknown origin by name, and reads their sizes without decoding them."""
 
+import functools
 import io
 import os
 import reprlib
@@ -12,8 +13,9 @@ from PIL import ExifTags, Image
 
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow warns of decompression bombs beyond this number
 
-# Pillow reads many more formats, but runs another program for some of them (Ghostscript for EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Pillow reads many more formats, but runs another program for some of them (Ghostscript for EPS). Older versions of it
+# lack the last of these.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 class ImageFolders:
@@ -89,12 +91,28 @@ def file_statuses(paths: Iterable[str]) -> str:
     return "".join(lines)
 
 
-def measure_image(path: str, exif_oriented: bool = False) -> tuple[int, int]:
+def measure_stored(encoded: dict[str, Any]) -> tuple[int, int] | None:
+    """
+    The size of an image as `datasets` decodes it, see [`measure_image`].
+
+    Args:
+        encoded (`dict`): the file as `datasets` stores it, its `bytes` or its `path`.
+
+    Returns:
+        `tuple[int, int]`: Width and height in pixels; `None` if the path leads to another machine or into an archive.
+    """
+    content, path = encoded["bytes"], encoded["path"]
+    if content is None and "://" in path:
+        return None
+    return measure_image(path if content is None else content, exif_oriented=True)
+
+
+def measure_image(file: str | bytes, exif_oriented: bool = False) -> tuple[int, int]:
     """
     Reads the size of an image from its header, after checking that the image can be decoded to its end.
 
     Args:
-        path (`str`): The file.
+        file (`str` or `bytes`): The path of the file, or its content.
         exif_oriented (`bool`, *optional*, defaults to `False`):
             Whether boxes are for the image after its EXIF orientation is applied, which `datasets` does when it
             decodes an image. If so, the size is the one after that; if not, an image whose EXIF orientation turns or
@@ -107,8 +125,9 @@ def measure_image(path: str, exif_oriented: bool = False) -> tuple[int, int]:
         `ValueError`: The file is not an image, ends too early, has more than `MAX_IMAGE_PIXELS` pixels, or has an
             EXIF orientation although `exif_oriented` is `False`.
     """
+    path = file if isinstance(file, str) else "the image"
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(file if isinstance(file, str) else io.BytesIO(file), formats=_readable_formats())
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is refused: {error}") from error
     except Exception as error:  # Pillow raises many kinds for broken headers
@@ -119,7 +138,7 @@ def measure_image(path: str, exif_oriented: bool = False) -> tuple[int, int]:
         if width * height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{path} has {width} x {height} pixels, more than the {MAX_IMAGE_PIXELS:,} accepted.")
         try:
-            complete = _is_complete(path, image.format)
+            complete = _is_complete(file, image.format)
             # For a PNG, Pillow's own getexif decodes the image to look for EXIF behind the pixels.
             exif = Image.Image.getexif(image) if complete else image.getexif()
             orientation = exif.get(ExifTags.Base.Orientation, 1)
@@ -136,7 +155,13 @@ def measure_image(path: str, exif_oriented: bool = False) -> tuple[int, int]:
     return width, height
 
 
-def decode_jpeg(encoded: dict[str, Any], side: int) -> tuple[Image.Image, float] | None:
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def decode_jpeg(encoded: dict[str, Any], side: int) -> tuple[Image.Image, tuple[int, int], float] | None:
     """
     Decodes a JPEG at 1, 1/2, 1/4 or 1/8 of its size: the smallest at which its longer side has at least `side` pixels.
     The decoder then computes, and everything after it copies, fewer pixels.
@@ -146,8 +171,9 @@ def decode_jpeg(encoded: dict[str, Any], side: int) -> tuple[Image.Image, float]
         side (`int`): the fewest pixels of the longer side; a smaller image keeps its size.
 
     Returns:
-        `tuple[PIL.Image.Image, float]`: the image, and how many of its pixels stand for one of the stored image in
-        each direction. `None` if it is no JPEG on this machine, or has an EXIF orientation: the caller decodes these.
+        `tuple`: the image, width and height of the stored image, and how many pixels of the first stand for one of
+        the second in each direction. `None` if it is no JPEG on this machine, or has an EXIF orientation: the caller
+        decodes these.
     """
     content, path = encoded["bytes"], encoded["path"]
     if content is None and not Path(path).is_file():
@@ -166,18 +192,18 @@ def decode_jpeg(encoded: dict[str, Any], side: int) -> tuple[Image.Image, float]
         assert drafted is not None  # as it is for other formats, and after decoding
         scale = drafted[1][2] / width
     image.load()  # also closes the file
-    return image, scale
+    return image, (width, height), scale
 
 
-def _is_complete(path: str, kind: str | None) -> bool:
+def _is_complete(file: str | bytes, kind: str | None) -> bool:
     """Whether a JPEG or PNG surely has all its pixels and no EXIF behind them. If unsure, it must be decoded."""
-    with Path(path).open("rb") as file:
+    with Path(file).open("rb") if isinstance(file, str) else io.BytesIO(file) as content:
         if kind == "PNG":
-            return _has_all_chunks(file)
+            return _has_all_chunks(content)
         if kind == "JPEG":  # the end marker FF D9 never occurs among the pixels
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 16))
-            return file.read().rstrip(b"\0\n").endswith(b"\xff\xd9")
+            size = content.seek(0, os.SEEK_END)
+            content.seek(max(0, size - 16))
+            return content.read().rstrip(b"\0\n").endswith(b"\xff\xd9")
     return False
 
 
