@@ -67,7 +67,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.canvases = torch.empty(len(groups), 3, canvas_size, canvas_size, dtype=torch.uint8)
         self.sentences, self.phrases, self.expressions = [], [], []
         rng = random.Random(0)
-        for position, indices in enumerate(tqdm(groups, desc="reading images", mininterval=5)):
+        for position, indices in enumerate(tqdm(groups, desc="reading images", disable=None)):
             # Normalising and undoing it gives the padding the colour that it has on the student's canvas.
             pixel_values = image_processor(images[indices[0]]["image"])["pixel_values"]
             self.canvases[position] = (image_processor.unnormalize(pixel_values)[0] * 255).round()

@@ -33,36 +33,38 @@ from tests.fixtures.towers import save_clip, save_text_tower, save_vision_tower
 # Public methods that a library calls, at the time and with the arguments that it documents.
 HOOKS = {
     "EpmVGConfig": {"validate", "validate_architecture"},
-    "EpmVGImageProcessor": {"process_image"},
-    "EpmVGImageProcessorMixin": {"to_dict"},
+    "EpmVGImageProcessor": {"process_image", "resize"},
+    "EpmVGImageProcessorMixin": {"post_process_object_detection", "to_dict"},
+    "EpmVGImageProcessorPil": {"resize"},
     "EpmVGModel": {"get_input_embeddings", "set_input_embeddings", "train"},
-    "EpmVGPreTrainedModel": {"save_pretrained"},
+    "EpmVGPreTrainedModel": {"from_pretrained", "save_pretrained"},
     "EpmVGProcessor": {"model_input_names"},
     "EpmVGTrainer": {
         "compute_loss",
-        "create_optimizer",
-        "create_scheduler",
         "evaluation_loop",
         "get_batch_samples",
-        "get_decay_parameter_names",
+        "get_eval_dataloader",
+        "get_test_dataloader",
         "get_train_dataloader",
         "log",
         "prediction_step",
     },
     "EpmVGTrainingArguments": {"n_gpu"},
     "ModelCardMixin": {"save_pretrained"},
+    "StudentTrainer": {"call_model_init", "create_optimizer", "create_scheduler", "get_decay_parameter_names"},
     "VisualGroundingPipeline": {"collate", "get_iterator", "postprocess", "preprocess", "run_single"},
 }
 
 # Names besides `__all__` that README, examples and docstrings use.
 ALSO_PUBLIC = {
     "training.augmentation": ["mirror"],
+    "training.known_words": ["KnownWords"],
     "data.benchmarks": ["resolve_name"],
     "evaluation.blind_baselines": ["blind_accuracy"],
     "data.check_data": ["check_splits", "held_out_images"],
-    "data.image_groups": ["CaptionedGroups"],
+    "data.captioned_groups": ["CaptionedGroups"],
     "data.readers.custom": ["CustomData"],
-    "evaluation.accuracy": ["bootstrap_interval", "evaluate_boxes", "paired_iou"],
+    "evaluation.accuracy": ["bootstrap_interval", "evaluate_boxes", "find_boxes", "paired_iou"],
     "model.letterbox": ["Letterbox"],
     "model.losses": ["box_loss", "box_map_target", "grounding_loss", "has_box", "map_loss"],
     "distillation.losses": ["feature_loss", "relation_loss", "teacher_map_target"],
@@ -346,6 +348,7 @@ GUIDE_BLOCKS = {
     "ClipTeacher": "trainer.teacher is teacher and trainer.caption_dataset is captions",
     'load_grounding_dataset("refcoco"': "dataset[0]['expression'] == 'in testA'",
     "as_grounding_dataset(": "next(iter(train))['expression'] == 'a star'",
+    "with_transform(": "train[0]['image'].mode == 'L'",
 }
 
 
@@ -364,6 +367,11 @@ def test_readme(published):
 def test_guide():
     values = {"dataset": _shapes(), "captions": _shapes().remove_columns("box")}
     _check_page("examples/README.md", values, GUIDE_BLOCKS)
+
+
+def test_arguments_of_the_trainer():
+    values = {"dataset": _shapes(), "processor": tiny_processor()}
+    _check_page("examples/TRAINER.md", values, {"model_init=": "trainer.train().global_step == 3"})
 
 
 @pytest.mark.parametrize("name", ["clip-tiny-shapes", "of a model"])

@@ -25,7 +25,7 @@ def folder(tmp_path, processor) -> Path:
 
 
 def _with_torch(folder: Path) -> dict[str, Callable]:
-    return ExportedModel.from_pretrained(folder).runners
+    return ExportedModel.from_pretrained(folder, trust_remote_code=True).runners
 
 
 def _with_plain_onnxruntime(folder: Path) -> dict[str, Callable]:
