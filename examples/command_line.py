@@ -56,6 +56,16 @@ def parse_arguments(types: tuple[type, ...], description: str, default_file: Pat
     return parser.parse_args_into_dataclasses(arguments)
 
 
+def show_own_messages(script: str) -> None:
+    """
+    Shows what a script and the package log, and of other libraries the warnings only: open_clip logs ten lines to the
+    root logger for each teacher.
+    """
+    logging.basicConfig(level=logging.WARNING)
+    for name in (script, logger.name, "epmvg_hf"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
 @cache
 def hardware_choice(use_cpu: bool) -> ComputeChoice:
     """What is fast on the device that a training will use; measured once."""

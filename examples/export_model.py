@@ -110,7 +110,7 @@ def main(command_line: list[str] | None = None) -> None:
     export(arguments.model, arguments.format).save_pretrained(arguments.output)
     processor = EpmVGProcessor.from_pretrained(arguments.model)
     processor.save_pretrained(arguments.output)
-    # Programs of torch are pickled. From 5.24 on, transformers loads them only for those who trust them, as we do here.
+    # Programs of torch are pickled, so transformers 5.24 loads them only for those who trust them, as we do here.
     exported = ExportedModel.from_pretrained(arguments.output, trust_remote_code=True)
     model = EpmVGForVisualGrounding.from_pretrained(arguments.model)
     for num_images, num_expressions in ((1, 1), (2, 3), (3, 7)):

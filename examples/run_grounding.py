@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from command_line import checkpoint_to_resume, config_file, parse_arguments, use_hardware
+from command_line import checkpoint_to_resume, config_file, parse_arguments, show_own_messages, use_hardware
 from datasets import Dataset
 from trained_tokenizer import train_tokenizer
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedConfig, set_seed
@@ -267,7 +267,8 @@ def main(command_line: list[str] | None = None) -> None:
     model_arguments, data_arguments, training_arguments, card_arguments = parse_arguments(
         ARGUMENTS, __doc__, default_file, sys.argv[1:] if command_line is None else command_line
     )
-    logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.WARNING)
+    if training_arguments.should_log:
+        show_own_messages(logger.name)
     set_seed(training_arguments.seed)
     if card_arguments.share_code:
         register_for_hub()

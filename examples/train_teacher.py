@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import checkpoint_to_resume, config_file, parse_arguments, use_hardware
+from command_line import checkpoint_to_resume, config_file, parse_arguments, show_own_messages, use_hardware
 from datasets import Dataset
 from open_clip.model import CLIP
 from safetensors.torch import save_file
@@ -238,7 +238,7 @@ def main() -> None:
     )
     if training_arguments.world_size > 1:
         raise ValueError("train_teacher.py runs in one process only: its loss compares the pairs within one batch")
-    logging.basicConfig(level=logging.INFO)
+    show_own_messages(logger.name)
     use_hardware(training_arguments)
     set_seed(training_arguments.seed)
     model_config = json.loads(config_file(teacher_arguments.config_name, CONFIGS).read_text())

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 import time
 import zlib
@@ -262,7 +263,8 @@ def test_a_saved_image_processor_finds_the_cache(build, processor, teacher, tmp_
     assert not teacher.seen()
 
 
-def test_folder(build, teacher, capsys):
+def test_folder(build, teacher, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # bars are for terminals
     cache = build(cache_dir=None, disable_tqdm=False)
     folder = folder_of(cache)
     assert folder.parent == datasets.config.HF_DATASETS_CACHE / "epmvg_teacher"
@@ -275,6 +277,8 @@ def test_folder(build, teacher, capsys):
     build(cache_dir=None, disable_tqdm=False)
     assert capsys.readouterr().err == ""
     build(dataset=rows().select(range(9)), disable_tqdm=True)
+    monkeypatch.undo()
+    build(dataset=rows().select(range(7)), disable_tqdm=False)
     assert capsys.readouterr().err == ""
 
 

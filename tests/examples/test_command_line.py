@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import command_line
@@ -95,6 +97,21 @@ def test_the_hardware_decides_on_the_precision_where_nobody_else_does(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     training = _parse([*arguments, "--use_cpu", "true"])[2]
     assert training.mixed_precision == precision
+
+
+def test_other_libraries_only_show_warnings():
+    code = """
+import logging
+from command_line import show_own_messages
+show_own_messages("script")
+for name in (None, "open_clip", "script", "command_line", "epmvg_hf.training.trainer"):
+    logging.getLogger(name).info("")
+logging.warning("")
+"""
+    folder = Path(command_line.__file__).parent
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
+    shown = [line for line in result.stderr.splitlines() if line.startswith(("INFO", "WARNING"))]
+    assert shown == ["INFO:script:", "INFO:command_line:", "INFO:epmvg_hf.training.trainer:", "WARNING:root:"]
 
 
 def test_one_line_of_the_log_says_how_and_why(fast_in, monkeypatch, caplog):
