@@ -1,8 +1,12 @@
 """New grounding models that start from a pretrained vision tower and a pretrained text tower."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from logging import WARNING, LogRecord
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -292,6 +296,25 @@ def _tower_config(name: str) -> PreTrainedConfig:
     return config
 
 
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """
+    Drops the warnings of transformers about tensors that this thread loads. The verbosity is one for all threads: of
+    two that set it and set it back, the second could leave it as the first had set it.
+    """
+    loading = get_ident()
+
+    def is_other(record: LogRecord) -> bool:
+        return record.thread != loading or record.levelno > WARNING
+
+    log = logging.get_logger("transformers.modeling_utils")
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
+
+
 def _load_checked(
     model_class: type[PreTrainedModel], name: str, config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
@@ -299,9 +322,7 @@ def _load_checked(
     Loads a tower in float32 and evaluation mode; also returns the names of new norms that the checkpoint lacks, and of
     tensors in the checkpoint that the tower has no place for.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what transformers would log is in `_loading_table`
-    try:
+    with _quiet_loading():  # what transformers would log is in `_loading_table`
         model, report = model_class.from_pretrained(
             name,
             config=config,
@@ -311,8 +332,6 @@ def _load_checked(
             output_loading_info=True,
             **options,
         )
-    finally:
-        logging.set_verbosity(verbosity)
     fresh = sorted(key for key in report["missing_keys"] if key.startswith(_FRESH_NORMS))
     problems = {
         "missing": sorted(report["missing_keys"] - set(fresh)),

@@ -31,7 +31,7 @@ from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .letterbox import Letterbox
 from .nested_inputs import check_boxes, flatten, flatten_boxes, group_expressions
 from .pretrained_towers import tower_statistics, tower_tokenizer
-from .tokenized_expressions import keep_whole, tokenize
+from .tokenized_expressions import tokenize
 
 logger = logging.get_logger(__name__)
 
@@ -82,8 +82,6 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         **kwargs: Any,
     ):
         super().__init__(image_processor, tokenizer, **kwargs)
-        if tokenizer is not None:
-            keep_whole(tokenizer)
         self.max_text_length = max_text_length
         self.do_lower_case = do_lower_case
 

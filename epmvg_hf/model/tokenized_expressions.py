@@ -15,23 +15,15 @@
 Tokens of expressions, cut and padded without changing the tokenizer.
 
 A fast tokenizer keeps the truncation and padding of its last call inside, where another thread that uses it at the
-same time meets them. So here it is always asked for whole expressions without padding, and the rest is done on its
-lists.
+same time meets them. So here it is always asked for whole expressions without padding, in a way that changes nothing
+inside, and the rest is done on its lists.
 """
 
+import copy
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
-
-
-def keep_whole(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Undoes the truncation and padding that a fast tokenizer was saved with or was last called with. Every later call
-    through [`tokenize`] then finds it as it needs it, so that even the first calls of several threads change nothing.
-    """
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
 
 
 def tokenize(
@@ -69,17 +61,7 @@ return_tensors:
     if kwargs.pop("return_overflowing_tokens", False):
         raise ValueError("`return_overflowing_tokens` must be False: each expression has one row of tokens.")
     kwargs.pop("stride", None)  # is about those parts
-    encoded = tokenizer(
-        expressions,
-        padding=False,
-        truncation=False,
-        return_attention_mask=True,
-        return_special_tokens_mask=True,
-        return_tensors=None,
-        verbose=False,
-        **kwargs,
-    )
-    rows = dict(encoded)
+    rows = dict(_whole(tokenizer, expressions, return_attention_mask=True, return_special_tokens_mask=True, **kwargs))
     longest = max(map(len, rows["input_ids"]))
     if longest <= max_length or truncation in (False, "do_not_truncate"):
         longest = 0
@@ -105,6 +87,37 @@ return_tensors:
     if return_attention_mask is False:
         del padded["attention_mask"]
     return BatchEncoding({**padded, **others}, tensor_type=return_tensors), longest
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, expressions: list[str], **kwargs: Any) -> BatchEncoding:
+    """
+    The whole expressions without padding, whatever truncation and padding a fast tokenizer holds, and without
+    changing those: they are of the call that another thread is just making, or what the tokenizer was saved with.
+    """
+    kwargs |= {"padding": False, "truncation": False, "return_tensors": None, "verbose": False}
+    if not tokenizer.is_fast:
+        return tokenizer(expressions, **kwargs)
+    backend = tokenizer.backend_tokenizer
+    reader = copy.copy(tokenizer)  # reads with the same backend, but leaves its settings alone
+    reader.set_truncation_and_padding = lambda **settings: None
+    if backend.truncation is None and backend.padding is None:
+        encoded = reader(expressions, **kwargs)
+        # Another thread may have set them in the meantime.
+        if not any(encoding.overflowing or 0 in encoding.attention_mask for encoding in encoded.encodings):
+            return encoded
+    reader._tokenizer = _without_settings(backend)
+    return reader(expressions, **kwargs)
+
+
+def _without_settings(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer of the same parts, which are shared and not copied, that neither truncates nor pads."""
+    plain = Tokenizer(backend.model)
+    plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    plain.post_processor = backend.post_processor
+    # In the order of their numbers, by which they get the same numbers again.
+    plain.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
+    return plain
 
 
 def _keep(special_tokens_mask: list[int], max_length: int, truncation_side: str) -> list[int]:

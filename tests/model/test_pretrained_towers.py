@@ -1,5 +1,7 @@
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoBackbone, AutoImageProcessor, AutoModel, CLIPModel, DetrModel, ViTModel
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
+from transformers.utils import logging
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGModel, EpmVGProcessor
 from tests.fixtures.towers import SIZES, STATISTICS, STRIDES, save_clip, save_text_tower, save_vision_tower
@@ -224,6 +227,20 @@ def test_the_table_says_what_is_loaded_fresh_and_unused(towers, caplog):
         "hidden_states_norms.stage2.bias",
         "hidden_states_norms.stage2.weight",
     ]
+
+
+def test_threads_that_load_towers_leave_the_verbosity_alone(towers, caplog):
+    """It is one for all threads, and the table says what transformers' own report of each tower would."""
+    verbosity = logging.get_verbosity()
+    load(towers)  # saves the towers
+    caplog.clear()
+    start = threading.Barrier(8)
+    for _ in range(3):
+        with ThreadPoolExecutor(8) as pool:
+            for loading in [pool.submit(lambda: (start.wait(), load(towers))) for _ in range(8)]:
+                loading.result()
+        assert logging.get_verbosity() == verbosity
+    assert {record.name for record in caplog.records} == {"epmvg_hf.model.pretrained_towers"}
 
 
 def test_every_parameter_gets_a_gradient(towers):

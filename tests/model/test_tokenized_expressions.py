@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,13 @@ def test_what_cannot_be_cut_is_an_error(processor):
         processor(text="the red dog", return_overflowing_tokens=True)
 
 
-def test_a_call_does_not_change_what_is_saved(processor, tmp_path):
+@pytest.mark.parametrize("cut_and_padded", [False, True])
+def test_a_call_does_not_change_what_is_saved(processor, tmp_path, cut_and_padded):
+    if cut_and_padded:
+        processor.tokenizer("the dog", max_length=3, truncation=True, padding="max_length")
+        processor = type(processor)(processor.image_processor, processor.tokenizer)
+        saved = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+        assert saved["truncation"]["max_length"] == saved["padding"]["strategy"]["Fixed"] == 3
     processor.save_pretrained(tmp_path / "before")
     processor(text=make_expressions(10), max_length=5, padding="max_length")
     processor.save_pretrained(tmp_path / "after")
@@ -125,6 +132,23 @@ def test_threads_may_share_a_processor():
     def call(item: tuple) -> list:
         return processor(text=item[0], **item[1])["input_ids"].tolist()
 
+    expected = [call(item) for item in arguments]
+    assert in_threads(call, arguments) == expected
+
+
+def test_threads_may_call_the_tokenizer_itself_at_the_same_time():
+    """Neither the processor nor whoever cuts and pads by the same tokenizer notices the other."""
+    processor = tiny_processor()
+    cut_and_padded = {"max_length": 17, "truncation": True, "padding": "max_length"}
+
+    def call(item: tuple[int, str]) -> list:
+        number, expression = item
+        if number % 2:
+            return processor.tokenizer([expression], **cut_and_padded)["input_ids"]
+        return processor(text=[expression])["input_ids"].tolist()
+
+    # Each thread calls the one and the other in turn.
+    arguments = [(number // THREADS, text) for number, text in enumerate(make_expressions(4_000, longest=40))]
     expected = [call(item) for item in arguments]
     assert in_threads(call, arguments) == expected
 
