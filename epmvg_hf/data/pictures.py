@@ -19,7 +19,7 @@ def number_pictures(dataset: datasets.Dataset) -> np.ndarray:
 
     Rows show the same picture if they agree in their `image_id`, where there is such a column, and in what is stored:
     the bytes of the file or, where there are none, its path. Rows without an image agree by their `image_id` alone.
-    Bytes are read only where ids and lengths leave a doubt; a million rows with paths take less than a second.
+    Bytes are read only where ids and lengths leave a doubt (`examples/benchmarks/growing_training.py` measures it).
 
     Args:
         dataset (`datasets.Dataset`): rows with `image`, of the feature `datasets.Image`.

@@ -72,8 +72,7 @@ class VisualGroundingPipeline(Pipeline):
         # A compiled model, and one with adapters, is a module that contains the grounding model.
         parts = model.modules() if isinstance(model, nn.Module) else ()
         if not (
-            any(_is_named(part, "EpmVGForVisualGrounding") for part in parts)
-            and _is_named(processor, "EpmVGProcessor")
+            any(is_named(part, "EpmVGForVisualGrounding") for part in parts) and is_named(processor, "EpmVGProcessor")
         ):
             raise ValueError(
                 "Visual grounding needs an EpmVGForVisualGrounding and its EpmVGProcessor, but the model is a "
@@ -315,7 +314,7 @@ def _as_result(expression: str, box: list[float]) -> dict[str, Any]:
     return {"box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)), "text": expression}
 
 
-def _is_named(value: Any, name: str) -> bool:
+def is_named(value: Any, name: str) -> bool:
     """
     Whether the class of a value, or one that it inherits from, has this name. The name is compared because shared code
     (see `register_for_hub`) brings classes of its own, which are not the package's.

@@ -9,8 +9,7 @@ from torch import nn
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import unwrap_peft_model
 
-from ..model.modeling_epmvg import EpmVGForVisualGrounding
-from ..model.processing_epmvg import EpmVGProcessor
+from ..model.pipeline_visual_grounding import is_named
 from .model_card import METRICS
 from .training_args import EpmVGTrainingArguments
 
@@ -41,7 +40,7 @@ def check_trainer(
         raise ValueError(f"args must be EpmVGTrainingArguments, which add those of grounding, {_got(args)}")
     if processing_class is None:
         raise ValueError("EpmVGTrainer needs processing_class, an EpmVGProcessor: it makes the model's inputs")
-    if not _is_a(processing_class, EpmVGProcessor):
+    if not is_named(processing_class, "EpmVGProcessor"):
         raise ValueError(
             "processing_class must be an EpmVGProcessor, which reads images and expressions alike, "
             f"{_got(processing_class)}"
@@ -88,7 +87,7 @@ def check_student(model: Any) -> None:
     student = model
     if isinstance(model, nn.Module):
         student = unwrap_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
-    if not _is_a(student, EpmVGForVisualGrounding):
+    if not is_named(student, "EpmVGForVisualGrounding"):
         raise ValueError(f"model must be an EpmVGForVisualGrounding, or a PeftModel around one, {_got(model)}")
 
 
@@ -124,11 +123,6 @@ def _check_best_metric(args: EpmVGTrainingArguments, eval_dataset: Any) -> None:
             f"metric_for_best_model is {metric!r}, and an evaluation gives {', '.join(known)} and the terms of the "
             "loss"
         )
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    # Classes that a model brought along as shared code have the names of ours, but are not the same.
-    return any(base.__name__ == kind.__name__ for base in type(value).__mro__)
 
 
 def _got(value: Any) -> str:
