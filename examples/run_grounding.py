@@ -12,6 +12,7 @@ accelerate launch examples/run_grounding.py --model_name_or_path MODEL --lora_ra
 import json
 import logging
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ from epmvg_hf import (
     load_grounding_dataset,
     register_for_hub,
 )
+from epmvg_hf.data.absent_expressions import add_absent_expressions
+from epmvg_hf.evaluation.accuracy import find_boxes, paired_iou
 from epmvg_hf.evaluation.blind_baselines import blind_accuracy
 from epmvg_hf.evaluation.visualization import draw_grid
 from epmvg_hf.utils import needs_extra
@@ -70,6 +73,10 @@ class ModelArguments:
         metadata={
             "help": "Pretrained text tower of a new model with its tokenizer: a BERT, RoBERTa, CLIP and others."
         },
+    )
+    vision_out_features: list[str] | None = field(
+        default=None,
+        metadata={"help": "Feature maps of that vision tower to use, instead of the last one, such as blocks.4."},
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of a new model's canvas in pixels, instead of the one in config_name."}
@@ -153,6 +160,13 @@ class DataArguments:
     num_train_images: int | None = field(
         default=None, metadata={"help": "How many training scenes of `shapes` to draw."}
     )
+    absent_per_image: int | None = field(
+        default=None,
+        metadata={
+            "help": "Add this many expressions to each training image whose things are not in it, for models with a "
+            "score_head. Scenes of `shapes` get them in all splits."
+        },
+    )
     max_eval_rows: int | None = field(
         default=None, metadata={"help": "Evaluate on this many rows at the start of a split."}
     )
@@ -190,7 +204,13 @@ def make_model(
     Raises:
         ValueError: the arguments contradict each other.
     """
-    of_new_models = ("vision_name_or_path", "text_name_or_path", "image_size", "max_text_length")
+    of_new_models = (
+        "vision_name_or_path",
+        "text_name_or_path",
+        "vision_out_features",
+        "image_size",
+        "max_text_length",
+    )
     given = [name for name in of_new_models if getattr(arguments, name) is not None]
     if arguments.lora_rank is not None and arguments.model_name_or_path is None:
         raise ValueError(
@@ -213,20 +233,27 @@ def make_model(
         return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
 
     settings = json.loads(config_file(arguments.config_name, HERE / "configs").read_text())
-    settings |= {name: getattr(arguments, name) for name in given if not name.endswith("_name_or_path")}
+    settings |= {name: getattr(arguments, name) for name in given if name in ("image_size", "max_text_length")}
     if teacher_projection_dim is not None:
         settings["teacher_projection_dim"] = teacher_projection_dim
     vision, text = arguments.vision_name_or_path, arguments.text_name_or_path
     if vision or text:
         if not (vision and text):
             raise ValueError("vision_name_or_path and text_name_or_path must be given together")
-        for name in ("backbone_config", "backbone_stride", "text_config"):
-            settings.pop(name, None)
+        settings.pop("text_config", None)
+        if settings.pop("backbone_config", None) is not None:
+            settings.pop("backbone_stride", None)
         model = EpmVGForVisualGrounding.from_vision_text_pretrained(
-            vision, text, attn_implementation=arguments.attn_implementation, **settings
+            vision,
+            text,
+            out_features=arguments.vision_out_features,
+            attn_implementation=arguments.attn_implementation,
+            **settings,
         )
         return model, EpmVGProcessor.from_vision_text_pretrained(vision, text, model.config)
 
+    if arguments.vision_out_features is not None:
+        raise ValueError("vision_out_features needs vision_name_or_path: without a tower, config_name has the maps")
     config = EpmVGConfig(**settings)
     text_config: PreTrainedConfig = config.text_config
     if arguments.tokenizer_name is not None:
@@ -258,7 +285,9 @@ def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, D
         )
     labelled = set(list(images)[:num_images])
     chosen = [image_id in labelled for image_id in dataset["image_id"]]
-    captioned = dataset.select([row for row, has_box in enumerate(chosen) if not has_box]).remove_columns("box")
+    absent = dataset["absent"][:] if "absent" in dataset.column_names else [False] * len(dataset)
+    captions = [row for row, has_box in enumerate(chosen) if not has_box and not absent[row]]
+    captioned = dataset.select(captions).remove_columns("box")
     return dataset.select([row for row, has_box in enumerate(chosen) if has_box]), captioned
 
 
@@ -276,6 +305,8 @@ def main(command_line: list[str] | None = None) -> None:
     if model_arguments.attn_implementation is None:
         model_arguments.attn_implementation = attention
 
+    draws_scenes = data_arguments.dataset_name == "shapes"
+
     def load(split: str) -> Dataset:
         with training_arguments.main_process_first(desc=f"preparing {split}"):
             return load_grounding_dataset(
@@ -288,6 +319,7 @@ def main(command_line: list[str] | None = None) -> None:
                 missing_images=data_arguments.missing_images,
                 errors=data_arguments.errors,
                 num_images=data_arguments.num_train_images if split == data_arguments.train_split else None,
+                absent_per_image=data_arguments.absent_per_image if draws_scenes else None,
             )
 
     def load_evaluation(split: str) -> Dataset:
@@ -299,6 +331,10 @@ def main(command_line: list[str] | None = None) -> None:
     train_dataset = load(data_arguments.train_split)
     expressions = train_dataset["expression"]
     train_dataset, caption_dataset = split_labelled(train_dataset, data_arguments.num_labelled_images)
+    if data_arguments.absent_per_image is not None and not draws_scenes:
+        train_dataset = add_absent_expressions(
+            train_dataset, data_arguments.absent_per_image, seed=training_arguments.seed
+        )
     teacher = None
     has_teacher = model_arguments.teacher_name not in (None, "none")
     if has_teacher and training_arguments.do_train and training_arguments.distils:
@@ -348,10 +384,14 @@ def main(command_line: list[str] | None = None) -> None:
         metrics = dict(output.metrics)
         if trainer.is_world_process_zero():
             blind = blind_accuracy(train_dataset, test_dataset)
+            by_kind = accuracy_by_kind(test_dataset, output.predictions)
+            metrics.update({f"test_acc@0.5_{kind}": share for share, _, kind in by_kind})
             metrics.update({f"test_blind_{name}": value for name, value in blind.items()})
             write_predictions(Path(training_arguments.output_dir), test_dataset, output, data_arguments.picture_rows)
             print(f"\nAcc@0.5 on {data_arguments.dataset_name} {data_arguments.test_split}")
             print(f"{output.metrics['test_acc@0.5']:8.3f}  this model")
+            for place, (share, count, kind) in enumerate(by_kind):
+                print(f"{share:8.3f}  of {count} expressions of the kind {kind}{', the worst' if place == 0 else ''}")
             for name, value in blind.items():
                 print(f"{value:8.3f}  blind: {name.replace('_', ' ')}")
         trainer.log_metrics("test", metrics)
@@ -369,14 +409,33 @@ def main(command_line: list[str] | None = None) -> None:
         trainer.create_model_card(**card)
 
 
+def accuracy_by_kind(dataset: Dataset, predictions: np.ndarray) -> list[tuple[float, int, str]]:
+    """
+    Acc@0.5, number of expressions and name of each kind of expression, the worst first.
+
+    Args:
+        dataset (`datasets.Dataset`): rows with `box` and, unless there are no kinds to tell apart, `kind`. Rows
+            without a box do not count.
+        predictions (`np.ndarray` of shape `(N, 4)`): predicted boxes of all rows, xyxy pixels of their images.
+    """
+    if "kind" not in dataset.column_names:
+        return []
+    true_boxes, has_box = find_boxes(dataset["box"], "test data")
+    is_right = paired_iou(predictions[has_box], true_boxes[has_box]) >= 0.5
+    right_by_kind: defaultdict[str, list[bool]] = defaultdict(list)
+    for kind, right in zip(np.array(dataset["kind"])[has_box].tolist(), is_right.tolist(), strict=True):
+        right_by_kind[kind].append(right)
+    return sorted((sum(answers) / len(answers), len(answers), kind) for kind, answers in right_by_kind.items())
+
+
 def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, picture_rows: int) -> None:
     """Write `predictions.jsonl` with every row, and `predictions.png` with some rows at even distances."""
+    true_boxes, has_box = find_boxes(dataset["box"], "test data")
     with (folder / "predictions.jsonl").open("w") as file:
-        for row, box, true_box in zip(
-            dataset.remove_columns("image"), output.predictions, output.label_ids, strict=True
-        ):
+        for number, row in enumerate(dataset.remove_columns("image")):
             line = {key: row[key] for key in ("image_id", "expression")}
-            file.write(json.dumps({**line, "box": box.tolist(), "true_box": true_box.tolist()}) + "\n")
+            true_box = true_boxes[number].tolist() if has_box[number] else None
+            file.write(json.dumps({**line, "box": output.predictions[number].tolist(), "true_box": true_box}) + "\n")
     chosen = np.linspace(0, len(dataset) - 1, min(picture_rows, len(dataset))).astype(int)
     rows = [dataset[int(row)] for row in chosen]
     draw_grid(
@@ -384,7 +443,7 @@ def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, 
         images=[row["image"] for row in rows],
         expressions=[row["expression"] for row in rows],
         boxes=output.predictions[chosen],
-        true_boxes=output.label_ids[chosen],
+        true_boxes=true_boxes[chosen],
     )
     logger.info("wrote %s and predictions.jsonl", folder / "predictions.png")
 

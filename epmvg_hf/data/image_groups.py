@@ -36,7 +36,8 @@ class ImageGroup:
         expressions (`list[str]`): the expressions.
         boxes (`np.ndarray` of shape `(n, 4)` or `None`):
             float32 boxes, xyxy in pixels of the image, 0-based and half-open. A row of NaN means that the expression
-            has no box. `None` if the dataset has no column of boxes.
+            has no box, a row of zeros that it names nothing in the image. `None` if the dataset has no column of
+            boxes.
         row_indices (`list[int]`): the dataset's row of each expression; empty if the rows are not numbered.
         index (`int` or `None`):
             The number of this image among the images of the dataset, if those are known. An image that a transform
@@ -77,7 +78,8 @@ class ImageGroups(Dataset):
         dataset (`datasets.Dataset`):
             One row per expression with `image`, `expression` and, unless boxes are only to be predicted, `box`. Rows
             of one image share its `image_id`, if there is such a column. The box `None` says that an expression has
-            none; such rows only take part in distillation.
+            none; such rows only take part in distillation. If there is a column `absent`, those rows in which it is
+            true are known to name nothing in their image; the scores of a model learn from them.
         decoded_side (`int`, *optional*):
             Lets JPEGs be decoded at 1/2, 1/4 or 1/8 of their size, as long as their longer side keeps at least this
             many pixels; boxes are scaled along. With 1.5 times the canvas, the canvas differs from that of the whole
@@ -124,7 +126,7 @@ class ImageGroups(Dataset):
         if decoded_side is not None:
             self._encoded = self.images.cast_column("image", datasets.Image(decode=False))
         check_features(dataset.features)
-        wanted = ("image_id", "expression", "box")
+        wanted = ("image_id", "expression", "box", "absent") if self.has_boxes else ("image_id", "expression")
         self.rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
         pictures = number_pictures(dataset)
         by_picture = np.split(np.argsort(pictures, kind="stable"), np.cumsum(np.bincount(pictures))[:-1])
@@ -163,9 +165,10 @@ class ImageGroups(Dataset):
         image, size, scale = self._decode(row_indices[0], image_id) if with_image else (None, None, 1.0)
         boxes = None
         if self.has_boxes:
-            rows = zip(row_indices, columns["expression"], columns["box"], strict=True)
+            absent = columns.get("absent", [False] * len(row_indices))
+            rows = zip(row_indices, columns["expression"], columns["box"], absent, strict=True)
             boxes = np.float32(scale) * boxes_to_array(
-                [check_row(place_of(row, image_id), expression, box, size) for row, expression, box in rows]
+                [check_row(place_of(row, image_id), text, box, gone, size) for row, text, box, gone in rows]
             )
         return ImageGroup(image, image_id, columns["expression"], boxes, row_indices, index)
 
@@ -231,12 +234,12 @@ class ImageGroups(Dataset):
             encoded = self.images.cast_column("image", datasets.Image(decode=False))
             for row_indices in self.groups:
                 sizes[row_indices] = self._measure(encoded[row_indices[0]]["image"], row_indices[0], name)
-        for row in find_doubtful_rows(rows.column("expression"), boxes, sizes):
+        absent = rows.column("absent").to_numpy() if "absent" in rows.column_names else np.zeros(len(self.rows))
+        for row in find_doubtful_rows(rows.column("expression"), boxes, sizes, absent.astype(bool)):
             values, (width, height) = self.rows[row], sizes[row].tolist()
             size = (int(width), int(height)) if math.isfinite(width) else None
-            check_row(
-                f"{name}, {place_of(row, values.get('image_id'))}", values["expression"], values.get("box"), size
-            )
+            where = f"{name}, {place_of(row, values.get('image_id'))}"
+            check_row(where, values["expression"], values.get("box"), values.get("absent"), size)
 
     def _measure(self, encoded: dict[str, Any] | None, row: int, name: str) -> tuple[float, float]:
         """Width and height of a stored image, infinite if they are unknown."""
@@ -267,7 +270,7 @@ def make_group(row: Mapping[str, Any]) -> ImageGroup:
 
     Args:
         row (`Mapping`): has `image` (an image, or one as `datasets` stores it) and `expression`, and optionally
-            `image_id`, `box` (xyxy pixels, as a list, an array or a tensor) and `row_index`.
+            `image_id`, `box` (xyxy pixels, as a list, an array or a tensor), `absent` and `row_index`.
 
     Raises:
         ValueError: the row cannot be used.
@@ -287,7 +290,7 @@ def make_group(row: Mapping[str, Any]) -> ImageGroup:
     box = row.get("box")
     if isinstance(box, np.ndarray | torch.Tensor):
         box = box.tolist()
-    checked = check_row(where, row["expression"], box, size)
+    checked = check_row(where, row["expression"], box, row.get("absent"), size)
     return ImageGroup(
         image=image,
         image_id=image_id,

@@ -32,6 +32,7 @@ def load_grounding_dataset(
     boxes: str = "union",
     box_format: str | None = None,
     columns: dict[str, str] | None = None,
+    absent_per_image: int | None = None,
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """
     Loads one split of a visual grounding benchmark, or of your own data, with one row per expression. The rows of one
@@ -84,6 +85,9 @@ def load_grounding_dataset(
             `"xyxy"` or `"xywh"`, in pixels. Only for `"custom"`, where JSONL and CSV files require it.
         columns (`dict[str, str]`, *optional*):
             The names that `image`, `expression` and `box` have in your file. Only for `"custom"`.
+        absent_per_image (`int`, *optional*):
+            Adds this many expressions to each scene, 1 to 8, that describe nothing in it. Only for `"shapes"`; for
+            other data see [`~absent_expressions.add_absent_expressions`].
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` with the columns
@@ -106,6 +110,8 @@ def load_grounding_dataset(
         For `"shapes"`
         - **kind** (`str`) -- what singles the object out, such as `"attribute"` or `"relation"`.
         - **objects** (`list[dict]`) -- every object of the scene.
+        - **absent** (`bool`) -- only with `absent_per_image`: whether the expression describes nothing in the scene.
+          Such rows have the box `None`.
 
         For `"custom"`
         - **source_row** (`str`) -- the line of your file, or the id of the COCO annotation.
@@ -138,7 +144,7 @@ def load_grounding_dataset(
     exclude = frozenset(str(image_id) for image_id in exclude)
 
     # Arguments that only apply to some of the names, `None` where they are left at their default.
-    for_shapes = {"seed": seed or None, "num_images": num_images}
+    for_shapes = {"seed": seed or None, "num_images": num_images, "absent_per_image": absent_per_image}
     for_custom = {"box_format": box_format, "columns": columns}
     for_benchmarks = {"split_by": split_by, "source": source, "boxes": None if boxes == "union" else boxes}
 
@@ -150,10 +156,10 @@ def load_grounding_dataset(
             "exclude": exclude or None,
             "image_dir": image_dir,
         }
-        _refuse(name, "seed and num_images", **for_files, **for_custom, **for_benchmarks)
+        _refuse(name, "seed, num_images and absent_per_image", **for_files, **for_custom, **for_benchmarks)
         from .shapes import load_shapes
 
-        return load_shapes(full_split_name(split), seed, num_images, streaming, num_proc, cache_dir)
+        return load_shapes(full_split_name(split), seed, num_images, streaming, num_proc, cache_dir, absent_per_image)
 
     from .builder import open_source
 

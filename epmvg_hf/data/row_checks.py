@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..model.letterbox import MAX_OVERHANG
-from .annotations import find_problem
+from .annotations import find_problem, show_box
 from .field_values import to_xyxy
 
 
@@ -18,7 +18,13 @@ def place_of(row: int | None, image_id: Any) -> str:
     return number if image_id is None else f"{number} (image_id {image_id!r})"
 
 
-def check_row(where: str, expression: Any, box: Any, size: tuple[float, float] | None) -> list[float] | None:
+# The box of an expression that names nothing in its image, as `ImageGroup` and the labels of a model have it.
+NOWHERE = [0.0, 0.0, 0.0, 0.0]
+
+
+def check_row(
+    where: str, expression: Any, box: Any, absent: bool | None, size: tuple[float, float] | None
+) -> list[float] | None:
     """
     Checks a row as it is read.
 
@@ -26,10 +32,11 @@ def check_row(where: str, expression: Any, box: Any, size: tuple[float, float] |
         where (`str`): what errors call the row.
         expression (`Any`): must be text with words.
         box (`Any`): must be xyxy pixels within the image, `None`, or four times NaN.
+        absent (`bool` or `None`): whether the expression is known to name nothing in its image. Then it has no box.
         size (`tuple` or `None`): width and height of the image in pixels, if they are known.
 
     Returns:
-        `list[float]` or `None`: the box; `None` for an expression without one.
+        `list[float]` or `None`: the box; `None` for an expression without one, `NOWHERE` if it is absent.
 
     Raises:
         ValueError: the row cannot be used.
@@ -40,11 +47,16 @@ def check_row(where: str, expression: Any, box: Any, size: tuple[float, float] |
         raise ValueError(f"{where}: {error}.") from None
     if (problem := find_problem(expression, box, size)) is not None:
         raise ValueError(f"{where}: {problem}.")
-    return box
+    if absent and box is not None:
+        raise ValueError(f"{where}: absent is true, so the box must be None, but it is {show_box(box)}.")
+    return NOWHERE if absent else box
 
 
 def check_features(features: datasets.Features) -> None:
-    """Raises a `ValueError` if the columns `expression`, `image_id` or `box` cannot hold what their names say."""
+    """Raises a `ValueError` if a column that is read by its name cannot hold what its name says."""
+    absent = features.get("absent")
+    if absent is not None and absent != datasets.Value("bool"):
+        raise ValueError(f"the column 'absent' is {absent}, expected true or false.")
     expected = {"expression": "text", "image_id": "text or numbers", "box": "lists of four numbers"}
     for name, meaning in expected.items():
         feature = features.get(name)
@@ -73,7 +85,9 @@ def read_boxes(column: pa.ChunkedArray) -> np.ndarray:
     return boxes
 
 
-def find_doubtful_rows(expressions: pa.ChunkedArray, boxes: np.ndarray | None, sizes: np.ndarray) -> list[int]:
+def find_doubtful_rows(
+    expressions: pa.ChunkedArray, boxes: np.ndarray | None, sizes: np.ndarray, absent: np.ndarray
+) -> list[int]:
     """
     The rows that [`check_row`] may refuse, found without looking at each of them in Python.
 
@@ -81,6 +95,7 @@ def find_doubtful_rows(expressions: pa.ChunkedArray, boxes: np.ndarray | None, s
         expressions (`pa.ChunkedArray`): the column of expressions.
         boxes (`np.ndarray` of shape `(n, 4)` or `None`): what [`read_boxes`] returned.
         sizes (`np.ndarray` of shape `(n, 2)`): width and height of each row's image, infinite if unknown.
+        absent (`np.ndarray` of shape `(n,)`): which expressions are known to name nothing in their image.
     """
     words = pc.utf8_trim_whitespace(expressions.cast(pa.large_string()))
     doubtful = pc.equal(pc.fill_null(words, ""), "").to_numpy()
@@ -88,5 +103,6 @@ def find_doubtful_rows(expressions: pa.ChunkedArray, boxes: np.ndarray | None, s
         starts, ends = boxes[:, :2], boxes[:, 2:]
         fits = (starts < ends) & (starts >= -MAX_OVERHANG) & (ends > 0) & (starts < sizes)
         fits &= np.isfinite(ends) & (ends <= sizes + MAX_OVERHANG)
-        doubtful |= ~(fits.all(axis=1) | np.isnan(boxes).all(axis=1))
+        has_none = np.isnan(boxes).all(axis=1)
+        doubtful |= ~(fits.all(axis=1) | has_none) | (absent & ~has_none)
     return np.flatnonzero(doubtful).tolist()

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import datasets
 import numpy as np
@@ -69,6 +70,10 @@ DIRECTIONS = {
 ORDINALS = {1: "second", 2: "third"}
 IMAGES_PER_SHARD = 50
 
+# The share of expressions without an object that come near to one, so that a glance at the colours is not enough.
+NEAR_MISS_SHARE = 0.5
+ABSENT_ATTEMPTS = 20  # tries to draw one of a kind before another kind is drawn
+
 _TURNS = [2 * math.pi * i / 40 for i in range(40)]
 _RADII = [0.526, 0.22] * 5  # a five-pointed star of outer radius 0.526 is 1 wide
 # Outlines as polygons, 1 wide and up to 1 high.
@@ -104,11 +109,14 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class Expression:
-    """A text, of one of the `KINDS`, that denotes object number `target` of its scene and no other."""
+    """
+    A text, of one of the `KINDS`, that denotes object number `target` of its scene and no other, or that denotes
+    nothing in it if `target` is `None`.
+    """
 
     kind: str
     text: str
-    target: int
+    target: int | None
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,10 @@ class Scene:
     expressions: tuple[Expression, ...]
 
 
-def make_scene(seed: int, split: str, index: int) -> Scene:
+def make_scene(seed: int, split: str, index: int, num_absent: int = 0) -> Scene:
     """
-    Makes scene number `index` of a split (a key of `SPLITS`). The same three arguments always give the same scene.
+    Makes scene number `index` of a split (a key of `SPLITS`). The same arguments always give the same scene.
+    `num_absent` adds this many expressions, after the others, that denote nothing in it; all else stays the same.
 
     Example:
 
@@ -147,7 +156,9 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
             continue
         expressions = _choose_expressions(_find_expressions(objects, held_out, rng), rng)
         if expressions:
-            return Scene(width, height, _draw_background(rng), objects, expressions)
+            background = _draw_background(rng)
+            absent = _draw_absent(objects, held_out, num_absent, np.random.default_rng([seed, split_id, index, 1]))
+            return Scene(width, height, background, objects, expressions + absent)
 
 
 def render(scene: Scene) -> Image.Image:
@@ -237,18 +248,10 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
     Finds all expressions, without an article so far, that denote one object beyond doubt. With `held_out`, only those
     that name both the colour and the shape of a held-out pair.
     """
-    groups: dict[Pair, set[int]] = defaultdict(set)
-    for i, item in enumerate(objects):
-        for color, shape in itertools.product((item.color, None), (item.shape, None)):
-            groups[color, shape].add(i)
+    groups = _group(objects)
     subjects = {pair: members for pair, members in groups.items() if not held_out or pair in HELD_OUT_PAIRS}
-
-    # A scene uses one of several synonyms throughout, so that no two of its expressions say the same.
-    generic = _shuffled(GENERIC_NOUNS, rng)[0]
-    extreme_words = {direction: _shuffled(words, rng)[0] for direction, (_, words, _) in DIRECTIONS.items()}
-    relation_words = {direction: _shuffled(words, rng)[0] for direction, (_, _, words) in DIRECTIONS.items()}
-    nouns = {(color, shape): f"{color or ''} {shape or generic}".strip() for color, shape in groups}
-    references = _references(groups, nouns, rng)
+    generic, extreme_words, relation_words = _draw_words(rng)
+    references = _references(groups, generic, rng)
     beyond = _beyond(objects)
     centers = [((item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2) for item in objects]
     found: dict[str, list[Expression]] = {kind: [] for kind in KINDS}
@@ -257,7 +260,7 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
         found[kind].append(Expression(kind, text, target))
 
     for pair, members in subjects.items():
-        noun = nouns[pair]
+        noun = _noun(pair, generic)
         if len(members) == 1:
             add("attribute", noun, *members)
             continue
@@ -292,6 +295,101 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
     return found
 
 
+def _draw_absent(objects: Sequence[ShapeObject], held_out: bool, count: int, rng: Rng) -> tuple[Expression, ...]:
+    """
+    Draws expressions that beyond doubt denote none of the objects, all of them different. Near misses have a noun with
+    a word that fits an object, or one that fits it wholly, so that its size, number or place is wrong. The others are
+    about a colour and a shape that the scene does not show.
+
+    Nouns are held-out pairs with `held_out`, and never without it. A model that in training found a held-out pair in
+    expressions without an object only would learn that there is no such thing.
+    """
+    groups, beyond = _group(objects), _beyond(objects)
+    generic, extreme_words, relation_words = _draw_words(rng)
+    references = list(_references(groups, generic, rng).items())
+    missing_colors = [color for color in COLORS if (color, None) not in groups]
+    missing_shapes = [shape for shape in SHAPES if (None, shape) not in groups]
+
+    def pick(items: Sequence) -> Any:
+        return items[rng.integers(len(items))]
+
+    def draw_pair(near: bool) -> Pair:
+        if not near:
+            color, shape = pick(missing_colors), pick(missing_shapes)
+            return pick([(color, shape), (color, None), (None, shape)])
+        item = pick(objects)
+        wrong = [(pick(tuple(COLORS)), item.shape), (item.color, pick(SHAPES))]
+        return pick([*wrong, (item.color, item.shape), (item.color, None), (None, item.shape), (None, None)])
+
+    def draw_text(kind: str, near: bool) -> str | None:
+        """A text of this kind, or `None` if the one that was drawn denotes an object or might do so."""
+        pair = draw_pair(near)
+        if (pair in HELD_OUT_PAIRS) != held_out:
+            return None
+        noun, members = _noun(pair, generic), groups.get(pair, set())
+        direction = pick(tuple(DIRECTIONS))
+        if kind == "attribute":
+            return None if members else noun
+        if kind == "size":
+            size = pick(tuple(SIZES))
+            return None if any(objects[i].size == size for i in members) else f"{size} {noun}"
+        if kind == "extreme":
+            return None if members else f"{extreme_words[direction]} {noun}"
+        if kind == "ordinal":
+            rank = pick(tuple(ORDINALS))
+            return None if len(members) > rank else f"{ORDINALS[rank]} {noun} from the {direction}"
+
+        relation, opposite = pick([(relation_words[direction], DIRECTIONS[direction][0]), ("closest to", None)])
+        if members and rng.random() < 0.5:  # in relation to something that is not there
+            anchor = draw_pair(near)
+            denotes = anchor in groups or anchor in HELD_OUT_PAIRS
+            return None if denotes else f"{noun} {relation} the {_noun(anchor, generic)}"
+        if not references:
+            return None
+        reference, name = pick(references)
+        others = members - {reference}
+        # What the noun fits, if anything, must lie on the wrong side. Something always is the closest.
+        if members and not (others and opposite is not None and others <= beyond[opposite][reference]):
+            return None
+        return f"{noun} {relation} the {name}"
+
+    found: dict[str, Expression] = {}
+    while len(found) < count:
+        kind, near = pick(KINDS), rng.random() < NEAR_MISS_SHARE
+        for _ in range(ABSENT_ATTEMPTS):
+            bare = draw_text(kind, near)
+            if bare is not None and bare not in found:
+                text = bare if rng.random() < BARE_SHARE else f"the {bare}"
+                found[bare] = Expression(kind, text, target=None)
+                break
+    return tuple(found.values())
+
+
+def _group(objects: Sequence[ShapeObject]) -> dict[Pair, set[int]]:
+    """The objects that each noun fits, with a colour, a shape, both or none."""
+    groups: dict[Pair, set[int]] = defaultdict(set)
+    for i, item in enumerate(objects):
+        for color, shape in itertools.product((item.color, None), (item.shape, None)):
+            groups[color, shape].add(i)
+    return dict(groups)
+
+
+def _draw_words(rng: Rng) -> tuple[str, dict[str, str], dict[str, str]]:
+    """
+    Draws the generic noun, and for each direction the word for an extreme and the words for a relation. A scene uses
+    one of several synonyms throughout, so that no two of its expressions say the same.
+    """
+    generic = _shuffled(GENERIC_NOUNS, rng)[0]
+    extreme_words = {direction: _shuffled(words, rng)[0] for direction, (_, words, _) in DIRECTIONS.items()}
+    relation_words = {direction: _shuffled(words, rng)[0] for direction, (_, _, words) in DIRECTIONS.items()}
+    return generic, extreme_words, relation_words
+
+
+def _noun(pair: Pair, generic: str) -> str:
+    color, shape = pair
+    return f"{color or ''} {shape or generic}".strip()
+
+
 def _beyond(objects: Sequence[ShapeObject]) -> dict[str, list[set[int]]]:
     """For each direction and object, the other objects that lie clearly further in it by both of their edges."""
     boxes = [item.box for item in objects]
@@ -304,12 +402,12 @@ def _beyond(objects: Sequence[ShapeObject]) -> dict[str, list[set[int]]]:
     return {direction: [leading(box, *axis) for box in boxes] for direction, axis in axes.items()}
 
 
-def _references(groups: dict[Pair, set[int]], nouns: dict[Pair, str], rng: Rng) -> dict[int, str]:
+def _references(groups: dict[Pair, set[int]], generic: str, rng: Rng) -> dict[int, str]:
     """One noun for each object that can be singled out by its colour, its shape or both."""
     choices: dict[int, list[str]] = defaultdict(list)
     for pair, members in groups.items():
         if len(members) == 1:
-            choices[min(members)].append(nouns[pair])
+            choices[min(members)].append(_noun(pair, generic))
     return {i: _shuffled(texts, rng)[0] for i, texts in choices.items()}
 
 
@@ -319,7 +417,7 @@ def _choose_expressions(found: dict[str, list[Expression]], rng: Rng) -> tuple[E
     gets one, so that a scene shows all kinds and names many of its objects.
     """
     pools = [_shuffled(found[kind], rng) for kind in _shuffled(KINDS, rng)]
-    times_named: Counter[int] = Counter()
+    times_named: Counter[int | None] = Counter()
     chosen: list[Expression] = []
     while any(pools) and len(chosen) < MAX_EXPRESSIONS:
         for pool in filter(None, pools):
@@ -337,11 +435,15 @@ def _shuffled(items: Sequence, rng: Rng) -> list:
 
 @dataclass
 class ShapesConfig(datasets.BuilderConfig):
-    """The split to prepare, the seed, and the number of images, which by default is that of `SPLITS`."""
+    """
+    The split to prepare, the seed, the number of images, which by default is that of `SPLITS`, and the number of
+    expressions of each image that denote nothing in it.
+    """
 
     split: str = "train"
     seed: int = 0
     num_images: int | None = None
+    absent_per_image: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -353,11 +455,17 @@ class ShapesConfig(datasets.BuilderConfig):
             raise ValueError(f"`num_images` must be a positive integer, got {self.num_images!r}.")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"`seed` must be a non-negative integer, got {self.seed!r}.")
+        per_image = self.absent_per_image
+        if per_image is not None and (not isinstance(per_image, int) or not 1 <= per_image <= MAX_EXPRESSIONS):
+            raise ValueError(f"`absent_per_image` must be an integer from 1 to {MAX_EXPRESSIONS}, got {per_image!r}.")
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         # Defaults are part of the name of the cache folder: when one changes, the old data is not taken for the new.
         drawn = {"split": self.split, "seed": self.seed, "num_images": self.num_images}
-        return super().create_config_id({**config_kwargs, **drawn}, custom_features)
+        given = {name: value for name, value in config_kwargs.items() if name != "absent_per_image"}
+        if self.absent_per_image is not None:
+            drawn["absent_per_image"] = self.absent_per_image
+        return super().create_config_id({**given, **drawn}, custom_features)
 
 
 class Shapes(datasets.GeneratorBasedBuilder):
@@ -377,6 +485,8 @@ class Shapes(datasets.GeneratorBasedBuilder):
             "kind": string,
             "objects": datasets.List({"shape": string, "color": string, "size": string, "box": box}),
         }
+        if self.config.absent_per_image is not None:
+            columns["absent"] = datasets.Value("bool")
         return datasets.DatasetInfo(description=__doc__, features=datasets.Features(columns))
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
@@ -386,12 +496,13 @@ class Shapes(datasets.GeneratorBasedBuilder):
         generator = datasets.SplitGenerator(name=self.config.split, gen_kwargs={"index_ranges": shards})
         # Very few scenes have fewer expressions. With this number the progress bar knows how much time remains, and
         # `datasets` replaces it by the real one.
-        generator.split_info.num_examples = MAX_EXPRESSIONS * self.config.num_images
+        per_image = MAX_EXPRESSIONS + (self.config.absent_per_image or 0)
+        generator.split_info.num_examples = per_image * self.config.num_images
         return [generator]
 
     def _generate_examples(self, index_ranges: list[range]) -> Iterator[tuple[str, dict]]:
         for index in (index for index_range in index_ranges for index in index_range):
-            scene = make_scene(self.config.seed, self.config.split, index)
+            scene = make_scene(self.config.seed, self.config.split, index, self.config.absent_per_image or 0)
             png = io.BytesIO()
             render(scene).save(png, format="PNG", compress_level=1)
             image_id = f"{self.config.seed}-{self.config.split}-{index:06d}"
@@ -401,8 +512,11 @@ class Shapes(datasets.GeneratorBasedBuilder):
                 "objects": [{"shape": o.shape, "color": o.color, "size": o.size, "box": o.box} for o in scene.objects],
             }
             for number, expression in enumerate(scene.expressions):
-                box = scene.objects[expression.target].box
+                target = expression.target
+                box = None if target is None else scene.objects[target].box
                 row = {**shared, "expression": expression.text, "box": box, "kind": expression.kind}
+                if self.config.absent_per_image is not None:
+                    row["absent"] = target is None
                 yield f"{image_id}-{number}", row
 
 
@@ -413,6 +527,7 @@ def load_shapes(
     streaming: bool = False,
     num_proc: int | None = None,
     cache_dir: str | None = None,
+    absent_per_image: int | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     Draws one split of the benchmark.
@@ -427,13 +542,18 @@ def load_shapes(
             Whether to draw scenes while iterating, without writing a file.
         num_proc (`int`, *optional*): Number of processes that draw. Has no effect when streaming.
         cache_dir (`str`, *optional*): Where the drawn scenes are kept. Defaults to the cache of `datasets`.
+        absent_per_image (`int`, *optional*):
+            Adds this many rows to each image, 1 to 8, whose expressions are of the same kinds but true of no object of
+            the scene. About half of them are near misses, such as the right shape in another colour.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: One row per expression with the columns `image`, `image_id`,
         `expression`, `box` (xyxy float pixels), `kind` (one of `KINDS`) and `objects` (every object of the scene).
+        With `absent_per_image` there is also `absent` (`bool`): the added rows, in which it is true, have the box
+        `None`. The other rows are the same as without them.
 
     Raises:
-        `ValueError`: There is no such split, or `seed` or `num_images` is out of range.
+        `ValueError`: There is no such split, or `seed`, `num_images` or `absent_per_image` is out of range.
 
     Example:
 
@@ -442,9 +562,19 @@ def load_shapes(
 
     >>> load_shapes("validation", num_images=4)[4]["box"]
     [64.0, 20.0, 82.0, 36.0]
+    >>> with_absent = load_shapes("validation", num_images=4, absent_per_image=2)
+    >>> [row["expression"] for row in with_absent if row["absent"]][:2]
+    ['rightmost purple triangle', 'the yellow shape left of the green triangle']
     ```
     """
-    builder = Shapes(dataset_name="shapes", cache_dir=cache_dir, split=split, seed=seed, num_images=num_images)
+    builder = Shapes(
+        dataset_name="shapes",
+        cache_dir=cache_dir,
+        split=split,
+        seed=seed,
+        num_images=num_images,
+        absent_per_image=absent_per_image,
+    )
     if streaming:
         return builder.as_streaming_dataset(split=split)
     with bars_only_on_a_terminal():

@@ -31,15 +31,20 @@ class EpmVGConfig(PreTrainedConfig):
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a ResNet-50 with its last stage):
             Vision backbone: any configuration that `AutoBackbone` accepts. If it has several feature maps
-            (`out_features`), they are averaged to the cells of the last one and concatenated.
+            (`out_features`), they are brought to the grid of one of them (`backbone_stride`) and concatenated: finer
+            ones are averaged, coarser ones interpolated.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BERT-base):
             Text tower: any configuration for which `AutoModel` gives a text encoder, which turns `input_ids` into a
             `last_hidden_state` and is not an encoder-decoder.
         backbone_stride (`int`, *optional*, defaults to 32):
-            Pixels per cell of the backbone's last feature map. Together with `image_size` it gives the number of
-            visual tokens, each of which has a row in the position table.
+            Pixels per cell of the grid, which is that of one of the backbone's feature maps. Together with
+            `image_size` it gives the number of visual tokens, each of which has a row in the position table.
         d_model (`int`, *optional*, defaults to 256):
             Width of the visual encoder and of the fusion transformer.
+        projection_norm (`bool`, *optional*, defaults to `False`):
+            Whether image features and text tokens pass a layer norm after they are projected to `d_model`. Towers that
+            were trained apart give numbers of different size, often several times those that a transformer starts
+            well from. TransVG has no such norms.
         encoder_layers (`int`, *optional*, defaults to 6):
             Layers of the DETR encoder that follows the vision backbone; with 0 there is none.
         encoder_attention_heads (`int`, *optional*, defaults to 8):
@@ -70,6 +75,9 @@ class EpmVGConfig(PreTrainedConfig):
             `"reg"` regresses the box from the state of the `[REG]` token, as TransVG does. `"map"` takes the centre of
             the box from a sharpened soft-argmax over the consistency map plus a bounded offset, which converges much
             faster.
+        score_head (`bool`, *optional*, defaults to `False`):
+            Whether the model predicts how good its boxes are: `scores` in [0, 1], near 0 if what the expression names
+            is not in the image. Without it `scores` are `None`.
         frozen_batch_norm (`bool`, *optional*, defaults to `True`):
             Whether the batch norms of the vision backbone keep their statistics and weights in training, as in DETR
             and TransVG. Set it to `False` for a backbone that is trained from scratch.
@@ -79,6 +87,8 @@ class EpmVGConfig(PreTrainedConfig):
             Weight of the generalized IoU loss.
         map_loss_coefficient (`float`, *optional*, defaults to 1.0):
             Weight of the loss that draws the consistency map into the box; only with `box_head="map"`.
+        score_loss_coefficient (`float`, *optional*, defaults to 1.0):
+            Weight of the loss of the scores; only with `score_head`.
         teacher_projection_dim (`int`, *optional*):
             Width of the teacher's image-text space. If it is given, the model has two projections into that space,
             whose outputs `image_embeds` and `text_embeds` are compared with the teacher's in training.
@@ -115,6 +125,7 @@ class EpmVGConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     backbone_stride: int = 32
     d_model: int = 256
+    projection_norm: bool = False
     encoder_layers: int = 6
     encoder_attention_heads: int = 8
     encoder_ffn_dim: int = 2048
@@ -127,10 +138,12 @@ class EpmVGConfig(PreTrainedConfig):
     image_size: int = 640
     max_text_length: int = 20
     box_head: str = "reg"
+    score_head: bool = False
     frozen_batch_norm: bool = True
     bbox_loss_coefficient: float | int = 1.0
     giou_loss_coefficient: float | int = 1.0
     map_loss_coefficient: float | int = 1.0
+    score_loss_coefficient: float | int = 1.0
     teacher_projection_dim: int | None = None
     initializer_range: float = 0.02
 

@@ -32,7 +32,7 @@ from transformers.image_utils import (
     infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import TensorType
+from transformers.utils import ModelOutput, TensorType
 
 from .letterbox import Letterbox
 from .rgb_images import as_rgb, blend_with_white, open_image, to_levels, to_tensor
@@ -97,18 +97,61 @@ class EpmVGImageProcessorMixin(BaseImageProcessor):
             }
         return settings
 
-    def post_process_object_detection(self, *args: Any, **kwargs: Any) -> None:
+    def post_process_object_detection(
+        self,
+        outputs: ModelOutput,
+        threshold: float = 0.1,
+        target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
         """
-        Says that there are no scores: `pipeline("zero-shot-object-detection")` asks for the boxes of several labels
-        above a threshold, and this model finds one box for each expression and does not say how sure it is.
+        The detections that `pipeline("zero-shot-object-detection")` asks for: of each expression its box, if its score
+        is high enough. [`~EpmVGProcessor.post_process_grounding`] says the same in the terms of grounding.
+
+        Args:
+            outputs ([`ModelOutput`]): has `pred_boxes` (N, 4) and `scores` (N,), as [`EpmVGForVisualGrounding`]
+                returns them.
+            threshold (`float`, *optional*, defaults to 0.1): boxes whose score is not higher are left out.
+            target_sizes (`torch.Tensor` of shape `(N, 2)` or list): for each expression the (height, width) of its
+                image in pixels.
+
+        Returns:
+            `list[dict]`: for each expression `scores` (k,), `labels` (k,), all 0 because an expression is one label,
+            and `boxes` (k, 4), xyxy pixels of the image, where k is 0 or 1.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: the model has no score head, or `target_sizes` do not match.
+
+        Example:
+
+        ```python
+        >>> import torch
+
+        >>> outputs = model(**processor(images=image, text="the star"))
+        >>> outputs.scores = torch.tensor([0.9])  # of a model with a score head
+        >>> sizes = [(image.height, image.width)]
+        >>> (found,) = processor.image_processor.post_process_object_detection(outputs, 0.5, sizes)
+        >>> found["boxes"].shape
+        torch.Size([1, 4])
+        ```
         """
-        raise NotImplementedError(
-            'pipeline("zero-shot-object-detection") needs a score for every box, which EpmVG does not give: it finds '
-            'one box for each expression. Use pipeline("visual-grounding") with the labels as expressions.'
-        )
+        scores = outputs.get("scores")
+        if scores is None:
+            raise ValueError(
+                "detections need a score for every box, and this model has no score head (config.score_head): use "
+                'pipeline("visual-grounding") with the labels as expressions'
+            )
+        sizes = torch.as_tensor(target_sizes if target_sizes is not None else [])
+        if sizes.shape != (len(scores), 2):
+            raise ValueError(
+                f"`target_sizes` must be one (height, width) for each of the {len(scores)} expressions, but its shape "
+                f"is {tuple(sizes.shape)}."
+            )
+        boxes = self.letterbox(sizes).to_pixels(outputs.pred_boxes.float())
+        scores = scores.float().cpu()
+        return [
+            {"scores": score[kept], "labels": torch.zeros(int(kept.sum()), dtype=torch.long), "boxes": box[kept]}
+            for score, box, kept in zip(scores[:, None], boxes[:, None], scores[:, None] > threshold, strict=True)
+        ]
 
     def unnormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """

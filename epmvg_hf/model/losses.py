@@ -26,22 +26,25 @@ def grounding_loss(
     labels: torch.Tensor,
     consistency_map: torch.Tensor,
     visual_mask: torch.Tensor,
+    score_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    The loss of N predicted boxes: L1 and generalized IoU as in TransVG and, with `config.box_head="map"`, the
-    divergence of the consistency map from the box.
+    The loss of N predicted boxes: L1 and generalized IoU as in TransVG, with `config.box_head="map"` the divergence of
+    the consistency map from the box, and with `config.score_head` the error of the scores.
 
     Args:
-        config ([`EpmVGConfig`]): has the weights of the terms, `bbox_loss_coefficient`, `giou_loss_coefficient` and
-            `map_loss_coefficient`, and says which terms there are.
+        config ([`EpmVGConfig`]): has the weights of the terms, `bbox_loss_coefficient`, `giou_loss_coefficient`,
+            `map_loss_coefficient` and `score_loss_coefficient`, and says which terms there are.
         pred_boxes (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas.
-        labels (`torch.FloatTensor` of shape `(N, 4)`): true boxes, likewise; a row of NaN has no box.
+        labels (`torch.FloatTensor` of shape `(N, 4)`): true boxes, likewise; a row of NaN or zeros has no box.
         consistency_map (`torch.FloatTensor` of shape `(N, grid_height * grid_width)`): logits over the feature grid.
         visual_mask (`torch.BoolTensor` of shape `(N, grid_height, grid_width)`): False on padding.
+        score_logits (`torch.FloatTensor` of shape `(N,)`, *optional*): scores before the sigmoid, if the model has a
+            score head.
 
     Returns:
-        `tuple`: the loss, a scalar, and its unweighted terms `loss_bbox`, `loss_giou` and, if there is one,
-        `loss_map`.
+        `tuple`: the loss, a scalar, and its unweighted terms `loss_bbox`, `loss_giou` and, if there are such,
+        `loss_map` and `loss_score`.
 
     Example:
 
@@ -63,17 +66,20 @@ def grounding_loss(
         target = box_map_target(labels, visual_mask)
         terms["loss_map"] = map_loss(consistency_map, target, visual_mask.flatten(1), row_mask=has_box(labels))
         loss = loss + config.map_loss_coefficient * terms["loss_map"]
+    if score_logits is not None:
+        terms["loss_score"] = score_loss(score_logits, pred_boxes, labels)
+        loss = loss + config.score_loss_coefficient * terms["loss_score"]
     return loss, terms
 
 
 def has_box(labels: torch.Tensor) -> torch.Tensor:
     """
-    Tells which expressions have a box. Image captions have none: all four numbers of their boxes or labels are NaN. A
-    row in which only some numbers are NaN is a mistake. It counts as a box, so that the mistake makes the loss NaN
-    instead of going unnoticed.
+    Tells which expressions have a box. Image captions have none: all four numbers of their boxes or labels are NaN.
+    Expressions that name nothing in their image have none either, see [`is_absent`]. A row in which only some numbers
+    are NaN is a mistake. It counts as a box, so that the mistake makes the loss NaN instead of going unnoticed.
 
     Args:
-        labels (`torch.FloatTensor` of shape `(N, 4)`): labels or boxes, some of them NaN.
+        labels (`torch.FloatTensor` of shape `(N, 4)`): labels or boxes, some of them NaN or zeros.
 
     Returns:
         `torch.BoolTensor` of shape `(N,)`.
@@ -84,11 +90,34 @@ def has_box(labels: torch.Tensor) -> torch.Tensor:
     >>> import torch
     >>> from epmvg_hf.model.losses import has_box
 
-    >>> has_box(torch.tensor([[0.5, 0.5, 0.2, 0.2], [float("nan")] * 4]))
-    tensor([ True, False])
+    >>> has_box(torch.tensor([[0.5, 0.5, 0.2, 0.2], [float("nan")] * 4, [0.0, 0.0, 0.0, 0.0]]))
+    tensor([ True, False, False])
     ```
     """
-    return ~labels.isnan().all(-1)
+    return ~(labels.isnan().all(-1) | is_absent(labels))
+
+
+def is_absent(labels: torch.Tensor) -> torch.Tensor:
+    """
+    Tells which expressions are known to name nothing in their image: all four numbers of their boxes or labels are 0.
+
+    Args:
+        labels (`torch.FloatTensor` of shape `(N, 4)`): labels or boxes.
+
+    Returns:
+        `torch.BoolTensor` of shape `(N,)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.model.losses import is_absent
+
+    >>> is_absent(torch.tensor([[0.5, 0.5, 0.2, 0.2], [float("nan")] * 4, [0.0, 0.0, 0.0, 0.0]]))
+    tensor([False, False,  True])
+    ```
+    """
+    return (labels == 0).all(-1)
 
 
 def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -124,6 +153,42 @@ def box_loss(pred_boxes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.
     l1 = (pred_boxes - labels).abs().sum(-1)
     giou = _generalized_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
     return {"loss_bbox": _mean_over(l1, rows), "loss_giou": _mean_over(giou, rows)}
+
+
+def score_loss(score_logits: torch.Tensor, pred_boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Binary cross-entropy of the predicted scores with the IoU that the predicted boxes have, which is 0 for an
+    expression that names nothing in its image. IoU-Net (Jiang et al. 2018) and Mask Scoring R-CNN (Huang et al. 2019)
+    predict the quality of a box likewise. No gradient flows into the boxes: they should be good, not predictable.
+
+    Args:
+        score_logits (`torch.FloatTensor` of shape `(N,)`): scores before the sigmoid.
+        pred_boxes (`torch.FloatTensor` of shape `(N, 4)`): (cx, cy, w, h) in [0, 1] of the padded canvas.
+        labels (`torch.FloatTensor` of shape `(N, 4)`): true boxes, likewise; zeros for what is not in the image (see
+            [`is_absent`]). A row of NaN takes no part.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`: the mean over the rows that are not NaN; 0 if there are none.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.model.losses import score_loss
+
+    >>> box = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    >>> score_loss(torch.tensor([2.0]), box, labels=box), score_loss(torch.tensor([2.0]), box, labels=0 * box)
+    (tensor(0.1269), tensor(2.1269))
+    ```
+    """
+    boxes, labels = pred_boxes.detach().float(), labels.float()
+    with_box = has_box(labels)
+    boxes, targets = (torch.where(with_box[:, None], rows, 0.5) for rows in (boxes, labels))
+    iou = _paired_iou(center_to_corners_format(boxes), center_to_corners_format(targets))
+    losses = nn.functional.binary_cross_entropy_with_logits(
+        score_logits.float(), torch.where(with_box, iou, 0), reduction="none"
+    )
+    return _mean_over(losses, ~labels.isnan().all(-1))
 
 
 def map_loss(
@@ -209,11 +274,22 @@ def _generalized_iou_loss(boxes: torch.Tensor, others: torch.Tensor) -> torch.Te
     `torchvision.ops.generalized_box_iou_loss`, which selects the pairs that overlap, so that a GPU is waited for.
     """
     low, high = torch.maximum(boxes, others), torch.minimum(boxes, others)
-    width, height = high[:, 2] - low[:, 0], high[:, 3] - low[:, 1]
-    intersection = torch.where((width > 0) & (height > 0), width * height, 0)
-    union = _area(boxes) + _area(others) - intersection
+    intersection, union = _intersection_and_union(boxes, others)
     hull = (low[:, 2] - high[:, 0]) * (low[:, 3] - high[:, 1])
     return 1 - (intersection / (union + 1e-7) - (hull - union) / (hull + 1e-7))
+
+
+def _paired_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    intersection, union = _intersection_and_union(boxes, others)
+    return intersection / (union + 1e-7)
+
+
+def _intersection_and_union(boxes: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The areas `(N,)` that N pairs of boxes (x0, y0, x1, y1) share and cover together."""
+    low, high = torch.maximum(boxes, others), torch.minimum(boxes, others)
+    width, height = high[:, 2] - low[:, 0], high[:, 3] - low[:, 1]
+    intersection = torch.where((width > 0) & (height > 0), width * height, 0)
+    return intersection, _area(boxes) + _area(others) - intersection
 
 
 def _area(boxes: torch.Tensor) -> torch.Tensor:

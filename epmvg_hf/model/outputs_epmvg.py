@@ -106,10 +106,14 @@ class EpmVGGroundingOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*):
             Weighted sum of `loss_dict`, a mean over the expressions with a box; only with `labels`.
         loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
-            The unweighted terms of the loss: `loss_bbox`, `loss_giou` and, with `box_head="map"`, `loss_map`.
+            The unweighted terms of the loss: `loss_bbox`, `loss_giou`, with `box_head="map"` `loss_map`, and with
+            `score_head` `loss_score`.
         pred_boxes (`torch.FloatTensor` of shape `(N, 4)`):
             (cx, cy, w, h) in [0, 1] of the padded canvas. [`~EpmVGProcessor.post_process_grounding`] turns them into
             pixels of the original image.
+        scores (`torch.FloatTensor` of shape `(N,)`, *optional*):
+            How good the boxes are, in [0, 1]: near 0 if what the expression names is not in the image. `None` for a
+            model without `config.score_head`.
         reg_state, consistency_map, similarity_map, visual_mask, image_embeds, text_embeds, hidden_states, attentions,
         cross_attentions:
             See [`EpmVGModelOutput`].
@@ -118,6 +122,7 @@ class EpmVGGroundingOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     loss_dict: dict[str, torch.FloatTensor] | None = None
     pred_boxes: torch.FloatTensor | None = None
+    scores: torch.FloatTensor | None = None
     reg_state: torch.FloatTensor | None = None
     consistency_map: torch.FloatTensor | None = None
     similarity_map: torch.FloatTensor | None = None

@@ -41,9 +41,10 @@ class VisualGroundingPipeline(Pipeline):
         model ([`EpmVGForVisualGrounding`]): the model, which is put into evaluation mode and onto `device`.
         processor ([`EpmVGProcessor`]): the processor of the model.
         kwargs: `device`; `batch_size`, the images per forward pass (default 1); `num_workers`, the processes that read
-            and prepare images (default 0, which is this process); and `timeout`, the seconds to wait for an image from
-            the web. All but `device` can also be given to a call. `dtype` is an argument of `pipeline(...)`, which
-            loads the model in it.
+            and prepare images (default 0, which is this process); `timeout`, the seconds to wait for an image from
+            the web; and `threshold`, the lowest score of a box, below which it is `None` (by default every expression
+            gets its box). All but `device` can also be given to a call. `dtype` is an argument of `pipeline(...)`,
+            which loads the model in it.
 
     Example:
 
@@ -53,7 +54,7 @@ class VisualGroundingPipeline(Pipeline):
 
     >>> grounder = pipeline("visual-grounding", model="outputs/demo")
     >>> grounder("scene.png", "the red star")
-    {'box': {'xmin': ..., 'ymin': ..., 'xmax': ..., 'ymax': ...}, 'text': 'the red star'}
+    {'score': None, 'box': {'xmin': ..., 'ymin': ..., 'xmax': ..., 'ymax': ...}, 'text': 'the red star'}
     >>> len(grounder("scene.png", ["the red star", "the left circle"]))  # a list of results, one for each expression
     2
     >>> results = grounder(["a.jpg", "b.jpg"], ["a star", ["a circle", "a dog"]], batch_size=2)
@@ -89,6 +90,7 @@ class VisualGroundingPipeline(Pipeline):
         timeout: float | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
+        threshold: float | None = None,
     ) -> Any:
         r"""
         Args:
@@ -99,13 +101,15 @@ class VisualGroundingPipeline(Pipeline):
             text (`str` or `list`, *optional*):
                 An expression or a list of expressions. For a list of images it is one expression for all of them, or a
                 list with one item (an expression or a list of expressions) for each image.
-            timeout, batch_size, num_workers:
+            timeout, batch_size, num_workers, threshold:
                 See [`VisualGroundingPipeline`].
 
         Returns:
-            For each expression a dictionary `{"box": {"xmin", "ymin", "xmax", "ymax"}, "text": expression}`. The box
-            is in pixels (`float`, 0-based, half-open) of the image **as displayed**, that is, after its EXIF
-            orientation is applied, and lies inside it. Results are nested like the input: an expression gives a
+            For each expression a dictionary `{"score": float, "box": {"xmin", "ymin", "xmax", "ymax"}, "text":
+            expression}`. The score lies in [0, 1]; it is `None` for a model without a score head. The box is `None` if
+            the score is below `threshold`, so that what the expression names was not found. Else it is in pixels
+            (`float`, 0-based, half-open) of the image **as displayed**, that is, after its EXIF orientation is
+            applied, and lies inside it. Results are nested like the input: an expression gives a
             dictionary, a list of expressions a list, and a list of images or rows a list of these. A generator or
             dataset gives an iterable that computes them while it is read.
 
@@ -125,7 +129,9 @@ class VisualGroundingPipeline(Pipeline):
         inputs = _make_rows(image, text)
         if isinstance(inputs, list) and not inputs:
             return []
-        return super().__call__(inputs, timeout=timeout, batch_size=batch_size, num_workers=num_workers)
+        return super().__call__(
+            inputs, timeout=timeout, batch_size=batch_size, num_workers=num_workers, threshold=threshold
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
@@ -150,8 +156,14 @@ class VisualGroundingPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
-    def _sanitize_parameters(self, timeout: float | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
-        return ({} if timeout is None else {"timeout": timeout}), {}, {}
+    def _sanitize_parameters(
+        self, timeout: float | None = None, threshold: float | None = None, **kwargs: Any
+    ) -> tuple[dict, dict, dict]:
+        return (
+            {} if timeout is None else {"timeout": timeout},
+            {},
+            {} if threshold is None else {"threshold": threshold},
+        )
 
     def get_iterator(
         self,
@@ -219,19 +231,22 @@ class VisualGroundingPipeline(Pipeline):
         outputs = self.model(**inputs)
         # Pipeline copies all that is returned here from the device, so this is only what the boxes need.
         return {
-            "outputs": ModelOutput(pred_boxes=outputs.pred_boxes),
+            "outputs": ModelOutput(pred_boxes=outputs.pred_boxes, scores=outputs.scores),
             "inputs": {name: inputs[name] for name in ("original_sizes", "letterbox", "image_index")},
             "text": input_tensors["text"],
         }
 
-    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict | list[dict]]:
+    def postprocess(self, model_outputs: dict[str, Any], threshold: float | None = None) -> list[dict | list[dict]]:
         """Makes the results of a batch: one item for each image, nested like its text."""
-        grounded = self.processor.post_process_grounding(model_outputs["outputs"], model_outputs["inputs"])
-        boxes = (result["box"].tolist() for result in grounded)
+        grounded = iter(
+            self.processor.post_process_grounding(
+                model_outputs["outputs"], model_outputs["inputs"], threshold=threshold
+            )
+        )
         return [
-            _as_result(text, next(boxes))
+            _as_result(text, next(grounded))
             if isinstance(text, str)
-            else [_as_result(item, next(boxes)) for item in text]
+            else [_as_result(item, next(grounded)) for item in text]
             for text in model_outputs["text"]
         ]
 
@@ -309,9 +324,14 @@ def _read_image(image: Any, timeout: float | None) -> Image.Image:
     )
 
 
-def _as_result(expression: str, box: list[float]) -> dict[str, Any]:
-    """The result for an expression and its box, xyxy in pixels."""
-    return {"box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)), "text": expression}
+def _as_result(expression: str, grounded: dict[str, Any]) -> dict[str, Any]:
+    """The result for an expression, of its item from [`~EpmVGProcessor.post_process_grounding`]."""
+    box, score = grounded["box"], grounded["score"]
+    return {
+        "score": None if score is None else score.item(),
+        "box": None if box is None else dict(zip(("xmin", "ymin", "xmax", "ymax"), box.tolist(), strict=True)),
+        "text": expression,
+    }
 
 
 def is_named(value: Any, name: str) -> bool:

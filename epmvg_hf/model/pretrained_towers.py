@@ -90,11 +90,12 @@ class FromTowersMixin:
                 model, or any backbone that `AutoBackbone` accepts.
             text (`str`): folder or Hub id of a BERT, RoBERTa, DistilBERT, CLIP, or another text encoder.
             out_features (`list[str]`, *optional*): the feature maps of the backbone to use, by default the last one.
-                For CLIP-VG's maps of ViT-B/16 it is `["stage1", "stage4", "stage8", "stage12"]`.
+                For CLIP-VG's maps of ViT-B/16 it is `["stage1", "stage4", "stage8", "stage12"]`. The maps of a timm
+                model have timm's names, such as `["blocks.4", "blocks.6"]` of an EfficientNet.
             output_loading_info (`bool`, *optional*, defaults to `False`): whether to return the rows of the table too.
-            config: settings of [`EpmVGConfig`], except for the towers and `backbone_stride`. If `vision` is a DETR,
-                the sizes of the encoder are the DETR's. The default of `image_size` is that of a CLIP or ViT, and 640
-                for other towers.
+            config: settings of [`EpmVGConfig`], except for the towers. By default, `backbone_stride` is that of the
+                last feature map. If `vision` is a DETR, the sizes of the encoder are the DETR's. The default of
+                `image_size` is that of a CLIP or ViT, and 640 for other towers.
 
         Returns:
             The model in evaluation mode, float32. With `output_loading_info` a tuple of the model and a list with one
@@ -156,8 +157,9 @@ def model_from_towers(
     if isinstance(vision_tower.config, PatchBackboneConfig):
         patches: PreTrainedConfig = vision_tower.config.tower_config
         config.setdefault("image_size", patches.image_size)
+    stride = config.pop("backbone_stride", None)
     model_config = EpmVGConfig(backbone_config=vision_tower.config, text_config=text_tower.config, **config)
-    model_config.backbone_stride = _stride(vision_tower, model_config.image_size)
+    model_config.backbone_stride = _stride(vision_tower, model_config.image_size, stride)
 
     model = model_class(model_config).eval()
     base, weights = model.base_model, vision_tower.weights | text_tower.weights
@@ -375,34 +377,46 @@ def _load_timm(name: str, config: PreTrainedConfig, out_features: list[str] | No
     except ImportError as error:
         raise ImportError(f'the timm model {name} needs timm: pip install "epmvg_hf[train]"') from error
 
-    if out_features is not None:
-        raise ValueError(f"{name} is a timm model, whose last map is used: out_features must not be {out_features}")
     source = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"
-    model = timm.create_model(source, pretrained=True, features_only=True, out_indices=[-1])
+    model = timm.create_model(source, pretrained=True, features_only=True)
+    names: list[str] = model.feature_info.module_name()  # type: ignore[union-attr, operator]
+    if unknown := [feature for feature in out_features or () if feature not in names]:
+        raise ValueError(f"{name} has the feature maps {', '.join(names)}, so out_features must not have {unknown[0]}")
+    indices = [-1] if out_features is None else sorted(names.index(feature) for feature in out_features)
+    model = timm.create_model(source, pretrained=True, features_only=True, out_indices=indices)
     weights = {f"vision_model._backbone.{key}": value for key, value in model.state_dict().items()}
-    backbone = TimmBackboneConfig(backbone=config.architecture, out_indices=[-1])
+    backbone = TimmBackboneConfig(backbone=config.architecture, out_indices=indices)
     return Tower(name, backbone, weights)
 
 
-def _stride(tower: Tower, image_size: int) -> int:
-    """Pixels per cell of the last feature map. A `ValueError` if whole cells do not fill a canvas of `image_size`."""
+def _stride(tower: Tower, image_size: int, wanted: int | None) -> int:
+    """
+    Pixels per cell of the last feature map, or `wanted` if one of the maps has it. A `ValueError` if none has, or if
+    whole cells do not fill a canvas of `image_size`.
+    """
 
-    def cells(side: int) -> int:
-        return backbone(torch.empty(1, 3, side, side)).feature_maps[-1].shape[-1]
+    def cells(side: int) -> list[int]:
+        return [level.shape[-1] for level in backbone(torch.empty(1, 3, side, side)).feature_maps]
 
     # On the meta device tensors have shapes but no values, so this costs nothing.
     with torch.device("meta"), torch.no_grad():
         backbone = AutoBackbone.from_config(tower.config).eval()
         try:
-            count = cells(image_size)
+            counts = cells(image_size)
         except Exception as error:  # backbones refuse an image size with errors of many types
             raise ValueError(f"{tower.name} cannot read a canvas of {image_size} pixels: {error}") from error
         try:
             # Some backbones round up to whole cells, which distorts this ratio least on a large canvas.
-            stride = round(16 * image_size / cells(16 * image_size))
+            strides = [round(16 * image_size / count) for count in cells(16 * image_size)]
         except Exception:  # some backbones only take images of one size
-            stride = round(image_size / count)
-    if count * stride != image_size:
+            strides = [round(image_size / count) for count in counts]
+    stride = strides[-1] if wanted is None else wanted
+    if stride not in strides:
+        raise ValueError(
+            f"backbone_stride is {stride}, but the feature maps of {tower.name} have cells of "
+            f"{', '.join(map(str, strides))} pixels"
+        )
+    if counts[strides.index(stride)] * stride != image_size:
         raise ValueError(
             f"image_size is {image_size}, not a multiple of the {stride} pixels that a cell of {tower.name} has: "
             f"take {max(1, image_size // stride) * stride} or {(image_size // stride + 1) * stride}"

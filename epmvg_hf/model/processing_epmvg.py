@@ -242,13 +242,14 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         outputs: ModelOutput,
         inputs: BatchFeature | None = None,
         target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
-    ) -> list[dict[str, torch.Tensor]]:
+        threshold: float | None = None,
+    ) -> list[dict[str, Any]]:
         r"""
         Turns predicted boxes into boxes of the images.
 
         Args:
             outputs ([`ModelOutput`]): has `pred_boxes` (N, 4), (centre x, centre y, width, height) in [0, 1] of the
-                padded canvas.
+                padded canvas, and `scores` (N,) if the model has a score head.
             inputs ([`BatchFeature`], *optional*): what this processor returned, which says where it placed the
                 pictures; `letterbox`, `original_sizes` and `image_index` are used. Without `image_index`, each image
                 has one expression.
@@ -256,14 +257,17 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
                 expression the (height, width) of its image in pixels. This assumes that the images were placed by the
                 present settings of the image processor, not by `size`, `pad_offset`, `placements` or `do_resize` of
                 a single call.
+            threshold (`float`, *optional*): the lowest score of a box. The box of an expression with a lower score is
+                `None`: what it names was not found.
 
         Returns:
-            `list[dict]`: for each expression `{"box": torch.FloatTensor of shape (4,)}`, (x0, y0, x1, y1) in pixels of
-            the image as given, clipped to it.
+            `list[dict]`: for each expression `box`, a `torch.FloatTensor` of shape `(4,)`, (x0, y0, x1, y1) in pixels
+            of the image as given, clipped to it, and `score`, a scalar in [0, 1], or `None` for a model without a
+            score head.
 
         Raises:
             ValueError: not exactly one of `inputs` and `target_sizes` is given, or it does not match `pred_boxes`, or
-                `inputs` is not what the processor returned.
+                `inputs` is not what the processor returned, or there is a `threshold` but no score.
 
         Example:
 
@@ -302,7 +306,16 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
                 raise ValueError(
                     f"{len(pred_boxes)} boxes were predicted, but `inputs` has {len(letterbox)} expressions."
                 )
-        return [{"box": box} for box in letterbox.to_pixels(pred_boxes)]
+        boxes: list[torch.Tensor | None] = list(letterbox.to_pixels(pred_boxes))
+        scores = outputs.get("scores")
+        if scores is None:
+            if threshold is not None:
+                raise ValueError("`threshold` needs scores, and this model has no score head (config.score_head).")
+            return [{"box": box, "score": None} for box in boxes]
+        scores = scores.float().cpu()
+        if threshold is not None:
+            boxes = [box if score >= threshold else None for box, score in zip(boxes, scores, strict=True)]
+        return [{"box": box, "score": score} for box, score in zip(boxes, scores, strict=True)]
 
     def _loaded_from(self) -> str:
         return self.tokenizer.name_or_path

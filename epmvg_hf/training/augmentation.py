@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import ColorJitter
 
-from ..model.losses import has_box
+from ..model.losses import has_box, is_absent
 from ..model.rgb_images import as_rgb
 from .known_words import ENGLISH, KnownWords
 
@@ -74,22 +74,24 @@ class GroundingAugmentation:
             expressions (`list[str]`): its expressions.
             boxes (`np.ndarray` of shape `(len(expressions), 4)`):
                 Boxes as xyxy float pixels of the image, 0-based, half-open. A row of NaN belongs to an expression
-                without a box; it stays as it is.
+                without a box, a row of zeros to one that names nothing in the image; they stay as they are.
 
         Returns:
             `tuple[PIL.Image.Image, list[str], np.ndarray]`: the changed image with its expressions and boxes.
         """
         image = as_rgb(image)  # first, because the scale of some modes follows from all values, not from a crop's
         # Nobody knows where the object of an expression without a box is, so any crop could cut it away.
-        croppable = bool(has_box(torch.from_numpy(boxes)).all()) and all(map(self.words.croppable, expressions))
+        labels = torch.from_numpy(boxes)
+        with_box, absent = has_box(labels).numpy(), is_absent(labels).numpy()
+        croppable = with_box.any() and (with_box | absent).all() and all(map(self.words.croppable, expressions))
         if random.random() < self.crop and croppable:
-            image, boxes = self._crop(image, boxes)
+            image, boxes = self._crop(image, boxes, with_box)
         if random.random() < self.flip and all(map(self.words.mirrorable, expressions)):
             image, expressions, boxes = mirror(image, expressions, boxes, self.words)
         if random.random() < self.color_jitter_probability:
             strength = self.color_jitter * (1 if all(map(self.words.colorless, expressions)) else 0.25)
             image = ColorJitter(brightness=strength, contrast=strength, saturation=strength)(image)
-        return image, expressions, boxes
+        return image, expressions, np.where(absent[:, None], 0, boxes)
 
     def placement(self, canvas: int) -> tuple[int, float, float]:
         """
@@ -114,9 +116,9 @@ class GroundingAugmentation:
         """
         return random.randint(round(self.min_scale * canvas), canvas), random.random(), random.random()
 
-    def _crop(self, image: Image.Image, boxes: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-        left, right = self._window(image.width, boxes[:, 0].min(), boxes[:, 2].max())
-        top, bottom = self._window(image.height, boxes[:, 1].min(), boxes[:, 3].max())
+    def _crop(self, image: Image.Image, boxes: np.ndarray, with_box: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+        left, right = self._window(image.width, boxes[with_box, 0].min(), boxes[with_box, 2].max())
+        top, bottom = self._window(image.height, boxes[with_box, 1].min(), boxes[with_box, 3].max())
         return image.crop((left, top, right, bottom)), boxes - np.array([left, top, left, top], boxes.dtype)
 
     def _window(self, side: int, low: float, high: float) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from transformers import BatchFeature
 
 from ..data.image_groups import ImageGroup, merge_groups
 from ..data.streamed_rows import group_rows
+from ..model.losses import is_absent
 from ..model.nested_inputs import flatten
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
@@ -70,7 +71,8 @@ class EpmVGDataCollator:
         Returns:
             The processor's inputs, with the images in the order of their first appearance and the expressions ordered
             by image. Datasets with boxes add `boxes` `(N, 4)`, float32 xyxy pixels of the image that the processor
-            saw; where an expression has no box, its rows of `boxes` and `labels` are NaN. Numbered rows add
+            saw; where an expression has no box, its rows of `boxes` and `labels` are NaN, and where it names nothing
+            in its image, they are zeros. Numbered rows add
             `row_index` `(N,)`, and a teacher adds its columns.
 
         Raises:
@@ -96,7 +98,7 @@ class EpmVGDataCollator:
             placements = [self.augmentation.placement(canvas) for _ in groups]
 
         text = [group.expressions for group in groups]
-        boxes = [group.boxes for group in groups] if has_boxes else None
+        boxes = [_without_absent(group.boxes) for group in groups if group.boxes is not None] if has_boxes else None
         if "backbone_features" in known:
             batch = BatchFeature(known)
             if "text_hidden_states" not in known:
@@ -118,6 +120,7 @@ class EpmVGDataCollator:
                 batch.update(known)
         if has_boxes:
             batch["boxes"] = torch.cat([torch.from_numpy(group.boxes) for group in groups])
+            batch["labels"][is_absent(batch["boxes"])] = 0
         if groups[0].row_indices:
             batch["row_index"] = torch.tensor([index for group in groups for index in group.row_indices])
         if self.teacher_columns is not None:
@@ -141,3 +144,9 @@ class EpmVGDataCollator:
             )
         image, expressions, boxes = augmentation(group.image, group.expressions, group.boxes)
         return replace(group, image=image, expressions=expressions, boxes=boxes.astype(np.float32, copy=False))
+
+
+def _without_absent(boxes: np.ndarray) -> np.ndarray:
+    """Boxes `(n, 4)` with NaN in place of zeros, which the processor would take for a broken box."""
+    absent = is_absent(torch.from_numpy(boxes)).numpy()
+    return np.where(absent[:, None], np.float32(np.nan), boxes)

@@ -17,7 +17,7 @@ from ..model.modeling_epmvg import EpmVGForVisualGrounding
 from .training_args import EpmVGTrainingArguments
 
 # The projection behind the encoder is not listed: TransVG trains it at the fusion transformer's rate.
-_VISION_MODULES = ("vision_model", "input_projection", "encoder")
+_ENCODER_MODULES = ("input_projection", "input_projection_norm", "encoder")
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -87,7 +87,7 @@ def parameter_groups(model: nn.Module, args: EpmVGTrainingArguments, decayed: Co
 
     Args:
         model (`nn.Module`): the student, or the student with an adapter.
-        args ([`EpmVGTrainingArguments`]): gives the rates of vision backbone and encoder, text tower, and the rest.
+        args ([`EpmVGTrainingArguments`]): gives the rates of vision backbone, encoder, text tower, and the rest.
         decayed (`Collection[str]`): names of the parameters that weight decay applies to.
 
     Returns:
@@ -114,8 +114,10 @@ def _learning_rate_of(parameter_name: str, args: EpmVGTrainingArguments) -> floa
     rate = None
     if "text_model" in modules:
         rate = args.text_learning_rate
-    elif any(name in modules for name in _VISION_MODULES):
+    elif "vision_model" in modules:
         rate = args.vision_learning_rate
+    elif any(name in modules for name in _ENCODER_MODULES):
+        rate = args.vision_learning_rate if args.encoder_learning_rate is None else args.encoder_learning_rate
     return args.learning_rate if rate is None else rate
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast, gather_object
 from datasets import Dataset, IterableDataset
@@ -23,9 +24,10 @@ from ..data.image_groups import ImageGroups, is_transformed
 from ..data.streamed_rows import number_rows
 from ..distillation.clip_teacher import ClipTeacher
 from ..distillation.teaching import Teaching, check_captions, check_teacher
-from ..evaluation.accuracy import GroundingAccuracy
+from ..evaluation.accuracy import GroundingAccuracy, find_boxes, paired_iou
 from ..evaluation.evaluated_rows import EvaluatedRows
-from ..model.losses import has_box
+from ..evaluation.score_quality import measure_calibration, presence_auroc
+from ..model.losses import has_box, is_absent
 from ..model.modeling_epmvg import MODEL_INPUTS, EpmVGForVisualGrounding
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
@@ -34,6 +36,7 @@ from .data_collator import EpmVGDataCollator
 from .frozen_towers import TowerImageGroups
 from .loss_terms import LossTerms
 from .model_card import strip_private_paths
+from .score_calibration import calibrate_scores
 from .student_trainer import StudentTrainer
 from .trainer_checks import check_dataset, check_student, check_trainer
 from .training_args import EpmVGTrainingArguments
@@ -56,6 +59,9 @@ class EpmVGTrainer(StudentTrainer):
     `(N, 4)` in the order of the dataset's rows; several processes or workers that read a stream interleave theirs.
     Where several processes fill up the last batches with repeated images, `eval_loss` weights a batch by its new rows.
 
+    If the model has a score head, `scores` `(N,)` of the trainer are those of the boxes of its last evaluation or
+    prediction. Metrics are then also `calibration_error` and, if some rows are known to be absent, `presence_auroc`.
+
     With a teacher, training adds the terms of [`~distillation_loss.DistillationLoss`]. The teacher is not part of the
     model: it is not wrapped, not optimised and not saved. Its outputs are computed once where the data is not
     augmented (`args.cache_teacher`). Rows whose `box` is `None`, and all of `caption_dataset`, take part in these
@@ -72,7 +78,8 @@ class EpmVGTrainer(StudentTrainer):
             Rows with `image`, `image_id`, `expression` and `box` (xyxy pixels of that image).
         processing_class ([`EpmVGProcessor`]): makes tensors and undoes the letterbox; saved with checkpoints.
         augmentation ([`GroundingAugmentation`], *optional*):
-            Changes training images when `args.augment` is set; one with default settings if not given. JPEGs of at
+            Changes training images when `args.augment` is set; one with the settings `args.augmentation_kwargs` if not
+            given. JPEGs of at
             least three times the canvas are then decoded at a lower resolution, see [`ImageGroups`].
         teacher ([`ClipTeacher`], *optional*):
             Teaches its image-text consistency, with the weights and temperatures in `args`. The relation and feature
@@ -117,9 +124,10 @@ class EpmVGTrainer(StudentTrainer):
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "caption_dataset": caption_dataset}
         check_trainer(model, args, processing_class, data, kwargs)
         self.caption_dataset = caption_dataset
-        self._given_teacher, self._augmentation = teacher, augmentation or GroundingAugmentation()
+        self._given_teacher, self._given_augmentation = teacher, augmentation
         self._metric = GroundingAccuracy(keep_in_memory=True)
         self._evaluated: list[dict[str, Any]] = []
+        self.scores: np.ndarray | None = None
         kwargs.setdefault("compute_metrics", self._compute_accuracy)
         super().__init__(
             model=model,
@@ -136,6 +144,7 @@ class EpmVGTrainer(StudentTrainer):
 
     def _prepare_run(self) -> None:
         args, processor, weights = self.args, self.processing_class, self.args.distillation_weights
+        self._augmentation = self._given_augmentation or GroundingAugmentation(**(args.augmentation_kwargs or {}))
         check_student(self.model)
         student = unwrap_peft_model(self.model)
         if self.caption_dataset is not None:
@@ -146,6 +155,7 @@ class EpmVGTrainer(StudentTrainer):
         self.teaching: Teaching | None = None
         if self.teacher is not None:
             self.teaching = Teaching(self.teacher, weights, processor.image_processor, self.accelerator)
+        self._score_weight = student.config.score_loss_coefficient
         self._count_anew()
         self._prepare_student(student, with_embeddings=self.teaching is not None and weights.compares_embeddings)
         has_workers = args.dataloader_num_workers > 0
@@ -275,14 +285,20 @@ class EpmVGTrainer(StudentTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The batches of one optimiser step, and the numbers of boxes and expressions in them over all processes."""
+        """
+        The batches of one optimiser step, and the numbers of boxes, of expressions that the scores learn from, and of
+        all expressions in them over all processes.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the end of a stream, which the other processes may not have reached
-            return [], torch.zeros(2, dtype=torch.long, device=device)
+            return [], torch.zeros(3, dtype=torch.long, device=device)
         # The counts stay on the device, here and in the loss, because reading them would make a GPU wait.
-        boxes = has_box(torch.cat([batch["labels"] for batch in batches])).sum()
-        expressions = torch.full_like(boxes, sum(len(batch["labels"]) for batch in batches))
-        counts = self.accelerator.reduce(torch.stack([boxes, expressions]), reduction="sum")
+        labels = torch.cat([batch["labels"] for batch in batches])
+        boxes = has_box(labels).sum()
+        expressions = torch.full_like(boxes, len(labels))
+        counts = self.accelerator.reduce(
+            torch.stack([boxes, boxes + is_absent(labels).sum(), expressions]), reduction="sum"
+        )
         self._boxes_seen += counts[0]
         return batches, counts
 
@@ -298,15 +314,23 @@ class EpmVGTrainer(StudentTrainer):
             return (None, outputs) if return_outputs else None
         loss = outputs["loss"]
         if num_items_in_batch is not None:
-            total_boxes, total_expressions = num_items_in_batch.unbind()
+            total_boxes, total_scored, total_expressions = num_items_in_batch.unbind()
             boxes = has_box(inputs["labels"]).sum()
+            terms = {name: (term, boxes) for name, term in outputs["loss_dict"].items()}
+            score = outputs["loss_dict"].get("loss_score")
+            processes = self.accelerator.num_processes
+            weighted_score = 0 if score is None else self._score_weight * score
             # Summed over accumulated batches and averaged over processes (DDP), this is the mean over all boxes.
-            loss = loss * (boxes * self.accelerator.num_processes / total_boxes.clamp(min=1))
-            self._loss_terms.add({name: (term, boxes) for name, term in outputs["loss_dict"].items()})
+            loss = (loss - weighted_score) * (boxes * processes / total_boxes.clamp(min=1))
+            if score is not None:
+                scored = boxes + is_absent(inputs["labels"]).sum()
+                loss = loss + weighted_score * (scored * processes / total_scored.clamp(min=1))
+                terms["loss_score"] = (score, scored)
+            self._loss_terms.add(terms)
             if self.teaching is not None:
-                distilled, terms = self.teaching.loss(outputs, inputs, total_boxes, total_expressions)
+                distilled, taught = self.teaching.loss(outputs, inputs, total_boxes, total_expressions)
                 loss = loss + distilled
-                self._loss_terms.add(terms)
+                self._loss_terms.add(taught)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -355,9 +379,12 @@ class EpmVGTrainer(StudentTrainer):
             "row_index": inputs["row_index"].tolist(),
             "predictions": torch.stack([result["box"] for result in boxes]).float().cpu().numpy(),
         }
+        if "scores" in outputs:
+            rows["scores"] = outputs["scores"].float().cpu().numpy()
         if loss is not None:
             rows["references"] = inputs["boxes"].float().cpu().numpy()
             rows["has_box"] = has_box(inputs["labels"]).cpu().numpy()
+            rows["is_absent"] = is_absent(inputs["labels"]).cpu().numpy()
             rows["losses"] = {"loss": loss.item(), **{k: v.item() for k, v in outputs["loss_dict"].items()}}
         self._evaluated.append(rows)
         return None, None, None
@@ -386,6 +413,9 @@ class EpmVGTrainer(StudentTrainer):
             if not isinstance(computed, dict):
                 raise ValueError(f"compute_metrics must return a dict of numbers, got a {type(computed).__name__}")
             metrics.update(denumpify_detensorize(computed))
+            if rows.scores is not None:
+                metrics.update(_rate_scores(rows.scores, rows))
+        self.scores = None if loss_only else rows.scores
         prefix = f"{metric_key_prefix}_"
         prefixed = {prefix + name.removeprefix(prefix): value for name, value in metrics.items()}
         return EvalLoopOutput(
@@ -397,6 +427,45 @@ class EpmVGTrainer(StudentTrainer):
 
     def _compute_accuracy(self, evaluated: EvalPrediction) -> dict[str, float]:
         return self._metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
+
+    def calibrate_scores(self, dataset: Dataset | None = None) -> dict[str, float]:
+        """
+        Makes the scores of the model, which has a `config.score_head`, the probability that a box is right, see
+        [`~score_calibration.calibrate_scores`]. It is done once, after training.
+
+        Args:
+            dataset (`datasets.Dataset`, *optional*, defaults to `eval_dataset`): rows with boxes that were not trained
+                on. Rows that are absent are left out.
+
+        Returns:
+            `dict[str, float]`: `scale` and `shift`, which the logits of the scores got, and `calibration_error` before
+            them.
+
+        Raises:
+            ValueError: there is no dataset or no score head, or the scores cannot be calibrated on these rows.
+
+        Example:
+
+        ```python
+        >>> try:
+        ...     trainer.calibrate_scores(dataset)
+        ... except ValueError as error:
+        ...     print(error)
+        the model has no score head (config.score_head), so there are no scores to calibrate
+        ```
+        """
+        dataset = self.eval_dataset if dataset is None else dataset
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"scores are calibrated on a dataset, got {type(dataset).__name__}")
+        model = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
+        if not model.config.score_head:
+            raise ValueError("the model has no score head (config.score_head), so there are no scores to calibrate")
+        output = self.predict(dataset)
+        assert self.scores is not None
+        boxes, with_box = find_boxes(dataset["box"][:], "the dataset")
+        is_right = paired_iou(output.predictions[with_box], boxes[with_box]) >= 0.5
+        scale, shift = calibrate_scores(model, self.scores[with_box], is_right)
+        return {"scale": scale, "shift": shift, "calibration_error": output.metrics["test_calibration_error"]}
 
     # Model card ------------------------------------------------------------------------------------------------
 
@@ -412,3 +481,13 @@ class EpmVGTrainer(StudentTrainer):
             return None
         name = name or self.teaching.teacher.name
         return self.teaching.describe(strip_private_paths(name) if name else "a CLIP")
+
+
+def _rate_scores(scores: np.ndarray, rows: EvaluatedRows) -> dict[str, float]:
+    """How much the scores of evaluated rows are worth, as metrics."""
+    assert rows.references is not None
+    is_right = paired_iou(rows.predictions[rows.has_box], rows.references[rows.has_box]) >= 0.5
+    metrics = {"calibration_error": measure_calibration(scores[rows.has_box], is_right).error}
+    if rows.is_absent.any():
+        metrics["presence_auroc"] = presence_auroc(scores[rows.has_box], scores[rows.is_absent])
+    return metrics

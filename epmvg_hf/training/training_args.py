@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -40,7 +41,10 @@ class EpmVGTrainingArguments(TrainingArguments):
 
     Args:
         vision_learning_rate (`float`, *optional*):
-            Learning rate of the vision backbone and the encoder behind it, `learning_rate` by default.
+            Learning rate of the vision backbone, `learning_rate` by default.
+        encoder_learning_rate (`float`, *optional*):
+            Learning rate of the visual encoder and of the projection before it, `vision_learning_rate` by default,
+            which suits an encoder that is pretrained like DETR's. A new one needs a higher rate.
         text_learning_rate (`float`, *optional*):
             Learning rate of the text tower, `learning_rate` by default.
         lr_drop_epochs (`list[float]`, *optional*):
@@ -60,6 +64,9 @@ class EpmVGTrainingArguments(TrainingArguments):
             Whenever an image is seen, train on at most this many of its expressions, chosen at random.
         augment (`bool`, *optional*, defaults to `True`):
             Whether to augment training images, see [`GroundingAugmentation`].
+        augmentation_kwargs (`dict` or `str`, *optional*):
+            Settings of that augmentation, such as `{"flip": 0.5, "crop": 0}`; the trainer's argument `augmentation`
+            comes before them.
         caption_ratio (`float`, *optional*, defaults to 1.0):
             Number of images of the trainer's `caption_dataset` for each image of its `train_dataset` in an epoch.
         relation_loss_coefficient (`float`, *optional*, defaults to 0.0):
@@ -117,9 +124,16 @@ class EpmVGTrainingArguments(TrainingArguments):
     ```
     """
 
+    # transformers reads these from the command line as JSON.
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "augmentation_kwargs"]
+
     vision_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the vision backbone and its encoder. Defaults to learning_rate."},
+        metadata={"help": "Learning rate of the vision backbone. Defaults to learning_rate."},
+    )
+    encoder_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the visual encoder. Defaults to vision_learning_rate."},
     )
     text_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the text tower. Defaults to learning_rate."}
@@ -144,6 +158,9 @@ class EpmVGTrainingArguments(TrainingArguments):
         metadata={"help": "Train on at most this many expressions of an image at a time, chosen at random."},
     )
     augment: bool = field(default=True, metadata={"help": "Augment the training images."})
+    augmentation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Settings of the augmentation as JSON, such as '{\"crop\": 0}'."}
+    )
     caption_ratio: float = field(
         default=1.0, metadata={"help": "Use this many caption images for each image with boxes in an epoch."}
     )
@@ -276,6 +293,7 @@ class EpmVGTrainingArguments(TrainingArguments):
             raise ValueError(f"max_expressions_per_image must be at least 1, got {self.max_expressions_per_image}")
         not_negative = (
             "vision_learning_rate",
+            "encoder_learning_rate",
             "text_learning_rate",
             "freeze_backbone_epochs",
             "relation_loss_coefficient",

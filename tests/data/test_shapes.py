@@ -41,6 +41,9 @@ RELATIONS = {
     **{"above": "top", "below": "bottom"},
 }
 RANKS = {"second": 1, "third": 2}
+EXTREME = rf"({'|'.join(EXTREMES)}) ({NOUN})"
+ORDINAL = rf"(second|third) ({NOUN}) from the (left|right|top|bottom)"
+RELATION = rf"({NOUN}) ({'|'.join(RELATIONS)}|closest to) the ({NOUN})"
 
 
 def center(item):
@@ -74,11 +77,11 @@ def read(expression, objects):
         needed = len(matching(text.split(" ", 1)[1], objects)) > 1
         return "size", candidates if needed else []
 
-    if match := re.fullmatch(rf"({'|'.join(EXTREMES)}) ({NOUN})", text):
+    if match := re.fullmatch(EXTREME, text):
         kind, rank, side, noun = "extreme", 0, EXTREMES[match[1]], match[2]
-    elif match := re.fullmatch(rf"(second|third) ({NOUN}) from the (left|right|top|bottom)", text):
+    elif match := re.fullmatch(ORDINAL, text):
         kind, rank, side, noun = "ordinal", RANKS[match[1]], match[3], match[2]
-    elif match := re.fullmatch(rf"({NOUN}) ({'|'.join(RELATIONS)}|closest to) the ({NOUN})", text):
+    elif match := re.fullmatch(RELATION, text):
         return "relation", related(*match.groups(), objects)
     else:
         raise AssertionError(f"not in the grammar: {expression!r}")
@@ -104,6 +107,30 @@ def related(subject, relation, reference, objects):
     axis, sign = SIDES[RELATIONS[relation]]
     # Objects on the border of the relation may be meant as well.
     return [i for i in candidates if sign * (center(objects[i])[axis] - anchor[axis]) < MARGIN]
+
+
+def read_absent(expression, objects):
+    """
+    Finds the kind of an expression and the objects that it might be true of, with every benefit of the doubt: needless
+    or unclear words do not count against an object, nor does a reference that could be one of several.
+    """
+    text = expression.removeprefix("the ")
+    if re.fullmatch(NOUN, text):
+        return "size" if text.startswith(("small ", "large ")) else "attribute", matching(text, objects)
+    if match := re.fullmatch(EXTREME, text):
+        return "extreme", matching(match[2], objects)
+    if match := re.fullmatch(ORDINAL, text):
+        candidates = matching(match[2], objects)
+        return "ordinal", candidates if len(candidates) > RANKS[match[1]] else []
+    match = re.fullmatch(RELATION, text)
+    assert match, f"not in the grammar: {expression!r}"
+    subject, relation, reference = match.groups()
+    pairs = [(i, j) for i in matching(subject, objects) for j in matching(reference, objects) if i != j]
+    if relation == "closest to":
+        return "relation", [i for i, _ in pairs]
+    axis, sign = SIDES[RELATIONS[relation]]
+    offsets = [(i, sign * (center(objects[i])[axis] - center(objects[j])[axis])) for i, j in pairs]
+    return "relation", [i for i, offset in offsets if offset < MARGIN]
 
 
 def complaints(row):
@@ -170,6 +197,31 @@ def test_checker_accepts_what_is_true(expression, kind, target):
 )
 def test_checker_rejects_what_is_unclear(expression, kind, target):
     assert complaints(example(expression, kind, target))
+
+
+@pytest.mark.parametrize(
+    ("expression", "kind", "possible"),
+    [
+        ("the purple circle", "attribute", []),
+        ("the red one", "attribute", [0, 1]),
+        ("the large star", "size", []),
+        ("the small star", "size", [3]),  # "small" is not needed, but true
+        ("the leftmost green circle", "extreme", []),
+        ("the leftmost star", "extreme", [3]),
+        ("the third red circle from the left", "ordinal", []),
+        ("the second red circle from the top", "ordinal", [0, 1]),
+        ("the star above the blue circle", "relation", []),
+        ("the star left of the blue circle", "relation", [3]),  # two pixels to the right of it
+        ("the red circle right of the blue circle", "relation", []),
+        ("the circle left of the red circle", "relation", [0]),  # of one of the red circles
+        ("the star closest to the cross", "relation", []),
+        ("the star closest to the large circle", "relation", [3]),
+    ],
+)
+def test_checker_of_absent_expressions(expression, kind, possible):
+    objects = example(expression, kind, 0)["objects"]
+    found, candidates = read_absent(expression, objects)
+    assert found == kind and sorted(set(candidates)) == possible
 
 
 @pytest.mark.parametrize("expression", ["the red", "circle red", "the leftmost", "first star from the left"])
@@ -312,6 +364,88 @@ def test_rows_hold_the_rendered_picture_and_the_documented_types(splits):
         assert dataset.split == split
 
 
+ABSENT = 3
+
+
+@pytest.fixture(scope="module")
+def splits_with_absent(cache_dir):
+    return {
+        split: load_shapes(split, num_images=count, cache_dir=cache_dir, absent_per_image=ABSENT)
+        for split, count in NUM_IMAGES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def absent_rows(splits_with_absent):
+    """The rows of each split that describe nothing, without their pictures."""
+    without_images = {split: dataset.remove_columns("image") for split, dataset in splits_with_absent.items()}
+    return {split: [row for row in dataset if row["absent"]] for split, dataset in without_images.items()}
+
+
+@pytest.mark.parametrize("split", NUM_IMAGES)
+def test_absent_expressions_come_after_the_unchanged_rows_of_each_image(split, splits, splits_with_absent):
+    dataset = splits_with_absent[split]
+    present = dataset.filter(lambda absent: not absent, input_columns="absent").remove_columns("absent")
+    assert present.features == splits[split].features
+    assert encoded(present) == encoded(splits[split])
+    for _, group in itertools.groupby(dataset.remove_columns("image"), lambda row: row["image_id"]):
+        group = list(group)
+        assert [row["absent"] for row in group] == [False] * (len(group) - ABSENT) + [True] * ABSENT
+        assert all((row["box"] is None) == row["absent"] for row in group)
+        assert all(row["objects"] == group[0]["objects"] for row in group)
+        assert len({row["expression"].removeprefix("the ") for row in group}) == len(group)
+
+
+@pytest.mark.parametrize("split", NUM_IMAGES)
+def test_no_absent_expression_might_be_true_of_any_object(split, absent_rows):
+    assert len(absent_rows[split]) == ABSENT * NUM_IMAGES[split]
+    for row in absent_rows[split]:
+        assert read_absent(row["expression"], row["objects"]) == (row["kind"], []), row
+
+
+@pytest.mark.parametrize("split", NUM_IMAGES)
+def test_absent_expressions_are_of_all_kinds_and_about_half_are_near_misses(split, absent_rows):
+    counts = Counter(row["kind"] for row in absent_rows[split])
+    assert set(counts) == set(shapes.KINDS) and min(counts.values()) >= 0.12 * len(absent_rows[split])
+    near = []
+    for row in absent_rows[split]:
+        noun = re.search(NOUN, row["expression"])[0].split()
+        words = set(noun) & {*COLORS, *SHAPES}
+        seen = {word for item in row["objects"] for word in (item["color"], item["shape"])}
+        near.append(not words or bool(words & seen))
+    assert 0.35 <= np.mean(near) <= 0.65
+
+
+@pytest.mark.parametrize("split", NUM_IMAGES)
+def test_absent_expressions_keep_to_the_pairs_of_their_split(split, absent_rows):
+    for row in absent_rows[split]:
+        first_noun, *others = re.findall(NOUN, row["expression"].removeprefix("the "))
+        pairs = [tuple(noun.split()[-2:]) for noun in (first_noun, *others)]
+        if split == "test_composition":
+            assert pairs[0] in HELD_OUT
+        else:
+            assert not HELD_OUT & set(pairs)
+
+
+def test_absent_expressions_are_the_same_each_time(splits_with_absent, tmp_path):
+    again = load_shapes("train", num_images=60, num_proc=2, cache_dir=str(tmp_path), absent_per_image=ABSENT)
+    streamed = load_shapes("train", num_images=60, streaming=True, absent_per_image=ABSENT, cache_dir=str(tmp_path))
+    expected = encoded(splits_with_absent["train"])[: len(again)]
+    assert encoded(again) == expected
+    assert list(streamed.cast_column("image", datasets.Image(decode=False))) == expected
+    texts = [item.text for item in make_scene(0, "train", 0, num_absent=1).expressions]
+    assert texts == [item.text for item in make_scene(0, "train", 0, num_absent=3).expressions][:-2]
+    assert texts[-1] != make_scene(1, "train", 0, num_absent=1).expressions[-1].text
+
+
+def test_every_scene_has_enough_absent_expressions():
+    for split in NUM_IMAGES:
+        for index in range(60):
+            scene = make_scene(7, split, index, num_absent=8)
+            absent = [item for item in scene.expressions if item.target is None]
+            assert len(absent) == len({item.text.removeprefix("the ") for item in absent}) == 8
+
+
 def test_same_rows_with_any_number_of_processes_and_images(splits, tmp_path):
     expected = encoded(splits["train"])
     shorter = encoded(load_shapes("train", num_images=120, num_proc=2, cache_dir=str(tmp_path)))
@@ -344,8 +478,10 @@ def test_the_cache_is_keyed_by_what_is_drawn(tmp_path):
         return Shapes(dataset_name="shapes", cache_dir=str(tmp_path), **kwargs).cache_dir
 
     assert folder(split="test") == folder(split="test", seed=0, num_images=1_000)
+    assert folder(split="test") == folder(split="test", absent_per_image=None)
     folders = {folder(split="test"), folder(split="train"), folder(split="test", seed=1), folder(num_images=7)}
-    assert len(folders) == 4
+    folders |= {folder(split="test", absent_per_image=1), folder(split="test", absent_per_image=2)}
+    assert len(folders) == 6
     assert all(shapes.GENERATOR_VERSION in path for path in folders)
 
 
@@ -363,6 +499,8 @@ def test_default_number_of_images(split, count, tmp_path):
         ({"split": "test", "num_images": 0}, "`num_images` must be a positive integer, got 0."),
         ({"split": "test", "num_images": 2.5}, "`num_images` must be a positive integer, got 2.5."),
         ({"split": "test", "seed": -1}, "`seed` must be a non-negative integer, got -1."),
+        ({"split": "test", "absent_per_image": 0}, "`absent_per_image` must be an integer from 1 to 8, got 0."),
+        ({"split": "test", "absent_per_image": 9}, "`absent_per_image` must be an integer from 1 to 8, got 9."),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

@@ -2,11 +2,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import run_grounding as example
 from command_line import parse_arguments
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -48,6 +51,8 @@ def test_main_job_and_prediction(tmp_path):
         "blind: whole image",
         "blind: best constant box",
         "blind: best box per expression",
+        "of the kind relation",
+        ", the worst\n",
     ):
         assert name in result.stdout
 
@@ -59,6 +64,7 @@ def test_main_job_and_prediction(tmp_path):
 
     results = json.loads((output / "all_results.json").read_text())
     assert {"train_loss", "eval_acc@0.5", "test_acc@0.5", "test_blind_best_box_per_expression"} <= set(results)
+    assert {f"test_acc@0.5_{kind}" for kind in ("attribute", "size", "extreme", "ordinal", "relation")} <= set(results)
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     rows = load_grounding_dataset("shapes", split="test", num_images=10)
     assert [(line["expression"], line["true_box"]) for line in lines] == [
@@ -104,6 +110,46 @@ def test_the_first_images_keep_their_boxes_and_the_others_lose_them():
     assert example.split_labelled(dataset, None) == (dataset, None)
     with pytest.raises(ValueError, match="expected 1 to 4 of the 5 images"):
         example.split_labelled(dataset, 5)
+
+
+def test_expressions_that_describe_nothing_are_no_captions():
+    dataset = load_grounding_dataset("shapes", split="train", num_images=5, absent_per_image=2)
+    labelled, captioned = example.split_labelled(dataset, 2)
+    assert sum(labelled["absent"]) == 2 * 2
+    assert not any(captioned["absent"]) and len(captioned) == len(dataset) - len(labelled) - 3 * 2
+
+
+def test_accuracy_by_kind_starts_with_the_worst_and_leaves_out_rows_without_a_box():
+    box, other = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]
+    rows = [("size", box, box), ("relation", box, other), ("relation", box, box), ("size", None, other)]
+    kinds, true_boxes, predictions = map(list, zip(*rows, strict=True))
+    dataset = Dataset.from_dict({"kind": kinds, "box": true_boxes})
+    expected = [(0.5, 2, "relation"), (1.0, 1, "size")]
+    assert example.accuracy_by_kind(dataset, np.array(predictions)) == expected
+    assert example.accuracy_by_kind(dataset.remove_columns("kind"), np.array(predictions)) == []
+
+
+def test_scenes_get_their_own_absent_expressions_in_all_splits(tmp_path, capsys):
+    settings = json.loads((EXAMPLES / "configs" / "tiny.json").read_text())
+    (tmp_path / "scored.json").write_text(json.dumps({**settings, "score_head": True}))
+    output = tmp_path / "out"
+    example.main([
+        "--config_name", str(tmp_path / "scored.json"), "--teacher_name", "none", "--output_dir", str(output),
+        "--absent_per_image", "2", "--num_train_images", "4", "--max_eval_rows", "20", "--max_steps", "1",
+        "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--bf16", "false",
+        "--use_cpu", "true",
+    ])  # fmt: skip
+    rows = load_grounding_dataset("shapes", split="test", num_images=3, absent_per_image=2).select(range(20))
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["expression"], line["true_box"]) for line in lines] == [
+        (row["expression"], row["box"]) for row in rows
+    ]
+    assert None in rows["box"][:]
+    results = json.loads((output / "all_results.json").read_text())
+    assert {"eval_presence_auroc", "test_presence_auroc"} <= set(results)
+    with_box = Counter(row["kind"] for row in rows if row["box"] is not None)
+    printed = capsys.readouterr().out
+    assert all(f"of {count} expressions of the kind {kind}" in printed for kind, count in with_box.items())
 
 
 def test_towers_and_sizes_are_for_new_models_only(tmp_path):

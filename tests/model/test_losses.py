@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
-from epmvg_hf.model.losses import box_loss, box_map_target, has_box, map_loss
+from epmvg_hf.model.losses import box_loss, box_map_target, has_box, map_loss, score_loss
 
 # The references are loops over single numbers, which are Python floats for losses and float64 scalars for gradients.
-from tests.fixtures.loops import check_against_loop, kl
+from tests.fixtures.loops import check_against_loop, exp, kl, log
 
 
 def _random_boxes(count: int, seed: int) -> torch.Tensor:
@@ -173,3 +173,40 @@ def test_map_loss_is_zero_at_its_target():
     mask = torch.ones(3, 4, 4, dtype=torch.bool)
     target = box_map_target(_random_boxes(3, 3), mask)
     assert map_loss(target.clamp(min=1e-30).log(), target, mask.flatten(1)).abs() < 1e-6
+
+
+def test_score_loss_equals_a_float64_loop():
+    """Rows of NaN take no part, the target of a row of zeros is 0, that of the others their IoU."""
+    predicted, labels = _random_boxes(12, 0), _random_boxes(12, 1)
+    labels[[2, 5]], labels[[3, 7, 8]] = torch.nan, 0
+
+    def iou(one: list[float], other: list[float]) -> float:
+        sides = []
+        for axis in (0, 1):
+            low = max(one[axis] - one[axis + 2] / 2, other[axis] - other[axis + 2] / 2)
+            high = min(one[axis] + one[axis + 2] / 2, other[axis] + other[axis + 2] / 2)
+            sides.append(max(high - low, 0))
+        shared = sides[0] * sides[1]
+        return shared / (one[2] * one[3] + other[2] * other[3] - shared + 1e-7)
+
+    boxes, targets = predicted.double().tolist(), labels.double().tolist()
+    rows = [row for row in range(12) if row not in (2, 5)]
+    quality = [0 if row in (3, 7, 8) else iou(boxes[row], targets[row]) for row in range(12)]
+
+    def loop(logits):
+        losses = []
+        for row in rows:
+            score = 1 / (1 + exp(-logits[row][0]))
+            losses.append(-quality[row] * log(score) - (1 - quality[row]) * log(1 - score))
+        return sum(losses) / len(losses)
+
+    logits = torch.randn(12, 1, generator=torch.Generator().manual_seed(0))
+    check_against_loop(lambda x: score_loss(x[:, 0], predicted, labels), loop, logits)
+
+
+def test_score_loss_gives_boxes_no_gradient_and_is_zero_without_rows():
+    predicted, logits = _random_boxes(3, 0).requires_grad_(), torch.zeros(3, requires_grad=True)
+    score_loss(logits, predicted, _random_boxes(3, 1)).backward()
+    assert predicted.grad is None
+    nothing = score_loss(logits, predicted, torch.full((3, 4), torch.nan))
+    assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].tolist() == [0, 0, 0]

@@ -345,9 +345,9 @@ def test_autocast_does_not_round_the_soft_argmax():
     model, inputs = tiny_model(box_head="map"), _inputs()
     outputs = model.model(**inputs)
     visual_mask = outputs.visual_mask[inputs["image_index"]].bool()
-    boxes = model._boxes_from_map(outputs, visual_mask)
+    boxes, _ = model._boxes_from_map(outputs, visual_mask)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model._boxes_from_map(outputs, visual_mask)
+        mixed, _ = model._boxes_from_map(outputs, visual_mask)
     torch.testing.assert_close(mixed[:, :2], boxes[:, :2], atol=1e-5, rtol=0)  # no offset yet: the centre is all map
 
 
@@ -495,8 +495,81 @@ def test_bad_inputs_are_named(change, message):
 
 
 def test_wrong_stride_is_named():
-    with pytest.raises(ValueError, match=r"maps 64 pixels to 8 cells, but config\.backbone_stride is 16"):
+    with pytest.raises(ValueError, match=r"maps 64 x 64 pixels to 8 x 8 cells, but config\.backbone_stride is 16"):
         tiny_model(backbone_stride=16)(**_inputs())
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+@torch.no_grad()
+def test_maps_of_several_strides_share_the_grid_of_one(stride):
+    """Cells of 8 pixels are interpolated to those of 4, and cells of 4 pixels averaged to those of 8."""
+    backbone = tiny_config().backbone_config
+    backbone.out_features = ["stage1", "stage2"]
+    model = tiny_model(backbone_config=backbone, backbone_stride=stride)
+    pixels = torch.randn(2, 3, 64, 48)
+    fine, coarse = model.model.vision_model(pixels).feature_maps
+    assert fine.shape[2:] == (16, 12) and coarse.shape[2:] == (8, 6)
+    features, mask = model.model.encode_pixels(pixels)
+    assert mask.shape[1:] == features.shape[2:] == (64 // stride, 48 // stride)
+    if stride == 8:
+        expected = torch.cat([fine.unflatten(2, (8, 2)).unflatten(4, (6, 2)).mean((3, 5)), coarse], dim=1)
+    else:
+        # Between the centres of two cells, linear interpolation takes a quarter of the farther one.
+        rows = torch.stack([_shifted(coarse, 2, -1), _shifted(coarse, 2, 1)], dim=3).flatten(2, 3)
+        expected = torch.cat([fine, torch.stack([_shifted(rows, 3, -1), _shifted(rows, 3, 1)], 4).flatten(3)], dim=1)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+    assert model(pixels, torch.tensor([[2, 5, 3]] * 2)).pred_boxes.shape == (2, 4)
+
+
+def _shifted(cells: torch.Tensor, dim: int, step: int) -> torch.Tensor:
+    """Three quarters of each cell and a quarter of the next one, which at the border is the cell itself."""
+    last = cells.shape[dim] - 1
+    neighbours = cells.index_select(dim, (torch.arange(last + 1) + step).clamp(0, last))
+    return 0.75 * cells + 0.25 * neighbours
+
+
+@torch.no_grad()
+def test_projection_norm_makes_the_size_of_the_features_irrelevant():
+    model = tiny_model(projection_norm=True)
+    tokens = {"input_ids": torch.tensor([[2, 5, 3]]), "visual_mask": torch.ones(1, 8, 8)}
+    features = torch.randn(1, 16, 8, 8)
+    boxes = [model(backbone_features=scale * features, **tokens).pred_boxes for scale in (1, 50)]
+    torch.testing.assert_close(*boxes, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("box_head", ["reg", "map"])
+def test_scores_judge_boxes_without_changing_them(box_head):
+    model, inputs = tiny_model(box_head=box_head, score_head=True), _inputs()
+    outputs = model(**inputs)
+    assert outputs.scores.shape == (5,) and ((0 < outputs.scores) & (outputs.scores < 1)).all()
+    without = tiny_model(box_head=box_head)
+    without.load_state_dict(model.state_dict(), strict=False)
+    assert without(**inputs).scores is None
+    assert torch.equal(without(**inputs).pred_boxes, outputs.pred_boxes)
+    outputs.scores.sum().backward()
+    assert all(parameter.grad is None for parameter in model.box_head.parameters())
+    assert model.score_head[0].weight.grad.abs().sum() > 0
+
+
+def test_a_score_does_not_depend_on_the_padding_of_its_batch():
+    model, inputs = tiny_model(box_head="map", score_head=True), _inputs()
+    with torch.no_grad():
+        together = model(**inputs).scores
+        alone = torch.cat([model(**_row(inputs, expression)).scores for expression in range(5)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_absent_rows_teach_the_scores_alone():
+    model, inputs = tiny_model(box_head="map", score_head=True), _inputs()
+    labels = torch.tensor([[0.5, 0.5, 0.2, 0.3]] * 5)
+    labels[[1, 3]] = 0
+    terms = model(**inputs, labels=labels).loss_dict
+    missing = labels.clone()
+    missing[[1, 3]] = torch.nan
+    without = model(**inputs, labels=missing).loss_dict
+    for name in ("loss_bbox", "loss_giou", "loss_map"):
+        assert torch.equal(terms[name], without[name])
+    assert terms["loss_score"] != without["loss_score"]
 
 
 def test_rows_without_a_box_take_no_part_in_the_loss():

@@ -56,7 +56,8 @@ def check(results, expected, expressions, tolerance=1e-5):
     """`tolerance` is in parts of the picture; boxes are in pixels of at most 100."""
     assert [result["text"] for result in results] == expressions
     for result, box in zip(results, expected, strict=True):
-        assert list(result) == ["box", "text"] and list(result["box"]) == ["xmin", "ymin", "xmax", "ymax"]
+        assert list(result) == ["score", "box", "text"] and result["score"] is None
+        assert list(result["box"]) == ["xmin", "ymin", "xmax", "ymax"]
         assert all(type(value) is float for value in result["box"].values())
         assert list(result["box"].values()) == pytest.approx(box, abs=100 * tolerance)
 
@@ -350,8 +351,8 @@ def test_a_page_that_is_no_image(grounder, monkeypatch):
 
 
 def test_an_unknown_argument(grounder, images):
-    with pytest.raises(TypeError, match="threshold"):
-        grounder(images[0], RED, threshold=0.5)
+    with pytest.raises(TypeError, match="top_k"):
+        grounder(images[0], RED, top_k=5)
 
 
 def test_a_model_or_processor_that_grounds_nothing(processor):
@@ -395,5 +396,47 @@ def test_detection_without_scores_says_what_to_use(processor, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     detector = pipeline("zero-shot-object-detection", model=str(tmp_path))
-    with pytest.raises(NotImplementedError, match=r'needs a score .*Use pipeline\("visual-grounding"\)'):
+    with pytest.raises(ValueError, match=r'need a score .*use pipeline\("visual-grounding"\)'):
         detector(Image.new("RGB", (40, 30)), candidate_labels=["a dog", "a man"])
+
+
+@pytest.fixture
+def scoring(processor, tmp_path) -> str:
+    """The folder of a model with a score head."""
+    tiny_model(score_head=True).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_scores_and_threshold(scoring, images):
+    grounder, image = pipeline("visual-grounding", model=scoring), images[0]
+    results = grounder(image, ["a dog", "a man"])
+    inputs = grounder.processor(images=image, text=["a dog", "a man"])
+    with torch.no_grad():
+        expected = grounder.model(**inputs).scores
+    torch.testing.assert_close(torch.tensor([result["score"] for result in results]), expected)
+    high, low = max(expected.tolist()), min(expected.tolist())
+    between = (high + low) / 2
+    for result, found in zip(results, grounder(image, ["a dog", "a man"], threshold=between), strict=True):
+        assert found == (result if result["score"] >= between else {**result, "box": None})
+    always_strict = pipeline("visual-grounding", model=scoring, threshold=1.0)
+    assert [result["box"] for result in always_strict(image, ["a dog", "a man"])] == [None, None]
+
+
+def test_threshold_needs_scores(grounder, images):
+    with pytest.raises(ValueError, match="`threshold` needs scores, and this model has no score head"):
+        grounder(images[0], "a dog", threshold=0.5)
+
+
+def test_zero_shot_object_detection(scoring, images):
+    """The pipeline of transformers gives the boxes of this package's own pipeline, cut to whole pixels."""
+    labels, image = ["a dog", "a man", "a circle"], images[0]
+    detector, grounder = (pipeline(task, model=scoring) for task in ("zero-shot-object-detection", "visual-grounding"))
+    found = {result["label"]: result for result in detector(image, candidate_labels=labels, threshold=0.0)}
+    assert list(found) == sorted(found, key=lambda label: -found[label]["score"]) and set(found) == set(labels)
+    for result in grounder(image, labels):
+        assert found[result["text"]]["score"] == pytest.approx(result["score"], abs=1e-5)
+        for side, value in result["box"].items():
+            assert found[result["text"]]["box"][side] == pytest.approx(value, abs=1.001)
+    assert detector(image, candidate_labels=labels, threshold=1.0) == []
+    assert len(detector(image, candidate_labels=labels, threshold=0.0, top_k=1)) == 1

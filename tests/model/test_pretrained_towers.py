@@ -94,9 +94,11 @@ def test_detr_gives_backbone_and_encoder(towers, kind):
 
     alone = DetrModel.from_pretrained(towers(kind, "vision")).eval()
     torch.testing.assert_close(encoded[0], alone(pictures(side), mask).encoder_last_hidden_state, rtol=0, atol=1e-5)
-    # DETR's frozen norms multiply and add in another order than nn.BatchNorm2d. Nothing else differs.
+    # DETR's frozen norms multiply and add in another order than nn.BatchNorm2d, and its convolutions read pixels whose
+    # channels stand first. Nothing else differs.
     _swap_norms(alone)
-    assert torch.equal(encoded[0], alone(pictures(side), mask).encoder_last_hidden_state)
+    pixels = pictures(side).to(memory_format=torch.channels_last)
+    assert torch.equal(encoded[0], alone(pixels, mask).encoder_last_hidden_state)
 
 
 def _swap_norms(module: nn.Module) -> None:

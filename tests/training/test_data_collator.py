@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
 
 from epmvg_hf import EpmVGDataCollator, GroundingAugmentation, ImageGroups, load_grounding_dataset
 from epmvg_hf.data.captioned_groups import CaptionedGroups
@@ -53,6 +54,31 @@ def test_a_captioned_image_is_another_than_the_labelled_one_of_the_same_id(proce
     batch = EpmVGDataCollator(processor)([mixed[index] for index in (0, 1, 2, 3, 4)])
     assert batch["image_index"].tolist() == [0, 1, 2, 2, 2]
     assert batch["labels"].isnan().all(-1).tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_absent_expressions_have_labels_of_zeros(processor, streamed):
+    """Labels and boxes of the other rows are those of a dataset without the absent ones."""
+    dataset = coloured_rows(["a", "bb", "a", "bb"])
+    rows = dataset.add_column("absent", [False, True, True, False]).to_list()
+    for row in rows:
+        row["box"] = None if row["absent"] else row["box"]
+    marked = Dataset.from_list(rows, features=Features({**dataset.features, "absent": Value("bool")}))
+
+    def collate(dataset, **options):
+        examples = [{**row, "row_index": index} for index, row in enumerate(dataset)]
+        if not streamed:
+            examples = list(map(ImageGroups(dataset).__getitem__, range(2)))
+        return EpmVGDataCollator(processor, **options)(examples)
+
+    batch, plain = collate(marked), collate(dataset)
+    assert batch["row_index"].tolist() == [0, 2, 1, 3]
+    assert batch["labels"][[1, 2]].tolist() == batch["boxes"][[1, 2]].tolist() == [[0.0] * 4] * 2
+    assert torch.equal(batch["labels"][[0, 3]], plain["labels"][[0, 3]])
+    if not streamed:
+        augmented = collate(marked, augmentation=GroundingAugmentation(flip=1.0, crop=1.0, min_crop=0.5))
+        assert augmented["labels"][[1, 2]].tolist() == augmented["boxes"][[1, 2]].tolist() == [[0.0] * 4] * 2
+        assert (augmented["labels"][[0, 3], 2:] > 0).all()
 
 
 def test_at_most_so_many_expressions_of_an_image(processor):

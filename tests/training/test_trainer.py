@@ -21,6 +21,8 @@ from epmvg_hf import (
     ImageGroups,
     load_grounding_dataset,
 )
+from epmvg_hf.evaluation.accuracy import paired_iou
+from epmvg_hf.evaluation.score_quality import measure_calibration
 from tests.fixtures.models import ONE_STEP, tiny_model
 from tests.fixtures.paths import DISTRIBUTED, ROOT
 from tests.fixtures.tiny_teacher import TinyTeacher
@@ -75,6 +77,68 @@ def test_accumulated_batches_equal_one_batch(tmp_path, processor, dataset):
     for key in ("loss", "grad_norm", "loss_bbox", "loss_giou", "loss_map"):
         assert whole[key] == pytest.approx(parts[key], rel=1e-5), key
     assert whole["loss"] == pytest.approx(whole["loss_bbox"] + whole["loss_giou"] + whole["loss_map"], rel=1e-5)
+
+
+def test_accumulated_batches_with_absent_rows_equal_one_batch(tmp_path, processor):
+    """The small batches differ in how many of their rows have boxes and in how many of them are scored."""
+    shown = load_grounding_dataset("shapes", split="train", num_images=8)
+    gone = [row % 8 < row // 8 for row in range(len(shown))]  # none of the first image, seven of the last
+    rows = shown.map(lambda row, index: {"box": None if gone[index] else row["box"]}, with_indices=True)
+    rows = rows.add_column("absent", gone)
+
+    def first_log(**arguments):
+        config = {"score_head": True, "score_loss_coefficient": 3.0, "frozen_batch_norm": True}
+        trainer = _trainer(tmp_path, processor, rows, model=tiny_model(box_head="map", **config), **arguments)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    whole = first_log()
+    parts = first_log(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    terms = ("loss_bbox", "loss_giou", "loss_map", "loss_score")
+    for key in ("loss", "grad_norm", *terms):
+        assert whole[key] == pytest.approx(parts[key], rel=1e-5), key
+    assert whole["loss"] == pytest.approx(sum(whole[term] for term in terms[:3]) + 3 * whole["loss_score"], rel=1e-5)
+
+
+def test_scores_are_rated_and_calibrated(tmp_path, processor, dataset):
+    rows = dataset.add_column("absent", [row % 8 == 3 for row in range(len(dataset))])
+    rows = rows.map(lambda row: {"box": None if row["absent"] else row["box"]})
+    trainer = _trainer(tmp_path, processor, rows, model=tiny_model(box_head="map", score_head=True))
+    metrics = trainer.evaluate()
+    output = trainer.predict(rows)
+    # The rows of the dataset that have a box are the first three and last four of each image.
+    present = np.array([row % 8 != 3 for row in range(len(rows))])
+    assert trainer.scores.shape == (len(rows),) and (output.label_ids[~present] == 0).all()
+    boxes = np.array(rows["box"][:], dtype=object)[present].tolist()
+    iou = paired_iou(output.predictions[present], np.array(boxes))
+    assert metrics["eval_mean_iou"] == pytest.approx(iou.mean(), abs=1e-5)
+    pairs = trainer.scores[present][:, None] - trainer.scores[~present]
+    expected = (pairs > 0).mean() + (pairs == 0).mean() / 2
+    assert metrics["eval_presence_auroc"] == pytest.approx(expected)
+    error = measure_calibration(trainer.scores[present], iou >= 0.5).error
+    assert metrics["eval_calibration_error"] == pytest.approx(error)
+
+    # An untrained model is hardly ever right. Let half of the boxes be right, those of the higher scores more often.
+    ranks = np.argsort(np.argsort(trainer.scores))
+    right = np.random.default_rng(0).random(len(rows)) < ranks / len(rows)
+    rows = dataset.map(lambda row, index: {"box": _inside(output.predictions[index], right[index])}, with_indices=True)
+    scores = trainer.scores
+    calibration = trainer.calibrate_scores(rows)
+    trainer.predict(rows)
+    assert calibration["scale"] > 0 and np.array_equal(np.argsort(trainer.scores), np.argsort(scores))
+    assert trainer.scores.mean() == pytest.approx(right.mean(), abs=0.01)
+    assert trainer.evaluate(rows)["eval_calibration_error"] < calibration["calibration_error"]
+
+
+def _inside(box: np.ndarray, right: bool) -> list[float]:
+    """A box within another one that has an IoU of 0.9 or 0.2 with it."""
+    xmin, ymin, xmax, ymax = box.tolist()
+    return [xmin, ymin, xmax, ymin + (ymax - ymin) * (0.9 if right else 0.2)]
+
+
+def test_calibration_needs_scores(tmp_path, processor, dataset):
+    with pytest.raises(ValueError, match="the model has no score head"):
+        _trainer(tmp_path, processor, dataset).calibrate_scores()
 
 
 def test_evaluation_counts_every_row_once_in_dataset_order(tmp_path, processor, dataset):
@@ -204,6 +268,32 @@ def test_learning_rates_per_part(tmp_path, processor, dataset):
         "box_head.0.weight": (1e-3, 0.1),
     }
     assert {name: rate_and_decay[id(named[name])] for name in expected} == expected
+
+
+def test_a_new_encoder_has_a_rate_of_its_own(tmp_path, processor, dataset):
+    model = tiny_model(box_head="map", projection_norm=True)
+    rates = {"vision_learning_rate": 1e-5, "encoder_learning_rate": 2e-4}
+    trainer = _trainer(tmp_path, processor, dataset, model=model, **rates)
+    names = {name: group["lr"] for group in trainer.create_optimizer().param_groups for name in group["param_names"]}
+    assert names["model.vision_model.embedder.embedder.convolution.weight"] == 1e-5
+    for name in ("encoder.layers.0.fc1.bias", "input_projection.weight", "input_projection_norm.weight"):
+        assert names[f"model.{name}"] == 2e-4
+    assert names["model.text_projection_norm.weight"] == 1e-3
+
+
+def test_settings_of_the_augmentation(tmp_path, processor, dataset):
+    settings = {"flip": 1.0, "crop": 0, "color_jitter_probability": 0, "min_scale": 1.0}
+    trainer = _trainer(tmp_path, processor, dataset, augment=True, augmentation_kwargs=settings)
+    group = ImageGroups(dataset.filter(lambda row: row["kind"] == "attribute"))[0]
+    batch = trainer.train_collator([group])
+    scale = 64 / max(group.image.size)
+    mirrored = group.image.width - group.boxes[:, [2, 0]].mean(1)
+    expected = (mirrored - group.image.width / 2) * scale / 64
+    centres = batch["labels"][:, 0].numpy()
+    # Where the picture lies on the canvas is drawn, so only distances between boxes are known.
+    np.testing.assert_allclose(centres - centres[0], expected - expected[0], atol=1e-5)
+    with pytest.raises(TypeError, match="flipped"):
+        _trainer(tmp_path, processor, dataset, augmentation_kwargs={"flipped": 1})
 
 
 def test_backbones_freeze_for_the_first_epochs(tmp_path, processor, dataset):
