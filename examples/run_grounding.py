@@ -12,7 +12,6 @@ accelerate launch examples/run_grounding.py --model_name_or_path MODEL --lora_ra
 import json
 import logging
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +34,8 @@ from epmvg_hf import (
     load_grounding_dataset,
     register_for_hub,
 )
-from epmvg_hf.data.absent_expressions import add_absent_expressions
 from epmvg_hf.evaluation.accuracy import find_boxes, paired_iou
+from epmvg_hf.evaluation.accuracy_by_group import GroupAccuracy, accuracy_by_group
 from epmvg_hf.evaluation.blind_baselines import blind_accuracy
 from epmvg_hf.evaluation.visualization import draw_grid
 from epmvg_hf.utils import needs_extra
@@ -163,12 +162,15 @@ class DataArguments:
     absent_per_image: int | None = field(
         default=None,
         metadata={
-            "help": "Add this many expressions to each training image whose things are not in it, for models with a "
-            "score_head. Scenes of `shapes` get them in all splits."
+            "help": "Add this many expressions to each image whose things are not in it, for models with a score_head."
         },
     )
     max_eval_rows: int | None = field(
         default=None, metadata={"help": "Evaluate on this many rows at the start of a split."}
+    )
+    calibrate_scores: bool = field(
+        default=False,
+        metadata={"help": "After training, make the scores fit how often boxes are right on the evaluation split."},
     )
     picture_rows: int = field(default=24, metadata={"help": "How many expressions --do_predict draws."})
 
@@ -305,8 +307,6 @@ def main(command_line: list[str] | None = None) -> None:
     if model_arguments.attn_implementation is None:
         model_arguments.attn_implementation = attention
 
-    draws_scenes = data_arguments.dataset_name == "shapes"
-
     def load(split: str) -> Dataset:
         with training_arguments.main_process_first(desc=f"preparing {split}"):
             return load_grounding_dataset(
@@ -319,7 +319,7 @@ def main(command_line: list[str] | None = None) -> None:
                 missing_images=data_arguments.missing_images,
                 errors=data_arguments.errors,
                 num_images=data_arguments.num_train_images if split == data_arguments.train_split else None,
-                absent_per_image=data_arguments.absent_per_image if draws_scenes else None,
+                absent_per_image=data_arguments.absent_per_image,
             )
 
     def load_evaluation(split: str) -> Dataset:
@@ -331,10 +331,6 @@ def main(command_line: list[str] | None = None) -> None:
     train_dataset = load(data_arguments.train_split)
     expressions = train_dataset["expression"]
     train_dataset, caption_dataset = split_labelled(train_dataset, data_arguments.num_labelled_images)
-    if data_arguments.absent_per_image is not None and not draws_scenes:
-        train_dataset = add_absent_expressions(
-            train_dataset, data_arguments.absent_per_image, seed=training_arguments.seed
-        )
     teacher = None
     has_teacher = model_arguments.teacher_name not in (None, "none")
     if has_teacher and training_arguments.do_train and training_arguments.distils:
@@ -368,6 +364,9 @@ def main(command_line: list[str] | None = None) -> None:
 
     if training_arguments.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
+        if data_arguments.calibrate_scores:
+            for name, value in trainer.calibrate_scores().items():
+                logger.info("calibration of the scores: %s %.3f", name.replace("_", " "), value)
         trainer.save_model()  # the best checkpoint, with load_best_model_at_end
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
@@ -385,13 +384,14 @@ def main(command_line: list[str] | None = None) -> None:
         if trainer.is_world_process_zero():
             blind = blind_accuracy(train_dataset, test_dataset)
             by_kind = accuracy_by_kind(test_dataset, output.predictions)
-            metrics.update({f"test_acc@0.5_{kind}": share for share, _, kind in by_kind})
+            metrics.update({f"test_acc@0.5_{group.name}": group.accuracy for group in by_kind})
             metrics.update({f"test_blind_{name}": value for name, value in blind.items()})
             write_predictions(Path(training_arguments.output_dir), test_dataset, output, data_arguments.picture_rows)
             print(f"\nAcc@0.5 on {data_arguments.dataset_name} {data_arguments.test_split}")
             print(f"{output.metrics['test_acc@0.5']:8.3f}  this model")
-            for place, (share, count, kind) in enumerate(by_kind):
-                print(f"{share:8.3f}  of {count} expressions of the kind {kind}{', the worst' if place == 0 else ''}")
+            for place, group in enumerate(by_kind):
+                worst = ", the worst" if place == 0 else ""
+                print(f"{group.accuracy:8.3f}  of {group.count} expressions of the kind {group.name}{worst}")
             for name, value in blind.items():
                 print(f"{value:8.3f}  blind: {name.replace('_', ' ')}")
         trainer.log_metrics("test", metrics)
@@ -409,23 +409,13 @@ def main(command_line: list[str] | None = None) -> None:
         trainer.create_model_card(**card)
 
 
-def accuracy_by_kind(dataset: Dataset, predictions: np.ndarray) -> list[tuple[float, int, str]]:
-    """
-    Acc@0.5, number of expressions and name of each kind of expression, the worst first.
-
-    Args:
-        dataset (`datasets.Dataset`): rows with `box` and, unless there are no kinds to tell apart, `kind`. Rows
-            without a box do not count.
-        predictions (`np.ndarray` of shape `(N, 4)`): predicted boxes of all rows, xyxy pixels of their images.
-    """
+def accuracy_by_kind(dataset: Dataset, predictions: np.ndarray) -> list[GroupAccuracy]:
+    """The accuracy on each kind of expression, the worst first, if the dataset has kinds to tell apart."""
     if "kind" not in dataset.column_names:
         return []
     true_boxes, has_box = find_boxes(dataset["box"], "test data")
     is_right = paired_iou(predictions[has_box], true_boxes[has_box]) >= 0.5
-    right_by_kind: defaultdict[str, list[bool]] = defaultdict(list)
-    for kind, right in zip(np.array(dataset["kind"])[has_box].tolist(), is_right.tolist(), strict=True):
-        right_by_kind[kind].append(right)
-    return sorted((sum(answers) / len(answers), len(answers), kind) for kind, answers in right_by_kind.items())
+    return accuracy_by_group(is_right, np.array(dataset["kind"])[has_box].tolist())
 
 
 def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, picture_rows: int) -> None:

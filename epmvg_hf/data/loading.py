@@ -86,8 +86,10 @@ def load_grounding_dataset(
         columns (`dict[str, str]`, *optional*):
             The names that `image`, `expression` and `box` have in your file. Only for `"custom"`.
         absent_per_image (`int`, *optional*):
-            Adds this many expressions to each scene, 1 to 8, that describe nothing in it. Only for `"shapes"`; for
-            other data see [`~absent_expressions.add_absent_expressions`].
+            Number of expressions to add to each image that name nothing in it, from which the scores of a model learn.
+            For `"shapes"` (1 to 8) they describe no object of their scene. For other data they are expressions of the
+            other images, see [`~absent_expressions.add_absent_expressions`]; their rows come last, and there is no
+            streaming.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` with the columns
@@ -96,6 +98,8 @@ def load_grounding_dataset(
         - **expression** (`str`) -- the text that describes the object to find.
         - **box** (`list[float]`) -- `[xmin, ymin, xmax, ymax]` in pixels of the image in this row, 0-based and
           half-open: the whole image is `[0, 0, width, height]`. `None` for a row of `"custom"` data without box.
+        - **absent** (`bool`) -- only with `absent_per_image`: whether the expression names nothing in the image. Then
+          `box` is `None`.
 
         and further columns that depend on the benchmark. For the RefCOCO family and ReferItGame, as far as the source
         has them
@@ -110,8 +114,6 @@ def load_grounding_dataset(
         For `"shapes"`
         - **kind** (`str`) -- what singles the object out, such as `"attribute"` or `"relation"`.
         - **objects** (`list[dict]`) -- every object of the scene.
-        - **absent** (`bool`) -- only with `absent_per_image`: whether the expression describes nothing in the scene.
-          Such rows have the box `None`.
 
         For `"custom"`
         - **source_row** (`str`) -- the line of your file, or the id of the COCO annotation.
@@ -144,7 +146,7 @@ def load_grounding_dataset(
     exclude = frozenset(str(image_id) for image_id in exclude)
 
     # Arguments that only apply to some of the names, `None` where they are left at their default.
-    for_shapes = {"seed": seed or None, "num_images": num_images, "absent_per_image": absent_per_image}
+    for_shapes = {"seed": seed or None, "num_images": num_images}
     for_custom = {"box_format": box_format, "columns": columns}
     for_benchmarks = {"split_by": split_by, "source": source, "boxes": None if boxes == "union" else boxes}
 
@@ -156,13 +158,16 @@ def load_grounding_dataset(
             "exclude": exclude or None,
             "image_dir": image_dir,
         }
-        _refuse(name, "seed, num_images and absent_per_image", **for_files, **for_custom, **for_benchmarks)
+        _refuse(name, "seed and num_images", **for_files, **for_custom, **for_benchmarks)
         from .shapes import load_shapes
 
         return load_shapes(full_split_name(split), seed, num_images, streaming, num_proc, cache_dir, absent_per_image)
 
+    from .absent_expressions import add_absent_expressions
     from .builder import open_source
 
+    if streaming and absent_per_image is not None:
+        raise ValueError("absent_per_image needs streaming=False: absent expressions are those of other images.")
     reader: GroundingSource
     images = None if image_dir is None else _find_folder(image_dir, name, "image_dir")
     if name == "custom":
@@ -178,7 +183,8 @@ def load_grounding_dataset(
         folder = _find_folder(data_dir, name)
         request = SplitRequest.resolve(benchmark, folder, split, split_by or implied, images, boxes, cache_dir)
         reader = find_reader(request, source)
-    return open_source(reader, missing_images, errors, exclude, streaming, num_proc, cache_dir)
+    dataset = open_source(reader, missing_images, errors, exclude, streaming, num_proc, cache_dir)
+    return dataset if absent_per_image is None else add_absent_expressions(dataset, absent_per_image)
 
 
 def find_reader(request: SplitRequest, source: str | None = None) -> "GroundingSource":

@@ -372,10 +372,7 @@ def _load_detr(name: str, config: DetrConfig, out_features: list[str] | None) ->
 
 
 def _load_timm(name: str, config: PreTrainedConfig, out_features: list[str] | None) -> Tower:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f'the timm model {name} needs timm: pip install "epmvg_hf[train]"') from error
+    import timm  # takes a second, and most towers do not need it
 
     source = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"
     model = timm.create_model(source, pretrained=True, features_only=True)

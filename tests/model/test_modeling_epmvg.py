@@ -541,7 +541,7 @@ def test_projection_norm_makes_the_size_of_the_features_irrelevant():
 def test_scores_judge_boxes_without_changing_them(box_head):
     model, inputs = tiny_model(box_head=box_head, score_head=True), _inputs()
     outputs = model(**inputs)
-    assert outputs.scores.shape == (5,) and ((0 < outputs.scores) & (outputs.scores < 1)).all()
+    assert outputs.scores.shape == (5,) and ((outputs.scores > 0) & (outputs.scores < 1)).all()
     without = tiny_model(box_head=box_head)
     without.load_state_dict(model.state_dict(), strict=False)
     assert without(**inputs).scores is None
