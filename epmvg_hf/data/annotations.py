@@ -25,7 +25,8 @@ class AnnotatedImage:
             One dict per expression with `expression` (`str`), `box` (xyxy float pixels, 0-based and half-open, or
             `None` where there is none), `where` (file and row, for error messages), where errors should show the box
             as its user wrote it `written_box` (`str`), and the other columns of the format, among which `boxes` is a
-            list of boxes like `box`.
+            list of boxes like `box`, which is then the smallest around them, and `absent` says that the expression is
+            known to name nothing in the image.
     """
 
     name: str
@@ -58,21 +59,30 @@ def place_rows(
     scale = (limits[0] / size[0], limits[1] / size[1]) if annotated.size else (1.0, 1.0)
     rows, problems, beyond = [], [], False
     for row in annotated.rows:
-        box = row["box"]
-        problem = find_problem(row["expression"], box, size, annotated.name, row.get("written_box"))
-        # Other problems are of a row alone, and are found without the size, too.
-        if problem is not None and find_problem(row["expression"], box, None) is None:
-            problem += ", so no row of that image is used"
-            beyond = True
-        if problem is not None:
-            problems.append(f"{row['where']}: {problem}.")
-            continue
-        placed = {name: value for name, value in row.items() if name not in ("where", "written_box")}
-        placed["box"] = None if box is None else _place(box, scale, limits)
-        if row.get("boxes") is not None:
-            placed["boxes"] = [_place(each, scale, limits) for each in row["boxes"]]
-        rows.append(placed)
+        box, absent = row["box"], row.get("absent")
+        # The smallest box around several is right if each of them is.
+        for each in row.get("boxes") or [box]:
+            problem = find_problem(row["expression"], each, size, absent, annotated.name, row.get("written_box"))
+            if problem is not None:
+                # Other problems are of a row alone, and are found without the size, too.
+                if find_problem(row["expression"], each, None, absent) is None:
+                    problem += ", so no row of that image is used"
+                    beyond = True
+                problems.append(f"{row['where']}: {problem}.")
+                break
+        else:
+            placed = {name: value for name, value in row.items() if name not in ("where", "written_box")}
+            placed["box"] = None if box is None else _place(box, scale, limits)
+            if row.get("boxes") is not None:
+                placed["boxes"] = [_place(each, scale, limits) for each in row["boxes"]]
+            rows.append(placed)
     return ([] if beyond else rows), problems
+
+
+def box_around(boxes: list[list[float]]) -> list[float]:
+    """The smallest box around xyxy boxes."""
+    xmins, ymins, xmaxs, ymaxs = zip(*boxes, strict=True)
+    return [min(xmins), min(ymins), max(xmaxs), max(ymaxs)]
 
 
 def is_box(value: Any) -> bool:
@@ -98,6 +108,7 @@ def find_problem(
     expression: Any,
     box: Any,
     size: tuple[float, float] | None,
+    absent: bool | None = None,
     image_name: str = "its image",
     written_box: str | None = None,
 ) -> str | None:
@@ -108,6 +119,7 @@ def find_problem(
         expression (`Any`): must be text with words.
         box (`Any`): must be `None` or xyxy pixels that are not empty and lie within the image, up to `MAX_OVERHANG`.
         size (`tuple` or `None`): width and height of the image in pixels, if they are known.
+        absent (`bool`, *optional*): whether the expression names nothing in its image. Then `box` must be `None`.
         image_name (`str`, *optional*): what errors call the image.
         written_box (`str`, *optional*): what errors show as the box.
     """
@@ -118,6 +130,8 @@ def find_problem(
     if not is_box(box):
         return f"the box is {reprlib.repr(box)}, expected 4 finite numbers"
     shown = written_box or show_box(box)
+    if absent:
+        return f"absent is true, so the box must be None, but it is {shown}"
     if not (box[0] < box[2] and box[1] < box[3]):
         return f"the box {shown} is empty or inverted, expected xmin < xmax and ymin < ymax"
     if min(box[0], box[1]) < -MAX_OVERHANG or min(box[2], box[3]) <= 0:

@@ -123,7 +123,7 @@ class SplitRequest:
             raise ValueError(f"{benchmark.title}{way} has the splits {', '.join(splits)}, not {split!r}.")
         if boxes not in ("union", "any"):
             raise ValueError(f'boxes must be "union" or "any", not {boxes!r}.')
-        if boxes == "any" and benchmark.name != "flickr30k_entities":
+        if boxes == "any" and benchmark.name not in ("grefcoco", "flickr30k_entities"):
             raise ValueError(f'boxes must be "union" for {benchmark.title}, whose expressions have one box each.')
         folders = [image_dir] if image_dir else _image_folders(data_dir, benchmark.image_folders)
         return cls(benchmark, data_dir, full, split_by, ImageFolders(folders), boxes, cache_dir)
@@ -193,6 +193,8 @@ BENCHMARKS = {
                 ("google", "validation"): Counts(9_536, 5_000, 4_650),
             },
         ),
+        # He et al., 2023, arXiv 2308.16182.
+        Benchmark("grefcoco", "gRefCOCO", {"unc": UNC}, COCO_FOLDERS, {}),
         Benchmark(
             "referitgame",
             "ReferItGame",

@@ -10,7 +10,7 @@ from .builder import read_image
 from .loading import find_reader, readers_of
 from .readers.source import GroundingSource
 
-COCO_BENCHMARKS = ("refcoco", "refcoco+", "refcocog")
+COCO_BENCHMARKS = ("refcoco", "refcoco+", "refcocog", "grefcoco")
 
 
 @dataclass
@@ -129,8 +129,8 @@ def overlaps(reports: list[SplitReport]) -> Iterator[tuple[str, str, int]]:
 
 def held_out_images(benchmark: Benchmark, data_dir: Path, split_by: str | None = None) -> dict[str, set[str]]:
     """
-    The ids of the images in each split other than "train", as far as the folder has them. For RefCOCO, RefCOCO+ and
-    RefCOCOg they are ids of COCO train2014.
+    The ids of the images in each split other than "train", as far as the folder has them. For the benchmarks
+    in `COCO_BENCHMARKS` they are ids of COCO train2014.
 
     Args:
         benchmark ([`Benchmark`]): the benchmark, see [`~benchmarks.resolve_name`].

@@ -40,6 +40,13 @@ def check_id(value: Any, field: str) -> int | str:
     return value
 
 
+def check_absent(value: Any) -> bool | None:
+    """Whether an expression names nothing in its image, `None` if that is not said; a `ValueError` for all else."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"absent is {reprlib.repr(value)}, expected true or false")
+    return value
+
+
 def list_expressions(expressions: Any) -> list[Any]:
     """A list of one expression or several. [`place_rows`] checks that each of them has words."""
     if expressions == []:

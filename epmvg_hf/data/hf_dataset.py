@@ -10,6 +10,7 @@ from .annotations import AnnotatedImage, place_rows
 from .field_values import (
     BOX_COLUMNS,
     as_written,
+    check_absent,
     check_columns,
     check_id,
     list_expressions,
@@ -40,18 +41,22 @@ def as_grounding_dataset(
             - an image: of the feature `datasets.Image`, encoded bytes, or a path;
             - an expression (text), or a list of them, each of which becomes a row;
             - a box, four numbers in pixels, 0-based, of the image as displayed (after its EXIF orientation), or `None`
-              or four times NaN for expressions without box; beside a list of expressions also a list of as many boxes.
+              or four times NaN for expressions without box; beside a list of expressions also a list of as many boxes;
+            - optionally `absent` (`bool`): true says that the expression is known to name nothing in its image, whose
+              box is `None` then; beside a list of expressions also a list of as many.
         columns (`dict[str, str]`, *optional*):
-            What the dataset calls `image`, `image_id`, `expression` and `box`, where the names differ. A name with
-            dots looks into a column of objects: in a WebDataset, `{"image": "jpg", "expression": "json.expression",
-            "box": "json.box"}`. `{"box": None}` says that there are no boxes, as with captions.
+            What the dataset calls `image`, `image_id`, `expression`, `box` and `absent`, where the names differ. A
+            name with dots looks into a column of objects: in a WebDataset, `{"image": "jpg", "expression":
+            "json.expression", "box": "json.box"}`. `{"box": None}` says that there are no boxes, as with captions, and
+            `{"absent": None}` that a column of that name means something else.
         box_format (`str`, *optional*, defaults to `"xyxy"`):
             `"xyxy"` (half-open: the whole image is `[0, 0, width, height]`) or `"xywh"` (corner, width and height).
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` with the columns image (decoded when read), image_id (`str`),
-        expression (`str`) and box (xyxy float pixels or `None`). If the dataset has no column of image ids, image_id
-        is a digest of the image's bytes, or its path where the dataset holds paths.
+        expression (`str`), box (xyxy float pixels or `None`) and, if the dataset has it, absent (`bool`). If the
+        dataset has no column of image ids, image_id is a digest of the image's bytes, or its path where the dataset
+        holds paths.
 
     Raises:
         `ValueError`: An argument is not valid, or a row cannot be used; a stream says so when that row is read. The
@@ -100,15 +105,14 @@ def as_grounding_dataset(
 def _find_columns(
     present: list[str], features: datasets.Features | None, columns: dict[str, str | None] | None
 ) -> dict[str, str | None]:
-    """What the dataset calls each of our columns; `None` for image_id or box where it has none."""
+    """What the dataset calls each of our columns; `None` for image_id, box or absent where it has none."""
     names: dict[str, str | None] = {"image": "image", "image_id": None, "expression": "expression", "box": "box"}
-    if "image_id" in present:
-        names["image_id"] = "image_id"
+    names |= {name: name if name in present else None for name in ("image_id", "absent")}
     columns = columns or {}
     check_columns(columns, names)
     names |= columns
     for ours, theirs in names.items():
-        if theirs is None and ours in ("image_id", "box"):
+        if theirs is None and ours in ("image_id", "box", "absent"):
             continue
         if theirs not in present and (ours == "image" or not _has_field(present, features, theirs)):
             raise ValueError(
@@ -138,10 +142,11 @@ def _has_field(present: list[str], features: datasets.Features | None, name: str
     return True
 
 
-def _row_features() -> dict[str, Any]:
+def _row_features(names: dict[str, str | None]) -> dict[str, Any]:
     """The features of our columns but the image."""
     text = datasets.Value("string")
-    return {"image_id": text, "expression": text, "box": datasets.List(datasets.Value("float32"), length=4)}
+    features = {"image_id": text, "expression": text, "box": datasets.List(datasets.Value("float32"), length=4)}
+    return features if names["absent"] is None else {**features, "absent": datasets.Value("bool")}
 
 
 def _convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> datasets.Dataset:
@@ -161,7 +166,7 @@ def _convert_prepared(dataset: datasets.Dataset, settings: dict[str, Any]) -> da
             batch_size=SAMPLES_AT_ONCE,
             with_indices=True,
             remove_columns=dataset.column_names,
-            features=datasets.Features(_row_features() | {"row": datasets.Value("int64")}),
+            features=datasets.Features(_row_features(settings["names"]) | {"row": datasets.Value("int64")}),
             fn_kwargs=settings | {"keep": "row"},
         )
     if len(rows) != len(images):
@@ -184,7 +189,7 @@ def _convert_stream(
         remove_columns=present,
         fn_kwargs=settings | {"keep": "image"},
     )
-    return rows.cast(datasets.Features({"image": datasets.Image(), **_row_features()}))
+    return rows.cast(datasets.Features({"image": datasets.Image(), **_row_features(settings["names"])}))
 
 
 def _with_float_boxes(features: datasets.Features, name: str | None) -> datasets.Features:
@@ -213,7 +218,7 @@ def _make_rows(
     The rows of a batch of samples, for `map`. `keep` says what each row has of its image: "image" itself, or in the
     column "row" the index of its sample.
     """
-    rows: dict[str, list] = {keep: [], "image_id": [], "expression": [], "box": []}
+    rows: dict[str, list] = {name: [] for name in (keep, *_row_features(names))}
     measured: tuple[Any, tuple[int, int] | None] = (None, None)  # the rows of an image usually follow each other
     for position, index in enumerate(indices):
         where = f"row {index}"
@@ -230,8 +235,14 @@ def _make_rows(
         except ValueError as error:
             raise ValueError(f"{where}: {str(error).removesuffix('.')}.") from error
         listed = [
-            {"where": where, "expression": expression, "box": box, "written_box": as_written(box, box_format)}
-            for expression, box in sample
+            {
+                "where": where,
+                "expression": expression,
+                "box": box,
+                "written_box": as_written(box, box_format),
+                "absent": absent,
+            }
+            for expression, box, absent in sample
         ]
         placed, problems = place_rows(AnnotatedImage("its image", image_id, None, listed), measured[1])
         if problems:
@@ -239,8 +250,8 @@ def _make_rows(
         for row in placed:
             rows[keep].append(image if keep == "image" else index)
             rows["image_id"].append(image_id)
-            rows["expression"].append(row["expression"])
-            rows["box"].append(row["box"])
+            for name in rows.keys() - {keep, "image_id"}:
+                rows[name].append(row[name])
     if look_normalised(rows["box"]):
         raise ValueError(f"row {indices[0]} and those after it: every box lies within [0, 1], expected pixels.")
     return rows
@@ -248,8 +259,8 @@ def _make_rows(
 
 def _read_sample(
     batch: dict[str, list], position: int, names: dict[str, str | None], box_format: str
-) -> list[tuple[str, list[float] | None]]:
-    """The expressions of a sample, each with its box."""
+) -> list[tuple[str, list[float] | None, bool]]:
+    """The expressions of a sample, each with its box and whether it is absent."""
     assert names["expression"] is not None  # for mypy: only image_id and box may be
     value = _pick_nested(batch, names["expression"], position)
     expressions = list_expressions(value)
@@ -259,8 +270,16 @@ def _read_sample(
         if len(box) != len(expressions):
             raise ValueError(f"{len(box)} boxes, expected one, or one for each of the {len(expressions)} expressions")
         boxes = box
-    converted = [to_xyxy(box, box_format) for box in boxes]
-    return list(zip(expressions, converted, strict=True))
+    absent = None if names["absent"] is None else _pick_nested(batch, names["absent"], position)
+    flags = absent if isinstance(value, list) and isinstance(absent, list) else [absent] * len(expressions)
+    if len(flags) != len(expressions):
+        raise ValueError(
+            f"absent is {reprlib.repr(flags)}, expected one, or one for each of the {len(expressions)} expressions"
+        )
+    return [
+        (expression, to_xyxy(box, box_format), bool(check_absent(flag)))
+        for expression, box, flag in zip(expressions, boxes, flags, strict=True)
+    ]
 
 
 def _pick_nested(batch: dict[str, list], name: str, position: int) -> Any:

@@ -287,10 +287,11 @@ def make_group(row: Mapping[str, Any]) -> ImageGroup:
         size = None if image is None else _size_of(image)
     except Exception as error:  # Pillow raises many kinds for damaged files, which say neither row nor file
         raise ValueError(f"{where}: the image cannot be read ({error}).") from error
-    box = row.get("box")
-    if isinstance(box, np.ndarray | torch.Tensor):
-        box = box.tolist()
-    checked = check_row(where, row["expression"], box, row.get("absent"), size)
+    box, absent = (
+        value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
+        for value in (row.get("box"), row.get("absent"))
+    )
+    checked = check_row(where, row["expression"], box, absent, size)
     return ImageGroup(
         image=image,
         image_id=image_id,

@@ -80,11 +80,12 @@ def load_grounding_dataset(
             `lmms-lab/RefCOCO` or `jxu124/refcoco`) or `"official"` (JSON files of ReferItGame, XML and text of
             Flickr30K Entities). By default the first kind that is there.
         boxes (`str`, *optional*, defaults to `"union"`):
-            For Flickr30K Entities, `"any"` adds the column `boxes` with each annotated box of the phrase.
+            For Flickr30K Entities and gRefCOCO, `"any"` adds the column `boxes` with each annotated box of the
+            expression.
         box_format (`str`, *optional*):
             `"xyxy"` or `"xywh"`, in pixels. Only for `"custom"`, where JSONL and CSV files require it.
         columns (`dict[str, str]`, *optional*):
-            The names that `image`, `expression` and `box` have in your file. Only for `"custom"`.
+            The names that `image`, `expression`, `box` and `absent` have in your file. Only for `"custom"`.
         absent_per_image (`int`, *optional*):
             Number of expressions to add to each image that name nothing in it, from which the scores of a model learn.
             For `"shapes"` (1 to 8) they describe no object of their scene. For other data they are expressions of the
@@ -98,12 +99,17 @@ def load_grounding_dataset(
         - **expression** (`str`) -- the text that describes the object to find.
         - **box** (`list[float]`) -- `[xmin, ymin, xmax, ymax]` in pixels of the image in this row, 0-based and
           half-open: the whole image is `[0, 0, width, height]`. `None` for a row of `"custom"` data without box.
-        - **absent** (`bool`) -- only with `absent_per_image`: whether the expression names nothing in the image. Then
-          `box` is `None`.
+        - **absent** (`bool`) -- for `"grefcoco"`, for `"custom"` data that says it, and with `absent_per_image`:
+          whether the expression is known to name nothing in the image. Then `box` is `None`.
 
         and further columns that depend on the benchmark. For the RefCOCO family and ReferItGame, as far as the source
         has them
         - **ref_id** (`str`), **ann_id** (`str`), **sent_id** (`str`) -- ids of the reference, object and sentence.
+
+        For `"grefcoco"`
+        - **ref_id** (`str`), **sent_id** (`str`) -- as above.
+        - **ann_ids** (`list[str]`), **num_boxes** (`int`) -- the ids and the number of the objects that the expression
+          names together; `box` is the smallest box around them.
 
         For `"flickr30k_entities"`
         - **sentence** (`str`), **sentence_id** (`int`) -- the sentence that the phrase is from, one of 0 to 4.
@@ -221,6 +227,8 @@ def readers_of(benchmark: Benchmark) -> dict[str, type["GroundingSource"]]:
         return {"official": ReferItJson, "refer": ReferFiles, "index": IndexFile}
     if benchmark.name == "flickr30k_entities":
         return {"official": Flickr30kEntities, "index": IndexFile}
+    if benchmark.name == "grefcoco":
+        return {"refer": ReferFiles}
     return {"refer": ReferFiles, "index": IndexFile, "parquet": HubParquet}
 
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..model.letterbox import MAX_OVERHANG
-from .annotations import find_problem, show_box
-from .field_values import to_xyxy
+from .annotations import find_problem
+from .field_values import check_absent, to_xyxy
 
 
 def place_of(row: int | None, image_id: Any) -> str:
@@ -23,7 +23,7 @@ NOWHERE = [0.0, 0.0, 0.0, 0.0]
 
 
 def check_row(
-    where: str, expression: Any, box: Any, absent: bool | None, size: tuple[float, float] | None
+    where: str, expression: Any, box: Any, absent: Any, size: tuple[float, float] | None
 ) -> list[float] | None:
     """
     Checks a row as it is read.
@@ -32,7 +32,8 @@ def check_row(
         where (`str`): what errors call the row.
         expression (`Any`): must be text with words.
         box (`Any`): must be xyxy pixels within the image, `None`, or four times NaN.
-        absent (`bool` or `None`): whether the expression is known to name nothing in its image. Then it has no box.
+        absent (`Any`):
+            Must be `True` for an expression that is known to name nothing in its image, else `False` or `None`.
         size (`tuple` or `None`): width and height of the image in pixels, if they are known.
 
     Returns:
@@ -42,13 +43,11 @@ def check_row(
         ValueError: the row cannot be used.
     """
     try:
-        box = to_xyxy(box, "xyxy")
+        box, absent = to_xyxy(box, "xyxy"), check_absent(absent)
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from None
-    if (problem := find_problem(expression, box, size)) is not None:
+    if (problem := find_problem(expression, box, size, absent)) is not None:
         raise ValueError(f"{where}: {problem}.")
-    if absent and box is not None:
-        raise ValueError(f"{where}: absent is true, so the box must be None, but it is {show_box(box)}.")
     return NOWHERE if absent else box
 
 

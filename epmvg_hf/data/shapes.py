@@ -311,7 +311,7 @@ def _draw_absent(objects: Sequence[ShapeObject], held_out: bool, count: int, rng
     missing_shapes = [shape for shape in SHAPES if (None, shape) not in groups]
 
     def pick(items: Sequence) -> Any:
-        return items[rng.integers(len(items))]
+        return items[int(rng.integers(len(items)))]
 
     def draw_pair(near: bool) -> Pair:
         if not near:
@@ -514,7 +514,7 @@ class Shapes(datasets.GeneratorBasedBuilder):
             for number, expression in enumerate(scene.expressions):
                 target = expression.target
                 box = None if target is None else scene.objects[target].box
-                row = {**shared, "expression": expression.text, "box": box, "kind": expression.kind}
+                row: dict[str, Any] = {**shared, "expression": expression.text, "box": box, "kind": expression.kind}
                 if self.config.absent_per_image is not None:
                     row["absent"] = target is None
                 yield f"{image_id}-{number}", row

@@ -35,7 +35,9 @@ from .base_epmvg import EpmVGPreTrainedModel, supports_attention
 from .configuration_epmvg import EpmVGConfig
 from .decoder_epmvg import EpmVGDecoder
 from .encoder_epmvg import EpmVGEncoder, EpmVGVisualEncoder
+from .feature_grid import cells_on_picture, choose_grid, resize_map
 from .losses import grounding_loss
+from .model_inputs import check_pairing, check_visual, the_one
 from .outputs_epmvg import EpmVGGroundingOutput, EpmVGImageFeatures, EpmVGModelOutput
 from .patch_backbone import without_pooling
 from .pretrained_towers import FromTowersMixin
@@ -177,7 +179,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         torch.Size([4])
         ```
         """
-        _the_one(pixel_values=pixel_values, backbone_features=backbone_features)
+        the_one(pixel_values=pixel_values, backbone_features=backbone_features)
         if backbone_features is None:
             feature_map, mask = self.encode_pixels(pixel_values, pixel_mask)
         else:
@@ -318,10 +320,10 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         (torch.Size([2, 8, 8]), torch.Size([3, 64]))
         ```
         """
-        images = _the_one(pixel_values=pixel_values, backbone_features=backbone_features, visual_tokens=visual_tokens)
-        expressions = _the_one(input_ids=input_ids, inputs_embeds=inputs_embeds, text_hidden_states=text_hidden_states)
-        _check_visual(backbone_features, visual_tokens, visual_mask)
-        _check_pairing(images, expressions, image_index, self.config.max_text_length)
+        images = the_one(pixel_values=pixel_values, backbone_features=backbone_features, visual_tokens=visual_tokens)
+        expressions = the_one(input_ids=input_ids, inputs_embeds=inputs_embeds, text_hidden_states=text_hidden_states)
+        check_visual(backbone_features, visual_tokens, visual_mask)
+        check_pairing(images, expressions, image_index, self.config.max_text_length)
         # `output_attentions` and `output_hidden_states` ask for the states of the fusion transformer, not of the
         # towers.
         tower_kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
@@ -447,32 +449,15 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision_model.parameters())
         # Depthwise convolutions learn half as fast in bfloat16 as in float32 on a CPU. This context is for CPUs alone.
         in_bfloat16 = torch.is_autocast_enabled("cpu") and not (trained and self._has_depthwise)
-        with torch.autocast("cpu", enabled=in_bfloat16):
+        with torch.autocast("cpu", dtype=torch.get_autocast_dtype("cpu"), enabled=in_bfloat16):
             maps = self.vision_model(pixels).feature_maps
-        grid = self._choose_grid([tuple(level.shape[-2:]) for level in maps], tuple(pixel_values.shape[-2:]))
-        feature_map = torch.cat([_resize_map(level, grid) for level in maps], dim=1)
-        if pixel_mask is None:
-            return feature_map, torch.ones(
-                (pixel_values.shape[0], *grid), dtype=torch.bool, device=pixel_values.device
-            )
-        pixel_mask = pixel_mask[:, None].float()
-        nearest = nn.functional.interpolate(pixel_mask, size=grid)[:, 0].bool()
-        # DETR's nearest sampling can miss a picture that is thinner than the stride. Then every cell that the picture
-        # touches counts.
-        touched = nn.functional.adaptive_max_pool2d(pixel_mask, grid)[:, 0].bool()
-        return feature_map, nearest | (touched & ~nearest.any(dim=(1, 2), keepdim=True))
-
-    def _choose_grid(self, grids: list[tuple[int, int]], canvas: tuple[int, int]) -> tuple[int, int]:
-        """The finest of the backbone's grids whose cells have `config.backbone_stride` pixels."""
-        stride = self.config.backbone_stride
-        for grid in grids:
-            if all(cells in (side // stride, -(-side // stride)) for cells, side in zip(grid, canvas, strict=True)):
-                return grid
-        found = " and ".join(f"{height} x {width}" for height, width in grids)
-        raise ValueError(
-            f"the backbone maps {canvas[0]} x {canvas[1]} pixels to {found} cells, but config.backbone_stride is "
-            f"{stride}"
+        grid = choose_grid(
+            [tuple(level.shape[-2:]) for level in maps], tuple(pixel_values.shape[-2:]), self.config.backbone_stride
         )
+        feature_map = torch.cat([resize_map(level, grid) for level in maps], dim=1)
+        if pixel_mask is None:
+            pixel_mask = torch.ones_like(pixel_values[:, 0])
+        return feature_map, cells_on_picture(pixel_mask, grid)
 
     def _fusion_positions(self, text_length: int, grid: tuple[int, int]) -> torch.Tensor:
         """
@@ -711,14 +696,6 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         return self.score_head(evidence).float().squeeze(-1)
 
 
-def _resize_map(level: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """A feature map on another grid: the mean of the cells that fall together, or interpolated between them."""
-    if level.shape[-2] >= grid[0]:
-        return nn.functional.adaptive_avg_pool2d(level, grid)
-    # Interpolation rounds in lower precisions, and some of them have no kernel for it.
-    return nn.functional.interpolate(level.float(), size=grid, mode="bilinear").to(level.dtype)
-
-
 def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `states` `(batch, length, width)` over the True positions of `mask` `(batch, length)`."""
     weights = mask.to(states.dtype)[..., None]
@@ -730,49 +707,6 @@ def _token_mask(states: torch.Tensor, attention_mask: torch.Tensor | None) -> to
     if attention_mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     return attention_mask.bool()
-
-
-def _the_one(**inputs: torch.Tensor | None) -> torch.Tensor:
-    """The only one of the inputs that is given."""
-    given = {name: value for name, value in inputs.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"expected one of {', '.join(inputs)}, got {' and '.join(given) or 'none of them'}")
-    return next(iter(given.values()))
-
-
-def _check_visual(
-    backbone_features: torch.Tensor | None, visual_tokens: torch.Tensor | None, visual_mask: torch.Tensor | None
-) -> None:
-    if (backbone_features is None and visual_tokens is None) != (visual_mask is None):
-        raise ValueError(
-            "visual_mask comes together with backbone_features or visual_tokens: it has the shape of their grid"
-        )
-    if backbone_features is not None and backbone_features[:, 0].shape != visual_mask.shape:
-        raise ValueError(
-            f"backbone_features have shape {tuple(backbone_features.shape)} and visual_mask "
-            f"{tuple(visual_mask.shape)}, expected (B, C, grid_height, grid_width) and (B, grid_height, grid_width)"
-        )
-    if visual_tokens is not None and visual_tokens.shape[:2] != visual_mask.flatten(1).shape:
-        raise ValueError(
-            f"visual_tokens have shape {tuple(visual_tokens.shape)} and visual_mask {tuple(visual_mask.shape)}, "
-            "expected (B, grid_height * grid_width, d_model) and (B, grid_height, grid_width)"
-        )
-
-
-def _check_pairing(
-    images: torch.Tensor, expressions: torch.Tensor, image_index: torch.Tensor | None, max_text_length: int
-) -> None:
-    num_images, (num_expressions, length) = images.shape[0], expressions.shape[:2]
-    if length > max_text_length:
-        raise ValueError(f"{length} tokens per expression, but config.max_text_length is {max_text_length}")
-    if image_index is None and num_expressions != num_images:
-        raise ValueError(
-            f"{num_expressions} expressions for {num_images} images: pass image_index, the number of the image of each"
-        )
-    if image_index is not None and image_index.shape != (num_expressions,):
-        raise ValueError(
-            f"image_index has shape {tuple(image_index.shape)}, expected ({num_expressions},): one per expression"
-        )
 
 
 __all__ = ["EpmVGForVisualGrounding", "EpmVGModel", "EpmVGPreTrainedModel"]

@@ -27,6 +27,8 @@ NAMES = {
     "gref": ("refcocog", "google"),
     "gref_google": ("refcocog", "google"),
     "gref_umd": ("refcocog", "umd"),
+    "grefcoco": ("grefcoco", None),
+    "gRefCOCO_unc": ("grefcoco", "unc"),
     "referitgame": ("referitgame", None),
     "ReferItGame": ("referitgame", None),
     "referit": ("referitgame", None),
@@ -80,8 +82,8 @@ def test_every_alias_means_a_way_to_split_that_there_is():
 
 @pytest.mark.parametrize("name", ["refcoco3", "", "coco", "refcocog_unc", "refcoco+_google", "unc_google", "shapes"])
 def test_unknown_names(name):
-    message = f"one of refcoco, refcoco+, refcocog, referitgame, flickr30k_entities, shapes and custom, not {name!r}."
-    with pytest.raises(ValueError, match=re.escape(message)):
+    names = "refcoco, refcoco+, refcocog, grefcoco, referitgame, flickr30k_entities, shapes and custom"
+    with pytest.raises(ValueError, match=re.escape(f"name must be one of {names}, not {name!r}.")):
         resolve_name(name)
 
 
@@ -153,6 +155,7 @@ def test_counts_add_up(name, split_by, splits, total):
         ("refcoco", "images/mscoco/images/train2014"),
         ("refcoco+", "other/images/mscoco/images/train2014"),
         ("refcocog", "train2014"),
+        ("grefcoco", "images/train2014"),
         ("referitgame", "images/saiapr_tc-12/07/images"),
         ("referitgame", "referit/images"),
         ("flickr30k_entities", "Flickr30k/flickr30k-images"),

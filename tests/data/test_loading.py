@@ -56,7 +56,7 @@ def test_shapes(streaming):
     [
         ({"name": "refcoco3"}, "name must be one of refcoco, refcoco[+], .* shapes and custom, not 'refcoco3'"),
         ({"name": "shapes", "split": "testA"}, "train, validation, test, test_composition"),
-        ({"name": "shapes", "data_dir": "x"}, 'data_dir does not apply to "shapes"; its own arguments are seed, '),
+        ({"name": "shapes", "data_dir": "x"}, 'data_dir does not apply to "shapes"; its own arguments are seed and'),
         ({"name": "shapes", "split_by": "umd"}, 'split_by does not apply to "shapes"'),
         ({"name": "shapes", "missing_images": "skip"}, 'missing_images does not apply to "shapes"'),
         ({"name": "shapes", "exclude": [3]}, 'exclude does not apply to "shapes"'),

@@ -23,7 +23,7 @@ def test_one_table_on_any_number_of_processes(tmp_path, processor, processes):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("| shapes | test |") == 1
+    assert result.stdout.count("| shapes | test | 21 |") == 1
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
     assert [row["split"] for row in results] == ["validation", "test", "test_composition"]
     assert [row["expressions"] for row in results] == [21] * 3
@@ -52,6 +52,24 @@ def test_custom_data(tmp_path, processor, monkeypatch):
     assert (result["benchmark"], result["split"], result["expressions"]) == ("custom", "test", 10)
     del result["expressions_per_second"], same["expressions_per_second"]
     assert result == same
+
+
+def test_scores_groups_and_pictures(tmp_path, processor, monkeypatch):
+    tiny_model(box_head="map", score_head=True).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = ["--splits", "test", "--absent_per_image", 2, "--limit", 50, "--pictures", 3]
+    run(monkeypatch, tmp_path / "model", "--benchmarks", "shapes", *options, "--output_dir", tmp_path / "out")
+    (result,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    assert result["expressions"] == 40 and set(result["groups"]) == {"kind", "size"}  # 10 of the 50 rows are absent
+    for groups in result["groups"].values():
+        assert sum(group["count"] for group in groups) == 40
+        right = sum(group["count"] * group["accuracy"] for group in groups)
+        assert right == pytest.approx(40 * result["acc@0.5"])
+    assert 0 <= result["scores"]["presence_auroc"] <= 1 and 0 <= result["scores"]["calibration_error"] <= 1
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    assert f"| {result['scores']['presence_auroc']:.3f} |" in table and "| shapes | test | size | " in table
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert {"scores_shapes_test.png", "failures_shapes_test.png"} <= pictures
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
+from epmvg_hf.evaluation.accuracy_by_group import GroupAccuracy
 from tests.fixtures.models import tiny_model
 from tests.fixtures.paths import EXAMPLES
 from tests.fixtures.towers import save_text_tower, save_vision_tower
@@ -124,7 +125,7 @@ def test_accuracy_by_kind_starts_with_the_worst_and_leaves_out_rows_without_a_bo
     rows = [("size", box, box), ("relation", box, other), ("relation", box, box), ("size", None, other)]
     kinds, true_boxes, predictions = map(list, zip(*rows, strict=True))
     dataset = Dataset.from_dict({"kind": kinds, "box": true_boxes})
-    expected = [(0.5, 2, "relation"), (1.0, 1, "size")]
+    expected = [GroupAccuracy("relation", 2, 0.5), GroupAccuracy("size", 1, 1.0)]
     assert example.accuracy_by_kind(dataset, np.array(predictions)) == expected
     assert example.accuracy_by_kind(dataset.remove_columns("kind"), np.array(predictions)) == []
 

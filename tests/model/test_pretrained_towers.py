@@ -2,6 +2,7 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,33 @@ def test_a_timm_model_gives_the_features_of_the_tower_alone(tmp_path, towers):
     (tmp_path / "config.json").unlink()
     reloaded = EpmVGModel.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(reloaded.vision_model(pictures(96)).feature_maps[-1], expected)
+
+
+@torch.no_grad()
+def test_named_maps_of_a_timm_model_on_the_grid_of_the_finer_one(tmp_path, towers):
+    timm = pytest.importorskip("timm")
+    from timm.models import save_for_hf
+
+    save_for_hf(timm.create_model("test_resnet"), tmp_path, safe_serialization=True)
+    alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
+    names = alone.feature_info.module_name()[-2:]
+    load_model = partial(EpmVGModel.from_vision_text_pretrained, str(tmp_path), towers("bert", "text"), image_size=96)
+    model = load_model(out_features=names[::-1], backbone_stride=16, **SIZES)
+    assert model.config.backbone_stride == 16
+    fine, coarse = alone(pictures(96))[-2:]
+    features, _ = model.encode_pixels(pictures(96))
+    assert features.shape[2:] == fine.shape[2:] == (6, 6)
+    torch.testing.assert_close(features[:, : fine.shape[1]], fine, atol=1e-5, rtol=0)
+    assert features.shape[1] == fine.shape[1] + coarse.shape[1]
+
+    with pytest.raises(
+        ValueError, match=rf"has the feature maps .*{names[0]}.*, so out_features must not have layer9"
+    ):
+        load_model(out_features=[names[0], "layer9"], **SIZES)
+    with pytest.raises(
+        ValueError, match=r"backbone_stride is 8, but the feature maps of .* have cells of 16, 32 pixels"
+    ):
+        load_model(out_features=names, backbone_stride=8, **SIZES)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..field_values import check_id, list_expressions, parse_json_object, to_xyxy
+from ..field_values import check_absent, check_id, list_expressions, parse_json_object, to_xyxy
 from .custom_files import Entry, get_field, normalise_path
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def read_coco(file: Path) -> Iterator[Entry | str]:
             if image is not None:  # otherwise the image itself is reported
                 bbox = None if captions_only else get_field(entry, "bbox")
                 box = to_xyxy(bbox, "xywh")
-                yield Entry(str(annotation_id), image[0], _get_expressions(entry), box, image[1])
+                absent = check_absent(entry.get("absent"))
+                yield Entry(str(annotation_id), image[0], _get_expressions(entry), box, absent, image[1])
         except ValueError as error:
             yield f"{where}: {error}."
 

@@ -24,13 +24,13 @@ MAX_FILE_BYTES = 2**31  # a bound on files of unknown origin
 
 class ListedImage(NamedTuple):
     """
-    An image and its rows (source_row, expression, xyxy box or `None`). They are plain tuples because all rows of the
-    file are in memory at once.
+    An image and its rows (source_row, expression, xyxy box or `None`, and whether the expression is absent, `None` if
+    that is not said). They are plain tuples because all rows of the file are in memory at once.
     """
 
     name: str
     size: tuple[Any, Any] | None
-    rows: list[tuple[str, Any, list[float] | None]]
+    rows: list[tuple[str, Any, list[float] | None, bool | None]]
 
 
 class CustomData(GroundingSource):
@@ -40,17 +40,19 @@ class CustomData(GroundingSource):
 
     - JSONL has one object per line with `image` (path below the folder of images), `expression` (text, or a list of
       texts for the same box) and `box` (four numbers, or `null` for an expression without box, which only takes part
-      in distillation). Other fields are ignored.
+      in distillation). A field `absent` that is true says that the expression is known to name nothing in the image;
+      `box` is `null` then. Other fields are ignored.
     - CSV, with commas, has the columns `image`, `expression`, and either `box` (`"[1, 2, 3, 4]"` or `"1 2 3 4"`) or
       one column per number: `xmin`, `ymin`, `xmax`, `ymax` for xyxy, `x`, `y`, `width`, `height` for xywh. Empty
-      cells mean that there is no box.
-    - JSON is that of COCO: `images` with `id` and `file_name`, and `annotations` with `id`, `image_id`, `bbox` and one
-      of `caption`, `captions`, `expression` and `expressions`. Where an image has `width` and `height`, boxes are
-      scaled from that size to the size of the image file. If no annotation in the file has a `bbox`, all expressions
-      are without box.
+      cells mean that there is no box. A column `absent` has `true`, `false` or nothing.
+    - JSON is that of COCO: `images` with `id` and `file_name`, and `annotations` with `id`, `image_id`, `bbox`, one of
+      `caption`, `captions`, `expression` and `expressions`, and optionally `absent`. Where an image has `width` and
+      `height`, boxes are scaled from that size to the size of the image file. If no annotation in the file has a
+      `bbox`, all expressions are without box.
 
     The path of an image, written with forward slashes, is its `image_id`. The rows of one image become consecutive.
-    The column `source_row` (`str`) is the line of the file, or the id of the COCO annotation.
+    The column `source_row` (`str`) is the line of the file, or the id of the COCO annotation. There is a column
+    `absent` (`bool`) if any row of the file says so or the contrary.
 
     Args:
         data_dir (`Path`): folder with the file.
@@ -63,7 +65,8 @@ class CustomData(GroundingSource):
             `"xyxy"` (half-open: the whole image is `[0, 0, width, height]`) or `"xywh"` (corner, width and height).
             Required for JSONL and CSV; COCO files always have xywh.
         columns (`dict[str, str]`, *optional*):
-            What the file calls `image`, `expression`, `box` and the columns of the single numbers. Not for COCO files.
+            What the file calls `image`, `expression`, `box`, `absent` and the columns of the single numbers. Not for
+            COCO files.
 
     Raises:
         `ValueError`: An argument is not valid, there are several files for the split, or the file is too large.
@@ -82,7 +85,6 @@ class CustomData(GroundingSource):
     """
 
     name = "custom"
-    columns = {"source_row": datasets.Value("string")}  # noqa: RUF012
     exif_oriented = True
 
     def __init__(
@@ -112,8 +114,18 @@ class CustomData(GroundingSource):
 
     def fingerprint(self) -> str:
         images, _ = self._contents
-        options = (self.images.describe(), self.box_format, self.names)
+        options = (self.images.describe(), self.box_format, self.names, list(self.columns))
         return digest_files([self.file], *options, file_statuses(self._image_paths(images)))
+
+    @cached_property
+    def columns(self) -> dict[str, datasets.Value]:  # type: ignore[override]
+        """`source_row`, and `absent` if the file says it of any row."""
+        images, _ = self._contents
+        says_absent = any(absent is not None for image in images for *_, absent in image.rows)
+        if not says_absent and self.names and self.names["absent"] != "absent":
+            raise ValueError(f"{self.file}: no row says true or false in {self.names['absent']!r}, named for absent.")
+        columns = {"source_row": datasets.Value("string")}
+        return columns | ({"absent": datasets.Value("bool")} if says_absent else {})
 
     def list_images(self) -> tuple[list[ListedImage], list[str]]:
         return self._contents
@@ -126,8 +138,9 @@ class CustomData(GroundingSource):
                 "box": box,
                 "written_box": as_written(box, self.box_format),
                 "source_row": source_row,
+                "absent": bool(absent),
             }
-            for source_row, expression, box in item.rows
+            for source_row, expression, box, absent in item.rows
         ]
         return AnnotatedImage(item.name, item.name, item.size, rows)
 
@@ -152,7 +165,7 @@ class CustomData(GroundingSource):
             read = read_csv if self.file.suffix == ".csv" else read_jsonl
             entries = read(self.file, self.names, self.box_format)
         images, problems = _group_by_image(entries)
-        if look_normalised(box for image in images for _, _, box in image.rows):
+        if look_normalised(box for image in images for _, _, box, _ in image.rows):
             raise ValueError(
                 f"{self.file}: every box lies within [0, 1], so they look normalised to the image; expected pixels."
             )
@@ -212,5 +225,5 @@ def _group_by_image(entries: Iterable[Entry | str]) -> tuple[list[ListedImage], 
             problems.append(entry)
             continue
         image = images.setdefault(entry.name, ListedImage(entry.name, entry.size, []))
-        image.rows.extend((entry.source_row, expression, entry.box) for expression in entry.expressions)
+        image.rows.extend((entry.source_row, text, entry.box, entry.absent) for text in entry.expressions)
     return list(images.values()), problems

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ..field_values import BOX_COLUMNS, check_columns, list_expressions, parse_json_object, to_xyxy
+from ..field_values import BOX_COLUMNS, check_absent, check_columns, list_expressions, parse_json_object, to_xyxy
 
 MAX_LINE_BYTES = 2**20  # a bound on files of unknown origin
 
@@ -19,12 +19,13 @@ class Entry(NamedTuple):
     name: str
     expressions: list[Any]
     box: list[float] | None
+    absent: bool | None  # `None` if the file does not say it
     size: tuple[Any, Any] | None = None  # of the image that the box is for, if the file has it
 
 
 def name_columns(box_format: str, columns: dict[str, str] | None) -> dict[str, str]:
     """What the file calls each of our columns."""
-    names = {name: name for name in ("image", "expression", "box", *BOX_COLUMNS[box_format])}
+    names = {name: name for name in ("image", "expression", "box", "absent", *BOX_COLUMNS[box_format])}
     columns = columns or {}
     check_columns(columns, names)
     return names | columns
@@ -149,11 +150,15 @@ def _check_header(file: Path, header: list[str], names: dict[str, str], box_form
 
 def _parse_cells(cells: dict[str, str], names: dict[str, str], box_format: str) -> dict[str, Any]:
     """The row of a CSV as a line of JSONL would have it."""
+    record: dict[str, Any] = dict(cells)
+    if names["absent"] in cells:
+        text = cells[names["absent"]].strip()
+        record[names["absent"]] = {"": None, "true": True, "false": False}.get(text.lower(), text)
     if names["box"] in cells:
         text = cells[names["box"]].strip()
         numbers = text.strip("[]()").replace(",", " ").split()
-        return cells | {names["box"]: [_parse_number(number) for number in numbers] if text else None}
-    return cells | {names[name]: _parse_number(cells[names[name]]) for name in BOX_COLUMNS[box_format]}
+        return record | {names["box"]: [_parse_number(number) for number in numbers] if text else None}
+    return record | {names[name]: _parse_number(cells[names[name]]) for name in BOX_COLUMNS[box_format]}
 
 
 def _parse_number(text: str) -> float | None:
@@ -172,4 +177,5 @@ def _parse_record(source_row: str, record: dict[str, Any], names: dict[str, str]
         box = None if numbers == [None] * 4 else numbers
     else:
         box = get_field(record, names["box"])
-    return Entry(source_row, name, expressions, to_xyxy(box, box_format))
+    absent = check_absent(record.get(names["absent"]))
+    return Entry(source_row, name, expressions, to_xyxy(box, box_format), absent)

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 import datasets
 
-from ..annotations import AnnotatedImage
+from ..annotations import AnnotatedImage, box_around
 from ..benchmarks import SplitRequest, short_split_name
 from ..files.image_files import ImageFolders, file_statuses, list_files
 from .source import GroundingSource
@@ -106,8 +106,7 @@ class Flickr30kEntities(GroundingSource):
         for row in rows:
             # Subtracting 1 makes the box 0-based. Adding 1 to its last pixel makes it half-open, so xmax stays.
             boxes = [[xmin - 1, ymin - 1, xmax, ymax] for xmin, ymin, xmax, ymax in row.pop("boxes")]
-            xmins, ymins, xmaxs, ymaxs = zip(*boxes, strict=True)
-            row["box"] = [min(xmins), min(ymins), max(xmaxs), max(ymaxs)]
+            row["box"] = box_around(boxes)
             if self.boxes == "any":
                 row["boxes"] = boxes
         return AnnotatedImage(self.name_of(item), item, size, rows)

@@ -1,10 +1,13 @@
 """
 RefCOCO, RefCOCO+, RefCOCOg and ReferItGame ("refclef") from the files of the refer API (lichengunc/refer on GitHub),
-one row per sentence.
+and gRefCOCO from those of its sequel (henghuiding/gRefCOCO), one row per sentence.
 
 There are two files. `refs(<split_by>).p` is a pickled list of references: an annotation, its split, and the sentences
 that single the annotated object out. `instances.json` has images and annotations as COCO has them, with boxes
 `[x, y, width, height]` in pixels, counted from 0 and not rounded.
+
+gRefCOCO has `grefs(unc).json` instead, where a reference is to any number of annotations: `ann_id` is a list of them,
+which is `[-1]` and beside which `no_target` is true where the sentences are true of nothing in the image.
 """
 
 import pickle
@@ -16,14 +19,21 @@ from typing import Any
 
 import datasets
 
-from ..annotations import AnnotatedImage, is_box
+from ..annotations import AnnotatedImage, box_around, is_box
 from ..benchmarks import SplitRequest, short_split_name
 from ..files.image_files import ImageFolders, file_statuses
 from ..files.json_files import read_json
 from ..files.safe_pickle import read_pickle
 from .source import GroundingSource, digest_files
 
-FOLDERS = {"refcoco": "refcoco", "refcoco+": "refcoco+", "refcocog": "refcocog", "referitgame": "refclef"}
+FOLDERS = {
+    "refcoco": "refcoco",
+    "refcoco+": "refcoco+",
+    "refcocog": "refcocog",
+    "grefcoco": "grefcoco",
+    "referitgame": "refclef",
+}
+NOTHING = -1  # the id in place of annotations in a reference of gRefCOCO that is to nothing
 
 MAX_JSON_BYTES = 2**30  # a bound on files of unknown origin; RefCOCO's has about 120 MB
 
@@ -31,8 +41,13 @@ MAX_JSON_BYTES = 2**30  # a bound on files of unknown origin; RefCOCO's has abou
 # parsed saves 4 of 5 seconds and 600 of 850 MB. Within a text, these quotes would be escaped, so this is always a key.
 _OUTLINES = re.compile(rb'"segmentation"\s*:\s*\[[][0-9.,eE+\s-]*\]')
 
-_ID, _STRING, _LIST = (int, str), (str,), (list,)
-_EXPECTED: dict[tuple[type, ...], str] = {_ID: "an integer or a string", _STRING: "a string", _LIST: "a list"}
+_ID, _STRING, _LIST, _IDS = (int, str), (str,), (list,), (list, int, str)
+_EXPECTED: dict[tuple[type, ...], str] = {
+    _ID: "an integer or a string",
+    _STRING: "a string",
+    _LIST: "a list",
+    _IDS: "an id or a list of ids",
+}
 
 
 class ReferFiles(GroundingSource):
@@ -44,10 +59,13 @@ class ReferFiles(GroundingSource):
 
     Args:
         name (`str`): The benchmark.
-        folder (`Path`): The folder with `refs(<split_by>).p` and `instances.json`.
+        folder (`Path`): The folder with the references, such as `refs(<split_by>).p`, and `instances.json`.
         split (`str`): `"train"`, `"validation"`, `"test"`, `"testA"`, `"testB"` or `"testC"`.
         split_by (`str`): `"unc"`, `"google"`, `"umd"` or `"berkeley"`.
         images ([`ImageFolders`]): The images, under the file names in `instances.json`.
+        boxes (`str`, *optional*, defaults to `"union"`):
+            In gRefCOCO, `box` is the smallest box around all objects of the reference. With `"any"`, the column
+            `boxes` also has the box of each.
 
     Raises:
         `FileNotFoundError`: One of the two files is missing.
@@ -55,13 +73,26 @@ class ReferFiles(GroundingSource):
 
     images: ImageFolders
 
-    def __init__(self, name: str, folder: Path, split: str, split_by: str, images: ImageFolders):
+    def __init__(self, name: str, folder: Path, split: str, split_by: str, images: ImageFolders, boxes: str = "union"):
         self.name, self.split, self.images = name, split, images
-        self.refs_path, self.instances_path = folder / f"refs({split_by}).p", folder / "instances.json"
+        self.refs_path, self.instances_path = folder / _refs_name(name, split_by), folder / "instances.json"
         for path in (self.refs_path, self.instances_path):
             if not path.is_file():
-                raise FileNotFoundError(f"no {path.name} in {folder}, expected refs({split_by}).p and instances.json.")
-        self.columns = {column: datasets.Value("string") for column in ("ref_id", "ann_id", "sent_id")}
+                raise FileNotFoundError(
+                    f"no {path.name} in {folder}, expected {self.refs_path.name} and instances.json."
+                )
+        string = datasets.Value("string")
+        self.columns = {"ref_id": string, "ann_id": string, "sent_id": string}
+        if name == "grefcoco":
+            self.columns = {
+                "ref_id": string,
+                "ann_ids": datasets.List(string),
+                "sent_id": string,
+                "num_boxes": datasets.Value("int32"),
+                "absent": datasets.Value("bool"),
+            }
+        if boxes == "any":
+            self.columns["boxes"] = datasets.List(datasets.List(datasets.Value("float32"), length=4))
 
     @classmethod
     def find(cls, request: SplitRequest) -> "ReferFiles | None":
@@ -74,8 +105,8 @@ class ReferFiles(GroundingSource):
         if data_dir.name not in set(FOLDERS.values()) - {FOLDERS[name]}:
             places.append(data_dir)
         for folder in places:
-            if (folder / f"refs({request.split_by}).p").is_file():
-                return cls(name, folder, request.split, request.split_by, request.images)
+            if (folder / _refs_name(name, request.split_by)).is_file():
+                return cls(name, folder, request.split, request.split_by, request.images, request.boxes)
         return None
 
     @classmethod
@@ -83,11 +114,13 @@ class ReferFiles(GroundingSource):
         folder = FOLDERS[request.benchmark.name]
         if request.split_by == "standard":
             return f'(for split_by="unc" or "berkeley" only) {folder}/refs(<split_by>).p and instances.json'
-        return f"{folder}/refs({request.split_by}).p and instances.json"
+        return f"{folder}/{_refs_name(request.benchmark.name, request.split_by)} and instances.json"
 
     def fingerprint(self) -> str:
-        """A digest of both files, and of the sizes and times of change of all images."""
-        return digest_files([self.refs_path, self.instances_path], file_statuses(self.images.paths.values()))
+        """A digest of both files, of the sizes and times of change of all images, and of the choice of columns."""
+        of_boxes = ["boxes"] if "boxes" in self.columns else []
+        statuses = file_statuses(self.images.paths.values())
+        return digest_files([self.refs_path, self.instances_path], statuses, *of_boxes)
 
     def list_images(self) -> tuple[list[AnnotatedImage], list[str]]:
         digest = digest_files([self.refs_path, self.instances_path])
@@ -131,13 +164,15 @@ def _read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) 
         found, problems_of_split = splits.setdefault(split, ({}, []))
         try:
             image = _entry_named_by(ref, "image_id", images, where, instances_path)
-            annotation = _entry_named_by(ref, "ann_id", annotations, where, instances_path)
-            file_name = _file_name(ref, annotation, image, where, instances_path)
-            shared = {
-                "box": _read_box(annotation, f"{where}: annotation {ref['ann_id']} in {instances_path}"),
-                "ref_id": _new_id(ref, "ref_id", split, known_ids, where),
-                "ann_id": str(ref["ann_id"]),
-            }
+            objects = _read_objects(ref, annotations, where, instances_path, several=name == "grefcoco")
+            file_name = _file_name(image, f"{where}: image {ref['image_id']} in {instances_path}")
+            ids, boxes = list(objects), list(objects.values())
+            shared: dict[str, Any] = {"ref_id": _new_id(ref, "ref_id", split, known_ids, where)}
+            shared["box"] = box_around(boxes) if boxes else None
+            if name == "grefcoco":
+                shared |= {"ann_ids": ids, "boxes": boxes, "num_boxes": len(ids), "absent": not ids}
+            else:
+                (shared["ann_id"],) = ids
             sentences = _field(ref, "sentences", _LIST, where)
             if not sentences:
                 raise ValueError(f"{where} has no sentences, expected at least one.")
@@ -162,8 +197,12 @@ def _read_splits(name: str, refs_path: Path, instances_path: Path, digest: str) 
     return pickles, problems
 
 
+def _refs_name(name: str, split_by: str) -> str:
+    return f"grefs({split_by}).json" if name == "grefcoco" else f"refs({split_by}).p"
+
+
 def _read_refs(path: Path) -> list[Any]:
-    refs = read_pickle(path)
+    refs = read_json(path, MAX_JSON_BYTES) if path.suffix == ".json" else read_pickle(path)
     if type(refs) is not list or not refs:
         raise ValueError(f"{path} holds {reprlib.repr(refs)}, expected a list of references.")
     return refs
@@ -204,15 +243,45 @@ def _entry_named_by(ref: dict, name: str, entries: dict[str, dict], where: str, 
     return entries[key]
 
 
-def _file_name(ref: dict, annotation: dict, image: dict, where: str, path: Path) -> str:
+def _read_objects(
+    ref: dict, annotations: dict[str, dict], where: str, path: Path, several: bool
+) -> dict[str, list[float]]:
+    """
+    The boxes of the objects that a reference is to, by the ids of their annotations: of one, or, with `several`, of
+    as many as there are.
+    """
+    if not several:
+        ids = [_field(ref, "ann_id", _ID, where)]
+    else:
+        ids = _field(ref, "ann_id", _IDS, where)
+        ids = ids if isinstance(ids, list) else [ids]
+        is_to_nothing = ids == [NOTHING]
+        no_target = ref.get("no_target", is_to_nothing)
+        if not ids or no_target is not is_to_nothing:
+            raise ValueError(
+                f"{where} has {reprlib.repr(ids)} as ann_id and {reprlib.repr(no_target)} as no_target, expected "
+                "[-1] and true, or the ids of annotations and false."
+            )
+        if is_to_nothing:
+            return {}
+    objects: dict[str, list[float]] = {}
+    for ann_id in ids:
+        annotation = _entry_named_by({"ann_id": ann_id}, "ann_id", annotations, where, path)
+        place = f"{where}: annotation {ann_id} in {path}"
+        owner = _id(annotation, "image_id", place)
+        if owner != str(ref["image_id"]):
+            raise ValueError(
+                f"{where} is of the image {ref['image_id']}, but its annotation {ann_id} in {path} is of the image "
+                f"{owner}, expected the same."
+            )
+        if str(ann_id) in objects:
+            raise ValueError(f"{where} has the ann_id {ann_id} twice, expected each once.")
+        objects[str(ann_id)] = _read_box(annotation, place)
+    return objects
+
+
+def _file_name(image: dict, entry: str) -> str:
     """The name of the image file. It is in the entry of the image: no file has the `file_name` of a reference."""
-    owner = _id(annotation, "image_id", f"{where}: annotation {ref['ann_id']} in {path}")
-    if owner != str(ref["image_id"]):
-        raise ValueError(
-            f"{where} is of the image {ref['image_id']}, but its annotation {ref['ann_id']} in "
-            f"{path} is of the image {owner}, expected the same."
-        )
-    entry = f"{where}: image {owner} in {path}"
     # ReferItGame's names may begin with folders, as "00/images/25.jpg", but images are looked up by file name.
     name = PurePosixPath(_field(image, "file_name", _STRING, entry)).name
     if not name:
