@@ -85,7 +85,8 @@ def exclude_images(
 ) -> None:
     """
     List the COCO train2014 ids of every validation and test split of RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO in a
-    folder, one per line. A detector or CLIP that is trained without these images has not seen what the benchmarks test.
+    folder, one per line. A detector or CLIP that is trained without these images has not seen what the benchmarks
+    test.
     """
     ids: set[str] = set()
     for name in COCO_BENCHMARKS:

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 
 from .pictures import number_pictures
+from .progress import bars_only_on_a_terminal
 
 
 def _word_set(text: str) -> frozenset[str]:
@@ -115,8 +116,8 @@ def add_absent_expressions(dataset: datasets.Dataset, per_image: int, seed: int 
             for picture, text in zip(pictures.tolist(), texts, strict=True):
                 mentioned[picture].update(map(_kind, _words(text or "")))
 
-    heads = [_kind(head_noun(expression)) for expression in expressions]
-    heads = ["" if head in _NOT_THINGS else head for head in heads]
+    nouns = [head_noun(expression) for expression in expressions]
+    heads = ["" if noun in _NOT_THINGS else _kind(noun) for noun in nouns]
     random, rows, chosen = Random(seed), [], []
     first_rows = dict(zip(*(part.tolist() for part in np.unique(pictures, return_index=True)), strict=True))
     for picture, row in first_rows.items():
@@ -130,11 +131,15 @@ def add_absent_expressions(dataset: datasets.Dataset, per_image: int, seed: int 
                 chosen.append(expressions[other])
             if len(found) == per_image:
                 break
-    return _append(dataset, rows, chosen)
+    with bars_only_on_a_terminal():
+        return _append(dataset, rows, chosen)
 
 
 def _append(dataset: datasets.Dataset, rows: list[int], expressions: list[str]) -> datasets.Dataset:
     """The dataset and, after it, the images of `rows` with expressions that name nothing in them."""
+    present = dataset if "absent" in dataset.column_names else _with_absent(dataset)
+    if not rows:  # `datasets` cannot add columns to no rows
+        return present
     of_images = [name for name in ("image", "image_id") if name in dataset.column_names]
     features = datasets.Features({**dataset.features, "absent": datasets.Value("bool")})
     added = dataset.select_columns(of_images).select(rows)
@@ -143,7 +148,6 @@ def _append(dataset: datasets.Dataset, rows: list[int], expressions: list[str]) 
         if name not in of_images:
             values = {"expression": expressions, "absent": [True] * count}.get(name, [None] * count)
             added = added.add_column(name, values, feature=features[name])
-    present = dataset if "absent" in dataset.column_names else _with_absent(dataset)
     return datasets.concatenate_datasets(
         [present.select_columns(list(features)), added.select_columns(list(features))]
     )

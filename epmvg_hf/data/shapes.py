@@ -72,7 +72,6 @@ IMAGES_PER_SHARD = 50
 
 # The share of expressions without an object that come near to one, so that a glance at the colours is not enough.
 NEAR_MISS_SHARE = 0.5
-ABSENT_ATTEMPTS = 20  # tries to draw one of a kind before another kind is drawn
 
 _TURNS = [2 * math.pi * i / 40 for i in range(40)]
 _RADII = [0.526, 0.22] * 5  # a five-pointed star of outer radius 0.526 is 1 wide
@@ -297,71 +296,44 @@ def _find_expressions(objects: Sequence[ShapeObject], held_out: bool, rng: Rng) 
 
 def _draw_absent(objects: Sequence[ShapeObject], held_out: bool, count: int, rng: Rng) -> tuple[Expression, ...]:
     """
-    Draws expressions that beyond doubt denote none of the objects, all of them different. Near misses have a noun with
-    a word that fits an object, or one that fits it wholly, so that its size, number or place is wrong. The others are
-    about a colour and a shape that the scene does not show.
+    Draws expressions about what the scene does not show, all of them different. Near misses name a colour and a shape
+    of which one is there; of what the others name nothing is.
 
     Nouns are held-out pairs with `held_out`, and never without it. A model that in training found a held-out pair in
     expressions without an object only would learn that there is no such thing.
     """
-    groups, beyond = _group(objects), _beyond(objects)
+    groups = _group(objects)
     generic, extreme_words, relation_words = _draw_words(rng)
-    references = list(_references(groups, generic, rng).items())
-    missing_colors = [color for color in COLORS if (color, None) not in groups]
-    missing_shapes = [shape for shape in SHAPES if (None, shape) not in groups]
+    references = list(_references(groups, generic, rng).values())
+    missing = [
+        pair
+        for pair in itertools.product((*COLORS, None), (*SHAPES, None))
+        if pair not in groups and (pair in HELD_OUT_PAIRS) == held_out
+    ]
+    near = [
+        (color, shape)
+        for color, shape in missing
+        if color and shape and ({(color, None), (None, shape)} & groups.keys())
+    ]
+    far = [pair for pair in missing if pair not in near]
 
     def pick(items: Sequence) -> Any:
         return items[int(rng.integers(len(items)))]
 
-    def draw_pair(near: bool) -> Pair:
-        if not near:
-            color, shape = pick(missing_colors), pick(missing_shapes)
-            return pick([(color, shape), (color, None), (None, shape)])
-        item = pick(objects)
-        wrong = [(pick(tuple(COLORS)), item.shape), (item.color, pick(SHAPES))]
-        return pick([*wrong, (item.color, item.shape), (item.color, None), (None, item.shape), (None, None)])
-
-    def draw_text(kind: str, near: bool) -> str | None:
-        """A text of this kind, or `None` if the one that was drawn denotes an object or might do so."""
-        pair = draw_pair(near)
-        if (pair in HELD_OUT_PAIRS) != held_out:
-            return None
-        noun, members = _noun(pair, generic), groups.get(pair, set())
-        direction = pick(tuple(DIRECTIONS))
-        if kind == "attribute":
-            return None if members else noun
-        if kind == "size":
-            size = pick(tuple(SIZES))
-            return None if any(objects[i].size == size for i in members) else f"{size} {noun}"
-        if kind == "extreme":
-            return None if members else f"{extreme_words[direction]} {noun}"
-        if kind == "ordinal":
-            rank = pick(tuple(ORDINALS))
-            return None if len(members) > rank else f"{ORDINALS[rank]} {noun} from the {direction}"
-
-        relation, opposite = pick([(relation_words[direction], DIRECTIONS[direction][0]), ("closest to", None)])
-        if members and rng.random() < 0.5:  # in relation to something that is not there
-            anchor = draw_pair(near)
-            denotes = anchor in groups or anchor in HELD_OUT_PAIRS
-            return None if denotes else f"{noun} {relation} the {_noun(anchor, generic)}"
-        if not references:
-            return None
-        reference, name = pick(references)
-        others = members - {reference}
-        # What the noun fits, if anything, must lie on the wrong side. Something always is the closest.
-        if members and not (others and opposite is not None and others <= beyond[opposite][reference]):
-            return None
-        return f"{noun} {relation} the {name}"
-
     found: dict[str, Expression] = {}
     while len(found) < count:
-        kind, near = pick(KINDS), rng.random() < NEAR_MISS_SHARE
-        for _ in range(ABSENT_ATTEMPTS):
-            bare = draw_text(kind, near)
-            if bare is not None and bare not in found:
-                text = bare if rng.random() < BARE_SHARE else f"the {bare}"
-                found[bare] = Expression(kind, text, target=None)
-                break
+        kind, direction = pick([kind for kind in KINDS if kind != "relation" or references]), pick(tuple(DIRECTIONS))
+        noun = _noun(pick(near if near and (not far or rng.random() < NEAR_MISS_SHARE) else far), generic)
+        if kind == "size":
+            noun = f"{pick(tuple(SIZES))} {noun}"
+        elif kind == "extreme":
+            noun = f"{extreme_words[direction]} {noun}"
+        elif kind == "ordinal":
+            noun = f"{pick(tuple(ORDINALS.values()))} {noun} from the {direction}"
+        elif kind == "relation":
+            noun = f"{noun} {pick([relation_words[direction], 'closest to'])} the {pick(references)}"
+        text = noun if rng.random() < BARE_SHARE else f"the {noun}"
+        found.setdefault(noun, Expression(kind, text, target=None))
     return tuple(found.values())
 
 

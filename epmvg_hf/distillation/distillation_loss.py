@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..model.losses import has_box, map_loss
+from ..model.losses import has_box, is_absent, map_loss
 from ..model.modeling_epmvg import EpmVGGroundingOutput
 from .clip_teacher import TeacherOutput
 from .losses import feature_loss, relation_loss, teacher_map_target
@@ -77,6 +77,7 @@ class DistillationLoss:
         image_index: torch.Tensor,
         labels: torch.Tensor,
         num_boxes: torch.Tensor,
+        num_absent: torch.Tensor,
         num_expressions: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """
@@ -84,10 +85,12 @@ class DistillationLoss:
             outputs ([`EpmVGGroundingOutput`]): the student's outputs for this process's B images and N expressions.
             teacher ([`TeacherOutput`]): the teacher's outputs for the same images and expressions.
             image_index (`torch.LongTensor` of shape `(N,)`): the image of each expression.
-            labels (`torch.FloatTensor` of shape `(N, 4)`): NaN for expressions without a box.
-            num_boxes, num_expressions (`torch.LongTensor` of shape `()`):
-                Boxes and expressions of the whole optimizer step, all accumulated batches and processes. Like all
-                counts here, they stay on the device, because reading them would make a GPU wait.
+            labels (`torch.FloatTensor` of shape `(N, 4)`): NaN for expressions without a box. Those that name nothing
+                in their image, which have zeros, take no part in the map term: a map would show where they are.
+            num_boxes, num_absent, num_expressions (`torch.LongTensor` of shape `()`):
+                Boxes, expressions that name nothing in their image, and all expressions of the whole optimizer step,
+                all accumulated batches and processes. Like all counts here, they stay on the device, because reading
+                them would make a GPU wait.
 
         Returns:
             The weighted sum, to be added to the loss that is differentiated, and the unweighted terms of this batch,
@@ -111,7 +114,9 @@ class DistillationLoss:
         if weights.teacher_map > 0:
             term, count = self._map_term(outputs, teacher, image_index, labels)
             terms["loss_teacher_map"] = (term, count)
-            taught = num_expressions if weights.teacher_map_rows == "all" else num_expressions - num_boxes
+            taught = num_expressions - num_absent
+            if weights.teacher_map_rows == "without_box":
+                taught = taught - num_boxes
             # The term is a mean over this process's rows. This factor makes it a part of the mean over all rows.
             share = count * self.accelerator.num_processes / taught.clamp(min=1)
             total = total + weights.teacher_map * share * term
@@ -142,9 +147,9 @@ class DistillationLoss:
         mask = outputs.visual_mask[image_index].bool()
         temperature = self.weights.map_temperature
         target = teacher_map_target(teacher.patch_embeds, teacher.text_embeds, image_index, mask, temperature)
-        rows = torch.ones_like(image_index, dtype=torch.bool)
+        rows = ~is_absent(labels)
         if self.weights.teacher_map_rows == "without_box":
-            rows = ~has_box(labels)
+            rows = rows & ~has_box(labels)
         return map_loss(outputs.similarity_map, target, mask.flatten(1), rows), rows.sum()
 
     def _summed_over_processes(self, term: torch.Tensor) -> torch.Tensor:

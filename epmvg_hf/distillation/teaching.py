@@ -97,6 +97,7 @@ class Teaching:
         outputs: EpmVGGroundingOutput,
         batch: dict[str, Any],
         num_boxes: torch.Tensor,
+        num_absent: torch.Tensor,
         num_expressions: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """
@@ -105,15 +106,15 @@ class Teaching:
         Args:
             outputs ([`EpmVGGroundingOutput`]): the student's outputs.
             batch (`dict`): the collator's batch, with `image_index`, `labels` and the teacher's columns.
-            num_boxes, num_expressions (`torch.LongTensor` of shape `()`): the counts of the whole optimiser step, on
-                all processes.
+            num_boxes, num_absent, num_expressions (`torch.LongTensor` of shape `()`): the counts of the whole
+                optimiser step, on all processes.
 
         Returns:
             `tuple`: the weighted sum of the terms, and each term with the number of expressions that it is a mean of.
         """
         taught = self.outputs(batch)
         return self.distillation_loss(
-            outputs, taught, batch["image_index"], batch["labels"], num_boxes, num_expressions
+            outputs, taught, batch["image_index"], batch["labels"], num_boxes, num_absent, num_expressions
         )
 
     def describe(self, name: str) -> str:

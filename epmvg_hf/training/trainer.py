@@ -286,8 +286,8 @@ class EpmVGTrainer(StudentTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
         """
-        The batches of one optimiser step, and the numbers of boxes, of expressions that the scores learn from, and of
-        all expressions in them over all processes.
+        The batches of one optimiser step, and the numbers of boxes, of absent expressions and of all expressions in
+        them over all processes.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the end of a stream, which the other processes may not have reached
@@ -296,9 +296,7 @@ class EpmVGTrainer(StudentTrainer):
         labels = torch.cat([batch["labels"] for batch in batches])
         boxes = has_box(labels).sum()
         expressions = torch.full_like(boxes, len(labels))
-        counts = self.accelerator.reduce(
-            torch.stack([boxes, boxes + is_absent(labels).sum(), expressions]), reduction="sum"
-        )
+        counts = self.accelerator.reduce(torch.stack([boxes, is_absent(labels).sum(), expressions]), reduction="sum")
         self._boxes_seen += counts[0]
         return batches, counts
 
@@ -314,7 +312,7 @@ class EpmVGTrainer(StudentTrainer):
             return (None, outputs) if return_outputs else None
         loss = outputs["loss"]
         if num_items_in_batch is not None:
-            total_boxes, total_scored, total_expressions = num_items_in_batch.unbind()
+            total_boxes, total_absent, _ = num_items_in_batch.unbind()
             boxes = has_box(inputs["labels"]).sum()
             terms = {name: (term, boxes) for name, term in outputs["loss_dict"].items()}
             score = outputs["loss_dict"].get("loss_score")
@@ -324,11 +322,11 @@ class EpmVGTrainer(StudentTrainer):
             loss = (loss - weighted_score) * (boxes * processes / total_boxes.clamp(min=1))
             if score is not None:
                 scored = boxes + is_absent(inputs["labels"]).sum()
-                loss = loss + weighted_score * (scored * processes / total_scored.clamp(min=1))
+                loss = loss + weighted_score * (scored * processes / (total_boxes + total_absent).clamp(min=1))
                 terms["loss_score"] = (score, scored)
             self._loss_terms.add(terms)
             if self.teaching is not None:
-                distilled, taught = self.teaching.loss(outputs, inputs, total_boxes, total_expressions)
+                distilled, taught = self.teaching.loss(outputs, inputs, *num_items_in_batch.unbind())
                 loss = loss + distilled
                 self._loss_terms.add(taught)
         return (loss, outputs) if return_outputs else loss
@@ -382,9 +380,11 @@ class EpmVGTrainer(StudentTrainer):
         if "scores" in outputs:
             rows["scores"] = outputs["scores"].float().cpu().numpy()
         if loss is not None:
-            rows["references"] = inputs["boxes"].float().cpu().numpy()
+            absent = is_absent(inputs["labels"])
+            references = inputs["boxes"].float().masked_fill(absent[:, None], torch.nan)
+            rows["references"] = references.cpu().numpy()
             rows["has_box"] = has_box(inputs["labels"]).cpu().numpy()
-            rows["is_absent"] = is_absent(inputs["labels"]).cpu().numpy()
+            rows["is_absent"] = absent.cpu().numpy()
             rows["losses"] = {"loss": loss.item(), **{k: v.item() for k, v in outputs["loss_dict"].items()}}
         self._evaluated.append(rows)
         return None, None, None

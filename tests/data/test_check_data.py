@@ -13,6 +13,7 @@ from epmvg_hf import load_grounding_dataset
 from epmvg_hf.cli import app
 from epmvg_hf.data.benchmarks import BENCHMARKS, Counts
 from epmvg_hf.data.check_data import check_splits, held_out_images, overlaps
+from tests.fixtures import refer_files
 from tests.fixtures.paths import REAL_DATA
 
 
@@ -78,6 +79,21 @@ def test_command_says_what_is_not_here(folder, tmp_path_factory):
     assert code == 1 and "not here: no files of the train split of RefCOCOg" in output.replace("\n", " ")
     code, output = run("check-data", "refcocoh", folder)
     assert code == 2 and "name must be one of" in output
+
+
+def test_absent_expressions_are_counted_as_any_others(tmp_path):
+    root = refer_files.write(tmp_path / "data", refer_files.GROUPS, "grefcoco")
+    reports, absent = check_splits(BENCHMARKS["grefcoco"], root)
+    found = {r.split: (r.source, r.expressions, r.references, len(r.image_ids), r.problems) for r in reports}
+    assert found == {
+        "train": ("refer", 4, 3, 2, []),
+        **{split: ("refer", 1, 1, 1, []) for split in ("validation", "testA", "testB")},
+    }
+    assert not absent and all(report.is_official for report in reports)
+    code, output = run("check-data", "grefcoco", root)
+    assert code == 0 and "| train | refer | 4 | 3 | 2 | 0 | 0 | unknown |" in output
+    code, output = run("exclude-images", root)
+    assert code == 0 and output.endswith("\n7\n")
 
 
 def test_excluded_images_are_those_of_validation_and_test(folder, tmp_path):

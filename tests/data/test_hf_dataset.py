@@ -12,7 +12,13 @@ import datasets
 import pytest
 from PIL import Image
 
-from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, as_grounding_dataset, load_grounding_dataset
+from epmvg_hf import (
+    EpmVGTrainer,
+    EpmVGTrainingArguments,
+    ImageGroups,
+    as_grounding_dataset,
+    load_grounding_dataset,
+)
 from tests.fixtures.models import tiny_model
 from tests.fixtures.own_rows import PLACED, ROWS, SIZES, in_format, write_images
 
@@ -299,6 +305,61 @@ def test_normalised_own_boxes():
         as_grounding_dataset(own_dataset(rows), OWN)
 
 
+def absent_rows(flags: list) -> list[dict]:
+    """A row per flag, in a column of another name; those that are absent have no box."""
+    rows = own_rows()[: len(flags)]
+    return [row | {"gone": flag, "bbox": None if flag else row["bbox"]} for row, flag in zip(rows, flags, strict=True)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_absent_expressions(tmp_path, streaming):
+    rows = absent_rows([False, True, None])
+    dataset = streamed_parquet(tmp_path, rows) if streaming else own_dataset(rows)
+    result = as_grounding_dataset(dataset, {**OWN, "absent": "gone"})
+    assert result.features["absent"] == datasets.Value("bool")
+    assert [(row["absent"], row["box"]) for row in result] == [
+        (False, PLACED[0][2]),
+        (True, None),
+        (False, PLACED[2][2]),
+    ]
+    renamed = dataset.rename_column("gone", "absent")
+    assert list(as_grounding_dataset(renamed, OWN)) == list(result)
+    assert "absent" not in next(iter(as_grounding_dataset(renamed, {**OWN, "absent": None})))
+    if not streaming:
+        groups = ImageGroups(result)
+        assert [group.boxes.tolist() for group in groups][1] == [[0, 0, 0, 0]]
+
+
+def test_one_of_several_expressions_is_absent(tmp_path):
+    sample = {"expression": ["a dog", "the zebra"], "box": [[1.5, 2.0, 3.0, 4.0], None], "absent": [False, True]}
+    dataset = webdataset(tmp_path, [{"png": encoded("a.png"), "json": sample}])
+    rows = list(as_grounding_dataset(dataset, {**WEB, "absent": "json.absent"}))
+    assert [(row["expression"], row["box"], row["absent"]) for row in rows] == [
+        ("a dog", [1.5, 2, 3, 4], False),
+        ("the zebra", None, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gone": True}, r"row 1 (0.png): absent is true, so the box must be None, but it is [1.5, 2.25, 20, 30]."),
+        ({"gone": "yes"}, "row 1 (0.png): absent is 'yes', expected true or false."),
+        ({"gone": 1}, "row 1 (0.png): absent is 1, expected true or false."),
+        (
+            {"text": ["a dog", "it"], "gone": [True], "bbox": None},
+            "row 1 (0.png): absent is [True], expected one, or one for each of the 2 expressions.",
+        ),
+    ],
+)
+def test_bad_absent_expressions(change, message):
+    row = own_rows()[1] | change
+    stream = datasets.IterableDataset.from_generator(lambda: iter([own_rows()[0] | {"gone": None}, row]))
+    with pytest.raises(ValueError) as error:
+        list(as_grounding_dataset(stream, {**OWN, "absent": "gone"}))
+    assert str(error.value) == message
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -306,8 +367,9 @@ def test_normalised_own_boxes():
         ({**OWN, "box": "boxes"}, "no column 'boxes' for box"),
         ({**OWN, "image": None}, "no column None for image"),
         ({**OWN, "image_id": "id"}, "no column 'id' for image_id"),
+        ({**OWN, "absent": "gone"}, "no column 'gone' for absent"),
         ({**OWN, "box": "photo.box"}, r"no column 'photo\.box' for box"),
-        ({**OWN, "label": "x"}, "columns may rename image, image_id, expression, box, not 'label'"),
+        ({**OWN, "label": "x"}, "columns may rename image, image_id, expression, box, absent, not 'label'"),
     ],
 )
 def test_bad_columns(columns, message):

@@ -6,6 +6,8 @@ from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
 
 from epmvg_hf import ImageGroups
+from epmvg_hf.data.captioned_groups import CaptionedGroups
+from epmvg_hf.data.image_groups import merge_groups
 from epmvg_hf.data.streamed_rows import group_rows, number_rows
 from epmvg_hf.model.rgb_images import as_rgb
 from tests.fixtures.rows import coloured_rows
@@ -221,19 +223,85 @@ def test_good_rows_pass_the_check():
         ImageGroups(dataset.remove_columns("box")).check_rows("train_dataset", needs_boxes=True)
 
 
+def _with_absent(absent: list[bool | None]) -> Dataset:
+    """Rows of three images, without a box where they are absent, and a caption without a box."""
+    dataset = coloured_rows(IMAGES)
+    rows = dataset.cast_column("image", Image(decode=False)).to_list()
+    for row, gone in zip(rows, absent, strict=True):
+        row |= {"absent": gone, "box": None if gone else row["box"]}
+    rows[4]["box"] = None
+    return Dataset.from_list(rows, Features({**dataset.features, "absent": Value("bool")}))
+
+
+ABSENT = [False, None, True, True, False, True]
+
+
+def test_an_absent_expression_has_a_box_of_zeros_and_a_caption_has_nan():
+    dataset = _with_absent(ABSENT)
+    groups = ImageGroups(dataset)
+    groups.check_rows("train_dataset", needs_boxes=True)
+    assert groups[0].boxes.tolist() == [[0, 2, 5, 12], [0] * 4, [0] * 4]
+    assert groups[1].boxes[0].tolist() == [1, 2, 6, 12] and np.isnan(groups[1].boxes[1]).all()
+    assert groups.group(2, with_image=False).boxes.tolist() == [[0] * 4]
+    assert ImageGroups(dataset.remove_columns("box"))[2].boxes is None
+
+
+def test_absent_expressions_are_read_alike_in_every_way():
+    dataset = _with_absent(ABSENT)
+    expected = list(ImageGroups(dataset))
+    streamed = group_rows(number_rows(dataset.to_iterable_dataset(), 0, 1))
+    as_numpy = [{**row, "absent": np.bool_(row["absent"]), "row_index": i} for i, row in enumerate(dataset)]
+    transformed = merge_groups(ImageGroups(dataset.with_transform(lambda batch: batch)))
+    for groups in (streamed, group_rows(as_numpy), transformed):
+        for one, other in zip(groups, expected, strict=True):
+            assert one.row_indices == other.row_indices
+            np.testing.assert_array_equal(one.boxes, other.boxes)
+    drawn_twice = merge_groups([expected[0].select([0, 1]), expected[1], expected[0].select([2, 1])])
+    assert drawn_twice[0].boxes.tolist() == [[0, 2, 5, 12], [0] * 4, [0] * 4, [0] * 4]
+
+
+def test_absent_expressions_stay_so_where_a_jpeg_is_decoded_smaller():
+    dataset = _row_of(PILImage.new("RGB", (400, 300)), [100, 60, 200, 300], format="JPEG")
+    absent = _row_of(PILImage.new("RGB", (400, 300)), None, format="JPEG").cast(dataset.features)
+    dataset = concatenate_datasets([dataset, absent]).add_column("absent", [False, True])
+    group = ImageGroups(dataset, decoded_side=200)[0]
+    assert group.image.size == (200, 150) and group.boxes.tolist() == [[50, 30, 100, 150], [0] * 4]
+
+
+def test_labelled_images_keep_their_absent_expressions_beside_captions():
+    dataset = _with_absent(ABSENT)
+    mixed = CaptionedGroups(ImageGroups(dataset), ImageGroups(dataset), ratio=1, seed=0)
+    assert (mixed[2].boxes == 0).all() and all(np.isnan(mixed[index].boxes).all() for index in (3, 4, 5))
+
+
+def test_an_absent_expression_with_a_box_is_named():
+    dataset = _with_absent([False] * 6)
+    flagged = dataset.remove_columns("absent").add_column("absent", [False] * 3 + [True] + [False] * 2)
+    message = "row 3 (image_id 'ccc'): absent is true, so the box must be None, but it is [3, 2, 8, 12]."
+    groups = ImageGroups(flagged)
+    for read in (lambda: groups[2], lambda: group_rows(list(flagged.select([3]))), lambda: groups.check_rows("rows")):
+        with pytest.raises(ValueError) as error:
+            read()
+        assert str(error.value).endswith(message.removeprefix("row 3"))
+    with pytest.raises(ValueError, match=r"^a row \(image_id 'a'\): absent is 'no', expected true or false\.$"):
+        group_rows([{**dataset[0], "absent": "no"}])
+
+
 @pytest.mark.parametrize(
     "column, values, message",
     [
         ("expression", [["a dog"]], "the column 'expression' is List.*expected text; as_grounding_dataset brings"),
         ("box", ["1 2 3 4"], "the column 'box' is .*expected lists of four numbers"),
         ("image_id", [[1]], "the column 'image_id' is .*expected text or numbers"),
+        ("absent", ["no"], r"the column 'absent' is Value\('string'\), expected true or false"),
+        ("absent", [1], r"the column 'absent' is Value\('int64'\), expected true or false"),
         ("image", [3], "the column 'image' is .*expected images, their bytes or their paths"),
     ],
 )
 def test_columns_of_another_type_are_named(column, values, message):
     dataset = coloured_rows(["a"])
     with pytest.raises(ValueError, match=message):
-        ImageGroups(dataset.remove_columns(column).add_column(column, values))
+        ImageGroups(dataset.select_columns(set(dataset.column_names) - {column}).add_column(column, values))
 
 
 @pytest.mark.parametrize("mode, value", [("RGB", (127, 127, 127)), ("L", 127), (None, 32_639)])

@@ -413,7 +413,8 @@ def test_absent_expressions_are_of_all_kinds_and_about_half_are_near_misses(spli
         words = set(noun) & {*COLORS, *SHAPES}
         seen = {word for item in row["objects"] for word in (item["color"], item["shape"])}
         near.append(not words or bool(words & seen))
-    assert 0.35 <= np.mean(near) <= 0.65
+    # Few pairs are held out, so a scene of test_composition often has none that comes near to one of its objects.
+    assert (0.1 if split == "test_composition" else 0.35) <= np.mean(near) <= 0.65
 
 
 @pytest.mark.parametrize("split", NUM_IMAGES)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
 from safetensors.torch import load_file
 
 from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
@@ -282,3 +283,17 @@ def test_the_map_may_be_taught_only_where_there_is_no_box(tmp_path, processor, d
     only = _first_log(_trainer(tmp_path, processor, captions, **{**arguments, "caption_dataset": None}))
     assert mixed["loss_teacher_map"] == pytest.approx(only["loss_teacher_map"], rel=1e-5)
     assert mixed["loss"] == pytest.approx(alone["loss"] + mixed["loss_teacher_map"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", ["all", "without_box"])
+def test_the_map_is_not_taught_for_what_is_absent(tmp_path, processor, dataset, rows):
+    """Rows that name nothing in their image change neither the term nor its weight, whatever the batches."""
+    captions = dataset.map(lambda row, index: {"box": None if index % 3 else row["box"]}, with_indices=True)
+    arguments = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_rows": rows}
+    arguments |= {"teacher": TinyTeacher(), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    without = _first_log(_trainer(tmp_path, processor, captions, **arguments))
+    shown = captions.add_column("absent", [False] * len(captions))
+    gone = shown.map(lambda row: {"box": None, "absent": True}).select(range(0, len(shown), 5))
+    both = _first_log(_trainer(tmp_path, processor, concatenate_datasets([shown, gone]), **arguments))
+    for name in ("loss", "loss_teacher_map", "loss_bbox"):
+        assert both[name] == pytest.approx(without[name], rel=1e-5), name

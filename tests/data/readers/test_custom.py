@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import Value
 from PIL import Image
 
 from epmvg_hf import load_grounding_dataset
@@ -159,6 +160,94 @@ def test_rows_without_box(folder, streaming):
     for cells in (",,,", "nan,nan,nan,nan"):
         (folder / "train.csv").write_text(f"image,expression,x,y,width,height\na.png,a dog,{cells}\n")
         assert found(load(folder, box_format="xywh", streaming=streaming)) == expected[:1]
+
+
+ZEBRA = {"image": "a.png", "expression": ["the zebra", "a zebra"], "box": None, "absent": True}
+DOG = {"image": "a.png", "expression": "a dog", "box": [1, 2, 3, 4]}
+WITH_ZEBRAS = [
+    ("a dog", [1, 2, 3, 4], False),
+    ("the zebra", None, True),
+    ("a zebra", None, True),
+    ("a caption", None, False),
+]
+
+
+def write_absent_csv(folder: Path, box_cells="1 2 3 4") -> Path:
+    lines = [
+        "image,expression,box,absent",
+        f"a.png,a dog,{box_cells},",
+        "a.png,the zebra,,True",
+        "a.png,a zebra,,true",
+    ]
+    (folder / "train.csv").write_text("\n".join([*lines, "a.png,a caption,, false "]))
+    return folder
+
+
+def write_absent_coco(folder: Path) -> Path:
+    content = coco()
+    content["annotations"] = [
+        {"id": 1, "image_id": 7, "bbox": [1, 2, 2, 2], "caption": "a dog"},
+        {"id": 2, "image_id": 7, "bbox": None, "captions": ["the zebra", "a zebra"], "absent": True},
+        {"id": 3, "image_id": 7, "bbox": None, "caption": "a caption", "absent": False},
+    ]
+    return write_coco(folder, content)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_lines(
+            folder, DOG, ZEBRA, {**DOG, "expression": "a caption", "box": None, "absent": None}
+        ),
+        write_absent_csv,
+        write_absent_coco,
+    ],
+)
+def test_absent_expressions(folder, write, streaming):
+    box_format = "xywh" if write is write_absent_coco else "xyxy"
+    dataset = load(write(folder), box_format=box_format, streaming=streaming)
+    assert dataset.features["absent"] == Value("bool")
+    assert [(row["expression"], row["box"], row["absent"]) for row in dataset] == WITH_ZEBRAS
+
+
+def test_absent_expressions_in_several_processes_and_a_file_that_gains_them(folder, tmp_path):
+    options = {"num_proc": 2, "cache_dir": str(tmp_path / "cache")}
+    images = [{**DOG, "image": name} for name in ("more/b.jpg", "c.png")]
+    assert "absent" not in load(write_lines(folder, DOG, *images), **options).column_names
+    dataset = load(write_lines(folder, DOG, *images, ZEBRA), **options)
+    assert dataset["absent"][:] == [False, True, True, False, False]
+
+
+def test_absent_expressions_in_a_field_of_another_name(folder):
+    lines = [DOG, {**ZEBRA, "gone": True, "absent": "unused"}]
+    assert load(write_lines(folder, *lines), columns={"absent": "gone"})["absent"][:] == [False, True, True]
+    with pytest.raises(ValueError, match=r"train\.jsonl: no row says true or false in 'away', named for absent\."):
+        load(folder, columns={"absent": "away"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({**ZEBRA, "box": [1, 2, 3, 4]}, "absent is true, so the box must be None, but it is [1, 2, 3, 4]."),
+        ({**ZEBRA, "absent": "true"}, "absent is 'true', expected true or false."),
+        ({**ZEBRA, "absent": 1}, "absent is 1, expected true or false."),
+        ({**ZEBRA, "expression": " "}, "the expression is ' ', expected words."),
+    ],
+)
+def test_bad_absent_expressions(folder, line, message):
+    write_lines(folder, DOG, line)
+    with pytest.raises(ValueError, match=re.escape(f"train.jsonl, line 2: {message}")):
+        load(folder)
+    assert found(load(folder, errors="skip")) == [("a.png", "a dog", [1, 2, 3, 4])]
+
+
+def test_absent_in_a_csv_is_true_false_or_nothing(folder):
+    write_absent_csv(folder)
+    text = (folder / "train.csv").read_text()
+    (folder / "train.csv").write_text(text.replace("true", "1"))
+    with pytest.raises(ValueError, match=r"train\.csv, line 4: absent is '1', expected true or false\."):
+        load(folder)
 
 
 def test_captions_of_coco(folder, caplog):
@@ -563,7 +652,11 @@ def test_text_is_utf8(folder, suffix):
         (write_jsonl, {"box_format": "cxcywh"}, 'box_format must be "xyxy" or "xywh", not \'cxcywh\''),
         (write_coco, {"box_format": "xyxy"}, r'box_format must be "xywh" or left out for .*train\.json'),
         (write_coco, {"box_format": None, "columns": {"box": "b"}}, r"columns does not apply to .*train\.json"),
-        (write_jsonl, {"columns": {"bbox": "b"}}, "columns may rename image, expression, box, xmin, .*, not 'bbox'"),
+        (
+            write_jsonl,
+            {"columns": {"bbox": "b"}},
+            "columns may rename image, expression, box, absent, xmin, .*, not 'bbox'",
+        ),
         (write_jsonl, {"columns": {"box": "bbox"}}, "line 1: no 'bbox', only image, expression, box"),
         (write_csv, {"columns": {"image": "file"}}, "has the columns image, .*, expected file, expression and either"),
     ],

@@ -8,16 +8,20 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Value
 from PIL import Image
 
+from epmvg_hf import ImageGroups, load_grounding_dataset
 from epmvg_hf.data.benchmarks import BENCHMARKS, SplitRequest
 from epmvg_hf.data.builder import GroundingBuilder, open_source
 from epmvg_hf.data.readers import refer_api
 from epmvg_hf.data.readers.refer_api import ReferFiles
 from epmvg_hf.data.readers.transvg_index import IndexFile
+from epmvg_hf.evaluation.blind_baselines import blind_accuracy
 from tests.fixtures.paths import REAL_DATA
-from tests.fixtures.refer_files import DATA, TRAIN_2014, write
+from tests.fixtures.refer_files import DATA, GROUPS, TRAIN_2014, write
 
 # (image_id, ref_id, ann_id, sent_id, expression, box in 0-based half-open pixels)
 TRAIN = [
@@ -33,9 +37,9 @@ def folder(tmp_path) -> Path:
     return write(tmp_path / "data")
 
 
-def changed(place: tuple, *value) -> dict:
+def changed(place: tuple, *value, data: dict = DATA) -> dict:
     """A copy of the data with one entry replaced, or removed if there is no value."""
-    data = copy.deepcopy(DATA)
+    data = copy.deepcopy(data)
     *path, last = place
     target = data
     for key in path:
@@ -357,6 +361,135 @@ def test_nothing_is_executed(folder):
     (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([Call()]))
     with pytest.raises(ValueError, match=r"refs\(unc\)\.p .*builtins\.eval"):
         load(folder)
+
+
+# gRefCOCO, whose expressions name any number of objects
+
+LADY, DOG = [3.93, 9.99, 38.15, 27.41], [0, 1, 2, 4]
+# (image_id, ref_id, ann_ids, sent_id, expression, num_boxes, absent, box, boxes)
+GROUP_ROWS = [
+    ("42", "0", ["1719310"], "0", "the lady with the blue shirt", 1, False, LADY, [LADY]),
+    ("42", "200000", ["13", "1719310"], "142300", "the dog and the lady", 2, False, [0, 1, 38.15, 27.41], [DOG, LADY]),
+    ("42", "200000", ["13", "1719310"], "142301", "both", 2, False, [0, 1, 38.15, 27.41], [DOG, LADY]),
+    ("7", "200001", [], "142302", "two zebras", 0, True, None, []),
+]
+
+
+def write_groups(root: Path, data: dict = GROUPS) -> Path:
+    return write(root, data, "grefcoco")
+
+
+def load_groups(data_dir, split="train", **options):
+    return load_grounding_dataset("grefcoco", data_dir, split=split, **options)
+
+
+def group_rows(dataset) -> list[tuple]:
+    columns = ("image_id", "ref_id", "ann_ids", "sent_id", "expression", "num_boxes", "absent", "box")
+    return [tuple(row[column] for column in columns) for row in dataset]
+
+
+def in_float32(box: list[float] | None) -> list[float] | None:
+    return None if box is None else np.float32(box).tolist()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_groups_of_objects(tmp_path, streaming):
+    root = write_groups(tmp_path / "data")
+    dataset = load_groups(root, streaming=streaming)
+    assert group_rows(dataset) == [(*row[:7], in_float32(row[7])) for row in GROUP_ROWS]
+    assert dataset.features["absent"] == Value("bool") and "boxes" not in dataset.column_names
+    each = load_groups(root, boxes="any", streaming=streaming)
+    assert group_rows(each) == group_rows(dataset)
+    assert [row["boxes"] for row in each] == [[in_float32(box) for box in row[8]] for row in GROUP_ROWS]
+
+
+@pytest.mark.parametrize(("split", "absent"), [("validation", False), ("testA", True), ("testB", False)])
+def test_splits_of_groups(tmp_path, split, absent):
+    dataset = load_groups(write_groups(tmp_path / "data"), split)
+    assert [(row["absent"], row["box"] is None) for row in dataset] == [(absent, absent)]
+
+
+def test_absent_expressions_reach_training_and_do_not_count_in_baselines(tmp_path):
+    dataset = load_groups(write_groups(tmp_path / "data"))
+    groups = ImageGroups(dataset)
+    groups.check_rows("train_dataset", needs_boxes=True)
+    assert groups[1].boxes.tolist() == [[0] * 4] and len(groups[0].boxes) == 3
+    expected = blind_accuracy(dataset.select(range(3)), dataset.select(range(3)))
+    assert blind_accuracy(dataset, dataset) == expected
+
+
+def test_ids_of_single_objects_need_no_list(tmp_path):
+    data = copy.deepcopy(GROUPS)
+    data["refs"][0] |= {"ann_id": 1719310}
+    data["refs"][2] |= {"ann_id": -1}
+    for ref in data["refs"]:
+        del ref["no_target"]
+    rows = group_rows(load_groups(write_groups(tmp_path / "data", data)))
+    assert rows == [(*row[:7], in_float32(row[7])) for row in GROUP_ROWS]
+
+
+GROUP = ("refs", 1)
+FIRST_GROUP = "grefs(unc).json, reference [1]"
+EXPECTED_GROUP = "expected [-1] and true, or the ids of annotations and false."
+GROUP_PROBLEMS = [
+    (GROUP, "a ref", f"{FIRST_GROUP} is 'a ref', expected a dict."),
+    ((*GROUP, "ann_id"), {}, f"{FIRST_GROUP} has {{}} as ann_id, expected an id or a list of ids."),
+    ((*GROUP, "ann_id"), [], f"{FIRST_GROUP} has [] as ann_id and False as no_target, {EXPECTED_GROUP}"),
+    ((*GROUP, "ann_id"), [-1], f"{FIRST_GROUP} has [-1] as ann_id and False as no_target, {EXPECTED_GROUP}"),
+    (
+        (*GROUP, "no_target"),
+        True,
+        f"{FIRST_GROUP} has [13, 1719310] as ann_id and True as no_target, {EXPECTED_GROUP}",
+    ),
+    ((*GROUP, "no_target"), 0, f"{FIRST_GROUP} has [13, 1719310] as ann_id and 0 as no_target, {EXPECTED_GROUP}"),
+    ((*GROUP, "ann_id"), [13, -1], f"{FIRST_GROUP} has the ann_id -1, expected one that is in "),
+    ((*GROUP, "ann_id"), [13, None], f"{FIRST_GROUP} has None as ann_id, expected an integer or a string."),
+    ((*GROUP, "ann_id"), [13, 13], f"{FIRST_GROUP} has the ann_id 13 twice, expected each once."),
+    ((*GROUP, "ann_id"), [13, 12], f"{FIRST_GROUP} is of the image 42, but its annotation 12 in "),
+    ((*GROUP, "image_id"), 43, f"{FIRST_GROUP} has the image_id 43, expected one that is in "),
+    ((*GROUP, "sentences"), [], f"{FIRST_GROUP} has no sentences, expected at least one."),
+    (("instances", "annotations", 0, "bbox"), [0, 1, 2], f"{FIRST_GROUP}: annotation 13 in "),
+    # Each box is checked, also where the box around all of them would be right.
+    (
+        ("instances", "annotations", 0, "bbox"),
+        [5, 10, 0, 3],
+        f"{FIRST_GROUP}, sentence [0]: the box [5, 10, 5, 13] is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), GROUP_PROBLEMS)
+def test_problems_of_groups(tmp_path, caplog, place, value, message):
+    root = write_groups(tmp_path / "data", changed(place, value, data=GROUPS))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_groups(root)
+    assert str(root / "grefcoco") in str(error.value) and len(str(error.value)) < 600
+    with caplog.at_level(logging.WARNING, logger="epmvg_hf.data.builder"):
+        rows = group_rows(load_groups(root, errors="skip"))
+    assert [row[1] for row in rows] == ["0", "200001"]
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read as UTF-8 JSON"), ("{}", "holds {}, expected")])
+def test_bad_files_of_groups(tmp_path, content, message):
+    root = write_groups(tmp_path / "data")
+    (root / "grefcoco" / "grefs(unc).json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"grefs(unc).json {message}")):
+        load_groups(root, errors="skip")
+
+
+def test_files_of_groups_are_not_taken_for_others(tmp_path):
+    root = write_groups(tmp_path / "data")
+    assert find(root / "grefcoco", name="grefcoco").refs_path == root / "grefcoco" / "grefs(unc).json"
+    assert find(root / "grefcoco") is None
+    message = (
+        r"no files of the train split of gRefCOCO in .*, expected grefcoco/grefs\(unc\)\.json and instances\.json"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        load_groups(write(tmp_path / "other"))
+    (root / "grefcoco" / "instances.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no instances\.json in .*, expected grefs\(unc\)\.json and"):
+        load_groups(root)
 
 
 # The real files
