@@ -128,7 +128,7 @@ class DataArguments:
 
     dataset_name: str = field(
         default="shapes",
-        metadata={"help": "shapes, refcoco, refcoco+, refcocog, referitgame, flickr30k_entities or custom."},
+        metadata={"help": "shapes, refcoco, refcoco+, refcocog, grefcoco, referitgame, flickr30k_entities or custom."},
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the files of the benchmark."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})

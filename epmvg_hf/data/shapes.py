@@ -536,7 +536,7 @@ def load_shapes(
     [64.0, 20.0, 82.0, 36.0]
     >>> with_absent = load_shapes("validation", num_images=4, absent_per_image=2)
     >>> [row["expression"] for row in with_absent if row["absent"]][:2]
-    ['rightmost purple triangle', 'the yellow shape left of the green triangle']
+    ['the leftmost blue triangle', 'the orange circle closest to the green diamond']
     ```
     """
     builder = Shapes(
