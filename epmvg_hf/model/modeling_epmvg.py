@@ -14,6 +14,7 @@
 """PyTorch EpmVG: a TransVG-compatible grounding student that reads B images and N expressions."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from transformers.modeling_outputs import (
 from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import maybe_autocast
 
 from .attention_epmvg import for_each_expression
 from .base_epmvg import EpmVGPreTrainedModel, supports_attention
@@ -351,10 +353,10 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         reg_state = fused.last_hidden_state[:, 0]
         # The first term gives words a direct way to what they name, since its gradient does not pass through the
         # fusion transformer. The second term is what fusion adds.
-        scale = self.config.d_model**-0.5
-        paired_tokens = for_each_expression(visual_tokens, image_index)
-        similarity_map = torch.einsum("nd,nvd->nv", _masked_mean(text_tokens, text_mask), paired_tokens) * scale
-        consistency_map = similarity_map + torch.einsum("nd,nvd->nv", reg_state, map_tokens) * scale
+        similarity_map = _similarity(
+            _masked_mean(text_tokens, text_mask), for_each_expression(visual_tokens, image_index)
+        )
+        consistency_map = similarity_map + _similarity(reg_state, map_tokens)
 
         return EpmVGModelOutput(
             reg_state=reg_state,
@@ -448,8 +450,8 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         pixels = pixel_values.to(self.dtype, memory_format=torch.channels_last)
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision_model.parameters())
         # Depthwise convolutions learn half as fast in bfloat16 as in float32 on a CPU. This context is for CPUs alone.
-        in_bfloat16 = torch.is_autocast_enabled("cpu") and not (trained and self._has_depthwise)
-        with torch.autocast("cpu", dtype=torch.get_autocast_dtype("cpu"), enabled=in_bfloat16):
+        in_float32 = trained and self._has_depthwise
+        with maybe_autocast("cpu", enabled=False) if in_float32 else nullcontext():
             maps = self.vision_model(pixels).feature_maps
         grid = choose_grid(
             [tuple(level.shape[-2:]) for level in maps], tuple(pixel_values.shape[-2:]), self.config.backbone_stride
@@ -694,6 +696,15 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         # Boxes are to be good, not easy to judge, so the scores give them no gradient.
         evidence = torch.cat([head_states, pred_boxes.detach().to(head_states.dtype), peak], dim=-1)
         return self.score_head(evidence).float().squeeze(-1)
+
+
+def _similarity(state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Scaled products `(N, V)` of a state `(N, d_model)` with tokens `(N, V, d_model)`, always in float32: a map in
+    bfloat16 would move the centres of boxes.
+    """
+    with maybe_autocast(state.device.type, enabled=False):
+        return torch.einsum("nd,nvd->nv", state.float(), tokens.float()) * state.shape[-1] ** -0.5
 
 
 def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -40,11 +40,7 @@ def calibrate_scores(model: EpmVGForVisualGrounding, scores: np.ndarray, is_righ
     True
     ```
     """
-    if is_right.all() or not is_right.any():
-        share = "all" if is_right.all() else "none"
-        raise ValueError(f"{share} of the {len(is_right)} boxes are right, so scores cannot be calibrated on them")
-    logits = torch.special.logit(torch.from_numpy(scores).double(), eps=1e-6)
-    scale, shift = fit_scale_and_shift(logits, torch.from_numpy(is_right))
+    scale, shift = _fit(scores, is_right)
     if scale <= 0:
         raise ValueError(
             "the scores order right and wrong boxes no better than chance, so calibration would turn them"
@@ -55,6 +51,50 @@ def calibrate_scores(model: EpmVGForVisualGrounding, scores: np.ndarray, is_righ
         last.weight.mul_(scale)
         last.bias.mul_(scale).add_(shift)
     return scale, shift
+
+
+def calibrate_across(scores: np.ndarray, is_right: np.ndarray, is_first: np.ndarray) -> np.ndarray:
+    """
+    Calibrates each half of the scores by what the other half says. Their calibration error is then an honest one.
+
+    Args:
+        scores (`np.ndarray` of shape `(N,)`): scores in [0, 1].
+        is_right (`np.ndarray` of shape `(N,)`): whether the boxes are right.
+        is_first (`np.ndarray` of shape `(N,)`): which rows are in the first half. Rows of an image belong together.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: the calibrated scores.
+
+    Raises:
+        ValueError: all boxes of a half are right, or none is.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from epmvg_hf.training.score_calibration import calibrate_across
+
+    >>> is_right, is_first = np.array([True, False] * 8), np.arange(16) < 8
+    >>> calibrate_across(np.full(16, 0.9), is_right, is_first).round(2)[:2]  # half of the boxes are right
+    array([0.5, 0.5])
+    ```
+    """
+    calibrated = np.empty(len(scores))
+    for half in (is_first, ~is_first):
+        scale, shift = _fit(scores[half], is_right[half])
+        calibrated[~half] = (scale * _logits(scores[~half]) + shift).sigmoid().numpy()
+    return calibrated
+
+
+def _fit(scores: np.ndarray, is_right: np.ndarray) -> tuple[float, float]:
+    if is_right.all() or not is_right.any():
+        share = "all" if is_right.all() else "none"
+        raise ValueError(f"{share} of the {len(is_right)} boxes are right, so scores cannot be calibrated on them")
+    return fit_scale_and_shift(_logits(scores), torch.from_numpy(is_right))
+
+
+def _logits(scores: np.ndarray) -> torch.Tensor:
+    return torch.special.logit(torch.from_numpy(scores).double(), eps=1e-6)
 
 
 def fit_scale_and_shift(logits: torch.Tensor, is_right: torch.Tensor) -> tuple[float, float]:

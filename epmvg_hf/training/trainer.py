@@ -21,6 +21,7 @@ from transformers.trainer_utils import (
 
 from ..data.captioned_groups import CaptionedGroups
 from ..data.image_groups import ImageGroups, is_transformed
+from ..data.pictures import number_pictures
 from ..data.streamed_rows import number_rows
 from ..distillation.clip_teacher import ClipTeacher
 from ..distillation.teaching import Teaching, check_captions, check_teacher
@@ -36,7 +37,7 @@ from .data_collator import EpmVGDataCollator
 from .frozen_towers import TowerImageGroups
 from .loss_terms import LossTerms
 from .model_card import strip_private_paths
-from .score_calibration import calibrate_scores
+from .score_calibration import calibrate_across, calibrate_scores
 from .student_trainer import StudentTrainer
 from .trainer_checks import check_dataset, check_student, check_trainer
 from .training_args import EpmVGTrainingArguments
@@ -438,8 +439,9 @@ class EpmVGTrainer(StudentTrainer):
                 on. Rows that are absent are left out.
 
         Returns:
-            `dict[str, float]`: `scale` and `shift`, which the logits of the scores got, and `calibration_error` before
-            them.
+            `dict[str, float]`: `scale` and `shift`, which the logits of the scores got; `calibration_error` before
+            them; and `calibration_error_of_other_half`, that of each half of the images after a calibration on the
+            other half, which is what to expect on new images.
 
         Raises:
             ValueError: there is no dataset or no score head, or the scores cannot be calibrated on these rows.
@@ -464,8 +466,16 @@ class EpmVGTrainer(StudentTrainer):
         assert self.scores is not None
         boxes, with_box = find_boxes(dataset["box"][:], "the dataset")
         is_right = paired_iou(output.predictions[with_box], boxes[with_box]) >= 0.5
-        scale, shift = calibrate_scores(model, self.scores[with_box], is_right)
-        return {"scale": scale, "shift": shift, "calibration_error": output.metrics["test_calibration_error"]}
+        scores = self.scores[with_box]
+        is_first = number_pictures(dataset)[with_box] % 2 == 0
+        other_half = measure_calibration(calibrate_across(scores, is_right, is_first), is_right).error
+        scale, shift = calibrate_scores(model, scores, is_right)
+        return {
+            "scale": scale,
+            "shift": shift,
+            "calibration_error": measure_calibration(scores, is_right).error,
+            "calibration_error_of_other_half": other_half,
+        }
 
     # Model card ------------------------------------------------------------------------------------------------
 

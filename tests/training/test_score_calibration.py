@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from epmvg_hf.training.score_calibration import calibrate_scores, fit_scale_and_shift
+from epmvg_hf.training.score_calibration import calibrate_across, calibrate_scores, fit_scale_and_shift
 from tests.fixtures.models import tiny_model
 
 
@@ -27,6 +27,16 @@ def test_scores_that_part_right_from_wrong_stay_finite():
     logits = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float64)
     scale, shift = fit_scale_and_shift(logits, logits > 0)
     assert 0 < scale < 1e4 and abs(shift) < 1e4
+
+
+def test_each_half_is_calibrated_by_the_other():
+    """The first half's boxes are right as often as the scores say, the second half's half as often."""
+    generator = np.random.default_rng(0)
+    scores, is_first = generator.uniform(0.05, 0.95, 4000), np.arange(4000) % 2 == 0
+    is_right = generator.random(4000) < np.where(is_first, scores, scores / 2)
+    calibrated = calibrate_across(scores, is_right, is_first)
+    assert calibrated[~is_first] == pytest.approx(scores[~is_first], abs=0.05)
+    assert calibrated[is_first].mean() == pytest.approx(is_right[~is_first].mean(), abs=0.02)
 
 
 def test_the_score_head_gives_the_fitted_scores():

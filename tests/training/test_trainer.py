@@ -125,6 +125,7 @@ def test_scores_are_rated_and_calibrated(tmp_path, processor, dataset):
     scores = trainer.scores
     calibration = trainer.calibrate_scores(rows)
     trainer.predict(rows)
+    assert calibration["calibration_error_of_other_half"] < calibration["calibration_error"]
     assert calibration["scale"] > 0 and np.array_equal(np.argsort(trainer.scores), np.argsort(scores))
     assert trainer.scores.mean() == pytest.approx(right.mean(), abs=0.01)
     assert trainer.evaluate(rows)["eval_calibration_error"] < calibration["calibration_error"]
