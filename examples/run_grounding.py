@@ -73,10 +73,6 @@ class ModelArguments:
             "help": "Pretrained text tower of a new model with its tokenizer: a BERT, RoBERTa, CLIP and others."
         },
     )
-    vision_out_features: list[str] | None = field(
-        default=None,
-        metadata={"help": "Feature maps of that vision tower to use, instead of the last one, such as blocks.4."},
-    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of a new model's canvas in pixels, instead of the one in config_name."}
     )
@@ -206,13 +202,7 @@ def make_model(
     Raises:
         ValueError: the arguments contradict each other.
     """
-    of_new_models = (
-        "vision_name_or_path",
-        "text_name_or_path",
-        "vision_out_features",
-        "image_size",
-        "max_text_length",
-    )
+    of_new_models = ("vision_name_or_path", "text_name_or_path", "image_size", "max_text_length")
     given = [name for name in of_new_models if getattr(arguments, name) is not None]
     if arguments.lora_rank is not None and arguments.model_name_or_path is None:
         raise ValueError(
@@ -235,7 +225,7 @@ def make_model(
         return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
 
     settings = json.loads(config_file(arguments.config_name, HERE / "configs").read_text())
-    settings |= {name: getattr(arguments, name) for name in given if name in ("image_size", "max_text_length")}
+    settings |= {name: getattr(arguments, name) for name in given if not name.endswith("_name_or_path")}
     if teacher_projection_dim is not None:
         settings["teacher_projection_dim"] = teacher_projection_dim
     vision, text = arguments.vision_name_or_path, arguments.text_name_or_path
@@ -246,16 +236,10 @@ def make_model(
         if settings.pop("backbone_config", None) is not None:
             settings.pop("backbone_stride", None)
         model = EpmVGForVisualGrounding.from_vision_text_pretrained(
-            vision,
-            text,
-            out_features=arguments.vision_out_features,
-            attn_implementation=arguments.attn_implementation,
-            **settings,
+            vision, text, attn_implementation=arguments.attn_implementation, **settings
         )
         return model, EpmVGProcessor.from_vision_text_pretrained(vision, text, model.config)
 
-    if arguments.vision_out_features is not None:
-        raise ValueError("vision_out_features needs vision_name_or_path: without a tower, config_name has the maps")
     config = EpmVGConfig(**settings)
     text_config: PreTrainedConfig = config.text_config
     if arguments.tokenizer_name is not None:
