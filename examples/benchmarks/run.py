@@ -6,7 +6,8 @@ python examples/benchmarks/run.py --profile                     # and where its 
 python examples/benchmarks/run.py --device cuda                 # in bfloat16, compiled
 python examples/benchmarks/run.py --parts grouping distillation # other parts, see --help
 python examples/benchmarks/run.py --parts precision --model outputs/demo
-python examples/benchmarks/run.py --quick --parts speed grouping distillation input growth   # does it all run?
+python examples/benchmarks/run.py --parts latency --model model_cards/epmvg-small-flickr30k
+python examples/benchmarks/run.py --quick --parts speed latency grouping distillation input growth   # does it all run?
 
 A part is a module of this folder with one function, which `run_parts` calls with what that part needs:
 
@@ -32,7 +33,7 @@ import torch
 from epmvg_hf import load_grounding_dataset
 from epmvg_hf.training.hardware import choose_compute, choose_threads
 
-PARTS = ("speed", "grouping", "distillation", "precision", "input", "growth")
+PARTS = ("speed", "latency", "grouping", "distillation", "precision", "input", "growth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Row = dict[str, Any]
@@ -44,10 +45,10 @@ def parse_arguments(command_line: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder for the report")
     parser.add_argument("--quick", action="store_true", help="tiny models and few repeats, to see that it runs")
-    parser.add_argument("--repeats", type=int, help="turns of speed and grouping, and steps of distillation")
+    parser.add_argument("--repeats", type=int, help="turns of speed, latency and grouping, and steps of distillation")
     parser.add_argument("--precision", choices=DTYPES, help="of speed; without it, what is fast on the device")
     parser.add_argument("--profile", action="store_true", help="of speed: tables of the student's operations")
-    parser.add_argument("--model", help="folder or Hub name of a trained model for precision and grouping")
+    parser.add_argument("--model", help="folder or Hub name of a trained model for latency, precision and grouping")
     parser.add_argument("--images", type=Path, help="folder with JPEGs for input, instead of drawn pictures")
     precision = parser.add_argument_group("data and precisions of the part precision")
     precision.add_argument("--dataset_name", default="shapes")
@@ -108,6 +109,10 @@ def run_parts(arguments: argparse.Namespace) -> dict[str, list[Row]]:
 
         dtype = DTYPES[arguments.precision]
         parts["speed"] = speed.measure(device, quick, output, dtype, arguments.repeats, arguments.profile)
+    if "latency" in arguments.parts:
+        import latency
+
+        parts["latency"] = latency.measure(device, quick, arguments.model, arguments.repeats)
     if "grouping" in arguments.parts:
         import grouping
 

@@ -41,9 +41,14 @@ def test_a_quick_run_reports_speed_and_writes_profiles(tmp_path, capsys):
 
 
 def test_the_other_parts_have_tables_of_their_own(tmp_path):
-    run.main(["--quick", "--parts", "grouping", "distillation", "--repeats", "2", "--output", str(tmp_path)])
+    run.main(
+        ["--quick", "--parts", "latency", "grouping", "distillation", "--repeats", "2", "--output", str(tmp_path)]
+    )
     parts = json.loads((tmp_path / "benchmarks.json").read_text())["parts"]
-    assert list(parts) == ["grouping", "distillation"]
+    assert list(parts) == ["latency", "grouping", "distillation"]
+    assert [row["expressions"] for row in parts["latency"]] == [1, 8] and all(
+        row["ms"] > 0 for row in parts["latency"]
+    )
     grouped, pairs = parts["grouping"]
     assert grouped["largest difference of a box"] < 1e-4 and pairs["of that of pairs"] == 1
     assert [row["teacher"] for row in parts["distillation"]] == ["on the fly", "cached", "no teacher"]

@@ -74,6 +74,8 @@ class EpmVGModelTester:
             image_size=self.image_size,
             max_text_length=10,
             box_head="map",
+            score_head=True,
+            projection_norm=True,
             frozen_batch_norm=False,
             teacher_projection_dim=self.teacher_projection_dim,
         )
