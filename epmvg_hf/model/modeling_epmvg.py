@@ -694,8 +694,8 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         lowest = torch.finfo(consistency_map.dtype).min
         peak = consistency_map.masked_fill(~visual_mask.flatten(1), lowest).amax(-1, keepdim=True)
         # Boxes are to be good, not easy to judge, so the scores give them no gradient.
-        evidence = torch.cat([head_states, pred_boxes.detach().to(head_states.dtype), peak], dim=-1)
-        return self.score_head(evidence).float().squeeze(-1)
+        evidence = torch.cat([pred_boxes.detach(), peak], dim=-1).to(head_states.dtype)
+        return self.score_head(torch.cat([head_states, evidence], dim=-1)).float().squeeze(-1)
 
 
 def _similarity(state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

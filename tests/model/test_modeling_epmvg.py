@@ -559,6 +559,16 @@ def test_a_score_does_not_depend_on_the_padding_of_its_batch():
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_scores_in_half_precision(dtype):
+    model, inputs = tiny_model(box_head="map", score_head=True), _inputs()
+    expected = model(**inputs).scores
+    scores = model.to(dtype)(**inputs).scores
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, atol=2e-2, rtol=0)
+
+
 def test_absent_rows_teach_the_scores_alone():
     model, inputs = tiny_model(box_head="map", score_head=True), _inputs()
     labels = torch.tensor([[0.5, 0.5, 0.2, 0.3]] * 5)
