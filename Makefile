@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.train
 	$(BIN)/python examples/predict.py model_cards/epmvg-small-flickr30k examples/images/astronaut.jpg \
-		"the woman in the orange suit" "the American flag" "a dog" --threshold 0.3 --output outputs/photo.png
+		"the woman in the orange suit" "a dog" --threshold 0.3 --output outputs/photo.png
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/run_grounding.py
 
