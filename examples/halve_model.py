@@ -4,7 +4,7 @@
 python examples/halve_model.py outputs/mine model_cards/mine
 
 The copy has the processor and the card, too. It loads as float32 like the original, with weights that were rounded to
-float16. That moves boxes by far less than a pixel; what it does to your model, `evaluate_benchmarks.py` says.
+float16. What that does to the accuracy of your model, `evaluate_benchmarks.py` says.
 """
 
 import argparse

@@ -40,6 +40,8 @@ def choose_grid(grids: list[tuple[int, int]], canvas: tuple[int, int], stride: i
 
 def resize_map(level: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """A feature map on another grid: the mean of the cells that fall together, or interpolated between them."""
+    if level.shape[-2:] == grid:
+        return level
     if level.shape[-2] >= grid[0]:
         return nn.functional.adaptive_avg_pool2d(level, grid)
     # Interpolation rounds in lower precisions, and some of them have no kernel for it.

@@ -27,7 +27,7 @@ from ..distillation.clip_teacher import ClipTeacher
 from ..distillation.teaching import Teaching, check_captions, check_teacher
 from ..evaluation.accuracy import GroundingAccuracy, find_boxes, paired_iou
 from ..evaluation.evaluated_rows import EvaluatedRows
-from ..evaluation.score_quality import measure_calibration, presence_auroc
+from ..evaluation.score_quality import evaluate_scores, measure_calibration
 from ..model.losses import has_box, is_absent
 from ..model.modeling_epmvg import MODEL_INPUTS, EpmVGForVisualGrounding
 from ..model.processing_epmvg import EpmVGProcessor
@@ -496,8 +496,6 @@ class EpmVGTrainer(StudentTrainer):
 def _rate_scores(scores: np.ndarray, rows: EvaluatedRows) -> dict[str, float]:
     """How much the scores of evaluated rows are worth, as metrics."""
     assert rows.references is not None
-    is_right = paired_iou(rows.predictions[rows.has_box], rows.references[rows.has_box]) >= 0.5
-    metrics = {"calibration_error": measure_calibration(scores[rows.has_box], is_right).error}
-    if rows.is_absent.any():
-        metrics["presence_auroc"] = presence_auroc(scores[rows.has_box], scores[rows.is_absent])
-    return metrics
+    is_absent = rows.is_absent if rows.is_absent.any() else None
+    rated = evaluate_scores(scores, rows.predictions, rows.references, is_absent)
+    return {name: rated[name] for name in ("calibration_error", "presence_auroc") if name in rated}

@@ -107,6 +107,15 @@ def make_processor(side: int, max_text_length: int) -> EpmVGProcessor:
     return EpmVGProcessor(image_processor, tokenizer, max_text_length=max_text_length)
 
 
+def load_or_make_student(model_name: str | None, quick: bool) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
+    """A trained model with its processor, or without a name a student with random weights."""
+    if model_name is not None:
+        return EpmVGForVisualGrounding.from_pretrained(model_name), EpmVGProcessor.from_pretrained(model_name)
+    torch.manual_seed(0)
+    config = read_config(quick)
+    return make_student(quick), make_processor(config.image_size, config.max_text_length)
+
+
 def student_inputs(quick: bool, expressions: int) -> Inputs:
     """One picture with all expressions."""
     config = read_config(quick)

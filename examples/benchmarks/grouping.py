@@ -3,10 +3,8 @@
 from typing import Any
 
 import torch
-from contenders import EXPRESSIONS, make_picture, make_processor, make_student, read_config
+from contenders import EXPRESSIONS, load_or_make_student, make_picture
 from timing import take_turns
-
-from epmvg_hf import EpmVGForVisualGrounding, EpmVGProcessor
 
 IMAGES, EXPRESSIONS_AN_IMAGE = 2, 7  # RefCOCO has about 7 expressions an image
 
@@ -25,13 +23,7 @@ def measure(
     Returns:
         `list[dict]`: a row for each way. The boxes of both must agree.
     """
-    if model_name is not None:
-        model = EpmVGForVisualGrounding.from_pretrained(model_name)
-        processor = EpmVGProcessor.from_pretrained(model_name)
-    else:
-        torch.manual_seed(0)
-        config = read_config(quick)
-        model, processor = make_student(quick), make_processor(config.image_size, config.max_text_length)
+    model, processor = load_or_make_student(model_name, quick)
     model = model.eval().to(device)
 
     images, expressions = [make_picture(seed) for seed in range(IMAGES)], EXPRESSIONS[:EXPRESSIONS_AN_IMAGE]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from contenders import EXPRESSIONS, make_picture, make_processor, make_student, read_config
+from contenders import EXPRESSIONS, load_or_make_student, make_picture
 from timing import take_turns
 from transformers import pipeline
 
@@ -23,13 +23,8 @@ def measure(
     Returns:
         `list[dict]`: a row for each number of expressions.
     """
-    if model_name is not None:
-        grounder = pipeline("visual-grounding", model=model_name, device=device)
-    else:
-        torch.manual_seed(0)
-        config = read_config(quick)
-        processor = make_processor(config.image_size, config.max_text_length)
-        grounder = pipeline("visual-grounding", model=make_student(quick), processor=processor, device=device)
+    model, processor = load_or_make_student(model_name, quick)
+    grounder = pipeline("visual-grounding", model=model, processor=processor, device=device)
     picture = make_picture(0)
     texts = {count: [EXPRESSIONS[number % len(EXPRESSIONS)] for number in range(count)] for count in (1, 8)}
     actions = {count: lambda text=text: grounder(picture, text) for count, text in texts.items()}
