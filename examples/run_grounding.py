@@ -74,7 +74,12 @@ class ModelArguments:
         },
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of a new model's canvas in pixels, instead of the one in config_name."}
+        default=None,
+        metadata={"help": "Side of the canvas in pixels, instead of the one in config_name or of the saved model."},
+    )
+    box_refinement: bool | None = field(
+        default=None,
+        metadata={"help": "Whether a second look corrects the boxes; a saved model can get it as a new part."},
     )
     max_text_length: int | None = field(
         default=None,
@@ -202,32 +207,20 @@ def make_model(
     Raises:
         ValueError: the arguments contradict each other.
     """
-    of_new_models = ("vision_name_or_path", "text_name_or_path", "image_size", "max_text_length")
-    given = [name for name in of_new_models if getattr(arguments, name) is not None]
-    if arguments.lora_rank is not None and arguments.model_name_or_path is None:
+    if arguments.model_name_or_path is not None:
+        return load_model(arguments.model_name_or_path, arguments, teacher_projection_dim)
+    if arguments.lora_rank is not None:
         raise ValueError(
             "lora_rank needs model_name_or_path, because an adapter is saved without the model that it belongs to"
         )
-    if arguments.model_name_or_path is not None:
-        if given:
-            raise ValueError(f"a saved model has its own {', '.join(given)}: leave that out, or model_name_or_path")
-        config = EpmVGConfig.from_pretrained(arguments.model_name_or_path)
-        if config.teacher_projection_dim is None and teacher_projection_dim is not None:
-            if arguments.lora_rank is not None:
-                raise ValueError(
-                    "with lora_rank only an adapter is saved, but the relation and feature losses need projections "
-                    f"that {arguments.model_name_or_path} does not have"
-                )
-            config.teacher_projection_dim = teacher_projection_dim  # adds two new projections to the saved weights
-        model = EpmVGForVisualGrounding.from_pretrained(
-            arguments.model_name_or_path, config=config, attn_implementation=arguments.attn_implementation
-        )
-        return model, EpmVGProcessor.from_pretrained(arguments.model_name_or_path)
-
     settings = json.loads(config_file(arguments.config_name, HERE / "configs").read_text())
-    settings |= {name: getattr(arguments, name) for name in given if not name.endswith("_name_or_path")}
-    if teacher_projection_dim is not None:
-        settings["teacher_projection_dim"] = teacher_projection_dim
+    asked = {
+        "image_size": arguments.image_size,
+        "box_refinement": arguments.box_refinement,
+        "max_text_length": arguments.max_text_length,
+        "teacher_projection_dim": teacher_projection_dim,
+    }
+    settings |= {name: value for name, value in asked.items() if value is not None}
     vision, text = arguments.vision_name_or_path, arguments.text_name_or_path
     if vision or text:
         if not (vision and text):
@@ -250,6 +243,36 @@ def make_model(
     image_processor = EpmVGImageProcessor(size={"height": config.image_size, "width": config.image_size})
     config._attn_implementation = arguments.attn_implementation
     return EpmVGForVisualGrounding(config), EpmVGProcessor(image_processor, tokenizer, config.max_text_length)
+
+
+def load_model(
+    folder: str, arguments: ModelArguments, teacher_projection_dim: int | None
+) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
+    """Load a saved model and its processor, and give it the new parts and the canvas that are asked for."""
+    for name in ("vision_name_or_path", "text_name_or_path", "max_text_length"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"a saved model has its own {name}: leave that out, or model_name_or_path")
+    config = EpmVGConfig.from_pretrained(folder)
+    changes = []
+    if config.teacher_projection_dim is None and teacher_projection_dim is not None:
+        config.teacher_projection_dim = teacher_projection_dim
+        changes.append("the projections that the relation and feature losses need")
+    if arguments.box_refinement is not None and arguments.box_refinement != config.box_refinement:
+        config.box_refinement = arguments.box_refinement
+        changes.append(f"box_refinement {arguments.box_refinement}")
+    image_size = config.image_size if arguments.image_size is None else arguments.image_size
+    if image_size != config.image_size:
+        changes.append(f"image_size {image_size}")
+    if changes and arguments.lora_rank is not None:
+        raise ValueError(f"with lora_rank only an adapter is saved, which fits {folder} without {', '.join(changes)}")
+    model = EpmVGForVisualGrounding.from_pretrained(
+        folder, config=config, attn_implementation=arguments.attn_implementation
+    )
+    processor = EpmVGProcessor.from_pretrained(folder)
+    if image_size != config.image_size:
+        model.resize_canvas(image_size)
+        processor.image_processor.size = {"height": image_size, "width": image_size}
+    return model, processor
 
 
 def with_lora(model: EpmVGForVisualGrounding, rank: int, target_modules: str) -> "PeftModel":

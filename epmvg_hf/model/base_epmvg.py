@@ -98,6 +98,44 @@ class EpmVGPreTrainedModel(ModelCardMixin, PreTrainedModel):
             attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
 
+    @torch.no_grad()
+    def resize_canvas(self, image_size: int) -> Self:
+        """
+        Prepares the model, in place, for training on another canvas. The visual rows of the position table are
+        interpolated to the new grid, where each cell then learns its own. A model that is not trained on it reads
+        other canvases as it is, and interpolates its table at each call. The processor has its own
+        `image_processor.size`.
+
+        Args:
+            image_size (`int`): side of the square canvas in pixels.
+
+        Returns:
+            The model itself, with the new `config.image_size`.
+
+        Raises:
+            ValueError: the canvas is smaller than a cell of the grid.
+
+        Example:
+
+        ```python
+        >>> model = model.resize_canvas(96)
+        >>> processor.image_processor.size = {"height": 96, "width": 96}
+        >>> model(**processor(images=image, text="the star")).visual_mask.shape
+        torch.Size([1, 12, 12])
+        ```
+        """
+        model = self.base_model
+        side = image_size // self.config.backbone_stride
+        if side < 1:
+            raise ValueError(
+                f"image_size is {image_size}, expected at least one cell of {self.config.backbone_stride} pixels "
+                "(config.backbone_stride)"
+            )
+        rows = model._fusion_positions(self.config.max_text_length, (side, side))[0]
+        model.fusion_positions = nn.Parameter(rows.clone(), requires_grad=model.fusion_positions.requires_grad)
+        self.config.image_size = model.config.image_size = image_size
+        return self
+
     def optimize_for_inference(self) -> Self:
         """
         Makes the vision backbone faster, in place, for a model that is not trained further. Batch norms are folded

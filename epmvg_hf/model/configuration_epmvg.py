@@ -75,6 +75,8 @@ class EpmVGConfig(PreTrainedConfig):
             `"reg"` regresses the box from the state of the `[REG]` token, as TransVG does. `"map"` takes the centre of
             the box from a sharpened soft-argmax over the consistency map plus a bounded offset, which converges much
             faster.
+        box_refinement (`bool`, *optional*, defaults to `False`):
+            Whether a second look at the visual tokens in and around the box corrects it.
         score_head (`bool`, *optional*, defaults to `False`):
             Whether the model predicts how good its boxes are: `scores` in [0, 1], near 0 if what the expression names
             is not in the image. Without it `scores` are `None`.
@@ -138,6 +140,7 @@ class EpmVGConfig(PreTrainedConfig):
     image_size: int = 640
     max_text_length: int = 20
     box_head: str = "reg"
+    box_refinement: bool = False
     score_head: bool = False
     frozen_batch_norm: bool = True
     bbox_loss_coefficient: float | int = 1.0

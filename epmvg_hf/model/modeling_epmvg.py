@@ -34,6 +34,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .attention_epmvg import for_each_expression
 from .base_epmvg import EpmVGPreTrainedModel, supports_attention
+from .box_refinement_epmvg import EpmVGBoxRefinement
 from .configuration_epmvg import EpmVGConfig
 from .decoder_epmvg import EpmVGDecoder
 from .encoder_epmvg import EpmVGEncoder, EpmVGVisualEncoder
@@ -524,6 +525,8 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             nn.ReLU(),
             nn.Linear(config.d_model, 4),
         )
+        if config.box_refinement:
+            self.box_refinement = EpmVGBoxRefinement(config)
         if config.score_head:
             # Beside what the box head reads, it sees the box itself and the highest value of the map.
             self.score_head = nn.Sequential(
@@ -541,6 +544,9 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             init.constant_(self.log_map_sharpness, math.log(2))
             # All offsets are 0 at first, so that training starts from the soft-argmax itself.
             init.zeros_(self.box_head[-1].weight)
+        # A model that is loaded and has all other weights is not initialised itself, only this layer of it is.
+        if self.config.box_refinement and module is self.box_refinement.correction:
+            init.zeros_(module.weight)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> EpmVGImageFeatures:
         """
@@ -632,6 +638,10 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             pred_boxes = self.box_head(head_states).float().sigmoid()
         else:
             pred_boxes, head_states = self._boxes_from_map(outputs, paired_mask)
+        if self.config.box_refinement:
+            pred_boxes = self.box_refinement(
+                pred_boxes, outputs.map_tokens, outputs.reg_state, outputs.consistency_map, paired_mask
+            )
         score_logits = None
         if self.config.score_head:
             score_logits = self._score(pred_boxes, head_states, outputs.consistency_map, paired_mask)

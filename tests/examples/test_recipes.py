@@ -52,13 +52,18 @@ def towers(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def _train(recipe: str, folder: Path, data_dir: Path, vision: str, text: str, *further: str) -> list[dict]:
+def _train(recipe: str, folder: Path, data_dir: Path, vision: str, text: str, *further: str) -> dict:
     """Run the recipe with tiny towers for two steps, and return what it logged."""
+    towers = ("--vision_name_or_path", vision, "--text_name_or_path", text)
+    return _run_recipe(recipe, folder, data_dir, *towers, "--image_size", "64", *further)
+
+
+def _run_recipe(recipe: str, folder: Path, data_dir: Path, *further: str) -> dict:
+    """Run the recipe for two steps, and return what it logged."""
     run_grounding.main([
         str(EXAMPLES / "configs" / f"{recipe}.yaml"), "--data_dir", str(data_dir), "--output_dir", str(folder),
-        "--vision_name_or_path", vision, "--text_name_or_path", text, "--image_size", "64", "--max_steps", "2",
-        "--logging_steps", "1", "--dataloader_num_workers", "0", "--dataloader_pin_memory", "false",
-        "--use_cpu", "true", "--disable_tqdm", "true", *further,
+        "--max_steps", "2", "--logging_steps", "1", "--dataloader_num_workers", "0",
+        "--dataloader_pin_memory", "false", "--use_cpu", "true", "--disable_tqdm", "true", *further,
     ])  # fmt: skip
     return json.loads((folder / "trainer_state.json").read_text())
 
@@ -118,18 +123,26 @@ def test_two_steps_with_an_efficientnet(tmp_path, data, towers):
 
     save_for_hf(timm.create_model("tf_efficientnet_lite0"), tmp_path / "vision", safe_serialization=True)
     further = ["--max_text_length", "20", "--freeze_backbone_epochs", "0", "--warmup_steps", "0"]
-    # A model of two steps may have no right box, by which scores could be calibrated.
-    further += ["--calibrate_scores", "false"]
-    name = "flickr30k_entities"
-    state = _train("flickr30k_towers", tmp_path, data[name], str(tmp_path / "vision"), towers["bert"], *further)
+    folder, images = tmp_path / "small", data["flickr30k_entities"]
+    state = _train("flickr30k_towers", folder, images, str(tmp_path / "vision"), towers["bert"], *further)
     logs = [log for log in state["log_history"] if "loss_score" in log]
     assert logs and logs[0]["loss_score"] > 0
-    config = EpmVGConfig.from_pretrained(tmp_path)
+    config = EpmVGConfig.from_pretrained(folder)
     assert config.score_head and config.projection_norm and config.backbone_stride == 16
-    saved, tower = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "vision" / "model.safetensors")
+    saved, tower = load_file(folder / "model.safetensors"), load_file(tmp_path / "vision" / "model.safetensors")
     for block, trained in ((2, False), (3, True), (6, True)):
         key = f"blocks.{block}.0.conv_pw.weight"
         assert saved[f"model.vision_model._backbone.{key}"].equal(tower[key]) != trained
+
+    # The second part of the recipe. A model of two steps may have no right box, by which scores could be calibrated.
+    further = ["--model_name_or_path", str(folder), "--image_size", "96", "--calibrate_scores", "false"]
+    _run_recipe("flickr30k_towers_320", tmp_path / "large", images, *further, "--warmup_steps", "0")
+    config = EpmVGConfig.from_pretrained(tmp_path / "large")
+    assert config.box_refinement and config.image_size == 96
+    assert EpmVGProcessor.from_pretrained(tmp_path / "large").image_processor.size == {"height": 96, "width": 96}
+    refined = load_file(tmp_path / "large" / "model.safetensors")
+    assert refined["model.fusion_positions"].shape[0] == saved["model.fusion_positions"].shape[0] - 4 * 4 + 6 * 6
+    assert refined["box_refinement.correction.weight"].abs().sum() > 0
 
 
 def test_every_recipe_is_run_here_and_lists_published_figures():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import run_grounding as example
+import torch
 from command_line import parse_arguments
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -153,9 +154,10 @@ def test_scenes_get_their_own_absent_expressions_in_all_splits(tmp_path, capsys)
     assert all(f"of {count} expressions of the kind {kind}" in printed for kind, count in with_box.items())
 
 
-def test_towers_and_sizes_are_for_new_models_only(tmp_path):
-    arguments = example.ModelArguments(model_name_or_path=str(tmp_path), image_size=64)
-    with pytest.raises(ValueError, match="a saved model has its own image_size"):
+def test_towers_and_texts_are_for_new_models_only(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    arguments = example.ModelArguments(model_name_or_path=str(tmp_path), max_text_length=64)
+    with pytest.raises(ValueError, match="a saved model has its own max_text_length"):
         example.make_model(arguments, [], None)
     with pytest.raises(ValueError, match="must be given together"):
         example.make_model(example.ModelArguments(vision_name_or_path=str(tmp_path)), [], None)
@@ -203,5 +205,19 @@ def test_an_adapter_needs_a_saved_base_model(tmp_path, processor):
     processor.save_pretrained(tmp_path)
     arguments = example.ModelArguments(model_name_or_path=str(tmp_path), lora_rank=2)
     assert example.make_model(arguments, [], None)[0].config.teacher_projection_dim is None
-    with pytest.raises(ValueError, match=f"need projections that {tmp_path} does not have"):
+    with pytest.raises(ValueError, match=f"fits {tmp_path} without the projections that the relation and feature"):
         example.make_model(arguments, [], 24)
+    arguments.image_size, arguments.box_refinement = 96, True
+    with pytest.raises(ValueError, match=f"fits {tmp_path} without box_refinement True, image_size 96"):
+        example.make_model(arguments, [], None)
+
+
+def test_a_saved_model_gets_another_canvas_and_new_parts(tmp_path, processor):
+    saved = tiny_model(box_head="map")
+    saved.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = example.ModelArguments(model_name_or_path=str(tmp_path), image_size=96, box_refinement=True)
+    model, resized = example.make_model(arguments, [], None)
+    assert model.config.image_size == 96 and resized.image_processor.size == {"height": 96, "width": 96}
+    assert model.box_refinement.correction.weight.abs().sum() == 0
+    assert torch.equal(model.box_head[0].weight, saved.box_head[0].weight)

@@ -15,8 +15,13 @@ from tests.fixtures.models import tiny_config, tiny_model
 # The students that differ in how they fuse and how they find the box.
 students = pytest.mark.parametrize(
     "student",
-    [{"box_head": "reg"}, {"box_head": "map"}, {"box_head": "map", "fusion_type": "decoder"}],
-    ids=["reg", "map", "decoder"],
+    [
+        {"box_head": "reg"},
+        {"box_head": "map"},
+        {"box_head": "map", "fusion_type": "decoder"},
+        {"box_head": "map", "fusion_type": "decoder", "box_refinement": True},
+    ],
+    ids=["reg", "map", "decoder", "refinement"],
 )
 
 
@@ -360,6 +365,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(student):
         model(**inputs, labels=labels).loss.backward()
     for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=0, msg=name)
+
+
+@torch.no_grad()
+def test_another_canvas_is_read_alike_before_and_after_the_table_is_resized(tmp_path):
+    model, inputs = tiny_model(box_head="map", fusion_type="decoder"), _inputs()
+    inputs["pixel_values"], inputs["pixel_mask"] = torch.randn(3, 3, 96, 96), torch.ones(3, 96, 96, dtype=torch.long)
+    expected = model(**inputs).pred_boxes
+    assert model.resize_canvas(96) is model and model.config.image_size == 96
+    torch.testing.assert_close(model(**inputs).pred_boxes, expected)
+    assert model.model.fusion_positions.shape == (1 + 12 + 12 * 12, 16) and model.model.fusion_positions.requires_grad
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(EpmVGForVisualGrounding.from_pretrained(tmp_path)(**inputs).pred_boxes, expected)
+    with pytest.raises(ValueError, match="image_size is 5, expected at least one cell of 8 pixels"):
+        model.resize_canvas(5)
 
 
 def test_missing_weights_start_as_in_a_new_model(tmp_path):

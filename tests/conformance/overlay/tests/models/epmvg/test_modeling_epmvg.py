@@ -74,6 +74,7 @@ class EpmVGModelTester:
             image_size=self.image_size,
             max_text_length=10,
             box_head="map",
+            box_refinement=True,
             score_head=True,
             projection_norm=True,
             frozen_batch_norm=False,
