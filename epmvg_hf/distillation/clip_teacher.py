@@ -135,8 +135,9 @@ class ClipTeacher(nn.Module):
                 - an architecture that open_clip knows, such as `"ViT-B-32"`;
                 - the path of a `.json` file with an open_clip model configuration: either `embed_dim`, `vision_cfg`
                   and `text_cfg`, or a `model_cfg` with these and a `preprocess_cfg`;
-                - `"local-dir:/a/folder"`, a folder with such an `open_clip_config.json`, the weights and, if the
-                  configuration names a Hugging Face tokenizer, a tokenizer;
+                - `"local-dir:/a/folder"`, a folder with such an `open_clip_config.json`, the weights, if the
+                  configuration names a Hugging Face tokenizer, a tokenizer, and if it names a Hugging Face text tower,
+                  the `config.json` of that tower, without which the Hub is asked for it;
                 - `"hf-hub:organization/repository"`, a Hub repository with these files;
                 - `"transformers:/a/folder"` or `"transformers:organization/repository"`, a folder or Hub repository
                   with a `CLIPModel` of transformers, its tokenizer and its image processor, such as

@@ -8,6 +8,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
 
@@ -49,10 +50,14 @@ def pooled_and_patches(visual: nn.Module, pixels: torch.Tensor) -> tuple[torch.T
 def patch_embedder(visual: nn.Module) -> Callable | None:
     """The function that computes [`pooled_and_patches`] for this kind of tower, or `None` if there is none."""
     from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
+    from timm.models import EfficientNet, ResNet
 
     if isinstance(visual, ModifiedResNet):
         return _resnet_embeds
+    if isinstance(visual, TimmModel) and isinstance(visual.trunk, (EfficientNet, ResNet)):
+        return _timm_embeds if visual.trunk.global_pool.pool_type == "avg" else None
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
         blocks = visual.transformer.resblocks
         plain_attention = isinstance(blocks[-1].attn, nn.MultiheadAttention)
@@ -107,3 +112,13 @@ def _average_vit_embeds(visual: "VisionTransformer", pixels: torch.Tensor) -> tu
     output = visual.forward_intermediates(pixels, indices=[last], output_fmt="NLC")
     tokens = visual.ln_post(output["image_intermediates"][0])
     return output["image_features"], (tokens @ visual.proj).unflatten(1, visual.grid_size)
+
+
+def _timm_embeds(visual: "TimmModel", pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    For a convolutional network of timm that averages its last feature map: each patch embedding is what the tower
+    would return if its average were over that cell only. With a linear projection, the pooled embedding is the mean of
+    the patch embeddings.
+    """
+    features = visual.trunk.forward_features(pixels)
+    return visual.head(visual.trunk.forward_head(features)), visual.head(features.permute(0, 2, 3, 1))

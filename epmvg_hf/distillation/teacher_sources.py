@@ -27,7 +27,9 @@ class _Source(NamedTuple):
     model_config: dict[str, Any]  # as in open_clip_config.json
     preprocess: dict[str, Any]  # what differs from open_clip's default preprocessing
     weights: Path | dict[str, torch.Tensor]
-    tokenizer: str | None = None  # a Hugging Face tokenizer, if it is not the one that model_config names
+    # The Hugging Face text tower and tokenizer, if they are not those that model_config names.
+    text_tower: str | None = None
+    tokenizer: str | None = None
 
 
 def load_clip(
@@ -40,12 +42,14 @@ def load_clip(
     source = _find_source(name, pretrained, cache_dir)
     text_config = source.model_config["text_cfg"]
     text_config = {**text_config, "hf_tokenizer_name": source.tokenizer or text_config.get("hf_tokenizer_name")}
+    if source.text_tower is not None:
+        text_config["hf_model_name"] = source.text_tower
     # open_clip makes models and tokenizers by the name of a configuration. Its own add_model_config would keep the
     # name for the rest of the process.
     registered = f"teacher-{uuid4()}"
     _MODEL_CONFIGS[registered] = {**source.model_config, "text_cfg": text_config}
     try:
-        clip = _build(source, registered, name)
+        clip = _build(source, text_config, registered, name)
         return clip, _load_tokenizer(text_config, registered, name, cache_dir), source.model_config
     finally:
         del _MODEL_CONFIGS[registered]
@@ -78,9 +82,13 @@ def _find_source(name: str, pretrained: str | None, cache_dir: str | None) -> _S
     weights = _find_checkpoint_in_dir(Path(where))
     if weights is None:
         raise FileNotFoundError(f"the folder {where} has no weights, such as open_clip_model.safetensors.")
-    # As in open_clip, the folder's own tokenizer replaces the Hugging Face tokenizer that the configuration names.
+    # As in open_clip, the folder's own tokenizer replaces the Hugging Face tokenizer that the configuration names. The
+    # configuration of a Hugging Face text tower is replaced likewise, so that such a teacher loads without the Hub.
     has_tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
-    return _Source(model_config, preprocess, Path(weights), where if has_tokenizer else None)
+    has_tower = model_config["text_cfg"].get("hf_model_name") and Path(where, "config.json").is_file()
+    return _Source(
+        model_config, preprocess, Path(weights), where if has_tower else None, where if has_tokenizer else None
+    )
 
 
 def _find_named_source(name: str, pretrained: str | None, cache_dir: str | None) -> _Source:
@@ -128,11 +136,11 @@ def _download(where: dict[str, Any], what: str, cache_dir: str | None) -> Path:
         raise OSError(f"{what} could not be downloaded: {in_short(error)}") from error
 
 
-def _build(source: _Source, registered: str, name: str) -> CLIP | CustomTextCLIP | CoCa:
+def _build(source: _Source, text_config: dict[str, Any], registered: str, name: str) -> CLIP | CustomTextCLIP | CoCa:
     if isinstance(source.weights, Path):
         _check_weights(source.weights)
     try:
-        _check_text_tower(source.model_config["text_cfg"])
+        _check_text_tower(text_config)
         # open_clip first draws random weights. That must not use up random numbers: with the same seed, a student
         # starts from the same weights with and without a teacher.
         with torch.random.fork_rng(devices=[]):

@@ -79,6 +79,23 @@ def test_average_pool(clip_folders, vision):
     torch.testing.assert_close(image_embeds, unit(pooled), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("vision", ["timm", "timm with mlp"])
+def test_average_pool_of_timm(clip_folders, vision):
+    """The projection of each cell, and of their mean."""
+    teacher = load(clip_folders[vision])
+    pixels = torch.rand(2, 3, 64, 64)
+    image_embeds, patch_embeds = teacher.encode_images(pixels)
+    visual = teacher.clip.visual
+    with torch.no_grad():
+        features = visual.trunk.forward_features(normalised(pixels))
+        cells = [[visual.head(features[:, :, row, column]) for column in range(2)] for row in range(2)]
+    patches = torch.stack([torch.stack(row, dim=1) for row in cells], dim=1)
+    torch.testing.assert_close(patch_embeds, unit(patches), rtol=0, atol=1e-5)
+    expected = visual.head(features.mean((2, 3))) if vision == "timm with mlp" else patches.mean((1, 2))
+    torch.testing.assert_close(image_embeds, unit(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(image_embeds, unit(visual(normalised(pixels))), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("vision", ["resnet", "vit", "average"])
 def test_patches_lie_where_they_are_in_the_image(clip_folders, vision):
     """A change in one cell changes that cell's embedding most."""
@@ -96,13 +113,13 @@ def test_patches_lie_where_they_are_in_the_image(clip_folders, vision):
         assert divmod(int(change.argmax()), columns) == (row, column)
 
 
-@pytest.mark.parametrize("vision", ["timm", "attentional pool", "custom attention"])
+@pytest.mark.parametrize("vision", ["timm with max", "attentional pool", "custom attention"])
 def test_towers_without_patches(clip_folders, vision):
-    pixel_values = torch.rand(2, 3, 32, 32)
+    pixel_values = torch.rand(2, 3, 64, 64)
     teacher = load(clip_folders[vision])
     assert teacher(pixel_values, EXPRESSIONS, output_patches=False).image_embeds.shape == (2, 24)
     assert not teacher.has_patches
-    tower = "TimmModel" if vision == "timm" else "VisionTransformer"
+    tower = "TimmModel" if vision.startswith("timm") else "VisionTransformer"
     with pytest.raises(ValueError, match=f"for the vision tower {tower} and its pooling: use output_patches"):
         teacher(pixel_values, EXPRESSIONS)
 
@@ -112,6 +129,6 @@ def test_a_tower_of_one_block_has_no_patches(tmp_path):
     assert not teacher.has_patches
 
 
-@pytest.mark.parametrize("vision", ["resnet", "vit", "average"])
+@pytest.mark.parametrize("vision", ["resnet", "vit", "average", "timm"])
 def test_towers_with_patches(clip_folders, vision):
     assert load(clip_folders[vision]).has_patches

@@ -170,7 +170,15 @@ def test_a_hugging_face_text_tower(tmp_path, tokenizer, pixel_values, no_questio
     text |= {"hf_proj_type": "linear", "hf_model_pretrained": False}
     folder = save_folder(tmp_path / "model", model_config(text_cfg=text))
     tokenizer.save_pretrained(folder)
-    assert_like_open_clip(load(folder), folder, pixel_values)
+    teacher = load(folder)
+    assert_like_open_clip(teacher, folder, pixel_values)
+
+    # The folder's own configuration of the tower replaces the one that is named, which is on the Hub.
+    shutil.copy(config, folder)
+    change_text_config(folder, hf_model_name="an/encoder")
+    assert torch.equal(load(folder).encode_texts(EXPRESSIONS), teacher.encode_texts(EXPRESSIONS))
+    (folder / "config.json").unlink()
+    change_text_config(folder, hf_model_name=str(config.parent))
 
     trap = write_code(config.parent / "own.py")
     own_code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
