@@ -347,6 +347,8 @@ def main(command_line: list[str] | None = None) -> None:
         )
     projected = teacher.embed_dim if teacher is not None and training_arguments.distils_embeddings else None
     model, processor = make_model(model_arguments, expressions, projected)
+    if data_arguments.calibrate_scores and not model.config.score_head:
+        raise ValueError("calibrate_scores is true, but the model has no score_head: set calibrate_scores to false")
     if model_arguments.map_loss_coefficient is not None:
         model.config.map_loss_coefficient = model_arguments.map_loss_coefficient
     student: EpmVGForVisualGrounding | PeftModel = model
@@ -371,10 +373,11 @@ def main(command_line: list[str] | None = None) -> None:
 
     if training_arguments.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
+        trainer.save_model()  # the best checkpoint, with load_best_model_at_end
         if data_arguments.calibrate_scores:
             for name, value in trainer.calibrate_scores().items():
                 logger.info("calibration of the scores: %s %.3f", name.replace("_", " "), value)
-        trainer.save_model()  # the best checkpoint, with load_best_model_at_end
+            trainer.save_model()
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()

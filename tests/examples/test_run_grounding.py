@@ -32,6 +32,10 @@ def test_every_config_parses(config, tmp_path):
     parse_arguments(example.ARGUMENTS, "", config, ["--output_dir", str(tmp_path)])
 
 
+# A model of a few steps may have no right box, by which scores could be calibrated.
+UNCALIBRATED = ("--calibrate_scores", "false")
+
+
 def test_main_job_and_prediction(tmp_path):
     """The command of the README: train, evaluate and draw. Then boxes for one image from the saved folder."""
     output = tmp_path / "out"
@@ -42,7 +46,7 @@ def test_main_job_and_prediction(tmp_path):
         "--attn_implementation", "sdpa",
         "--eval_steps", "2", "--save_steps", "2", "--picture_rows", "3", "--bf16", "false", "--use_cpu", "true",
         "--num_labelled_images", "16", "--logging_steps", "1", "--relation_loss_coefficient", "1",
-        "--feature_loss_coefficient", "1",
+        "--feature_loss_coefficient", "1", *UNCALIBRATED,
     ]  # fmt: skip
     result = subprocess.run(
         command, env=_environment(tmp_path), cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300
@@ -60,15 +64,15 @@ def test_main_job_and_prediction(tmp_path):
 
     # It distils from the embedded teacher, also with images without boxes, and saves the student alone.
     logs = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert {"loss_relation", "loss_feature", "loss_teacher_map", "loss_bbox"} <= set(logs[0])
+    assert {"loss_relation", "loss_feature", "loss_teacher_map", "loss_bbox", "loss_score"} <= set(logs[0])
     saved = {name.split(".")[0] for name in load_file(output / "model.safetensors")}
-    assert saved == {"model", "box_head", "log_map_sharpness"}
+    assert saved == {"model", "box_head", "log_map_sharpness", "box_refinement", "score_head"}
 
     results = json.loads((output / "all_results.json").read_text())
     assert {"train_loss", "eval_acc@0.5", "test_acc@0.5", "test_blind_best_box_per_expression"} <= set(results)
     assert {f"test_acc@0.5_{kind}" for kind in ("attribute", "size", "extreme", "ordinal", "relation")} <= set(results)
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
-    rows = load_grounding_dataset("shapes", split="test", num_images=10)
+    rows = load_grounding_dataset("shapes", split="test", num_images=10, absent_per_image=2)
     assert [(line["expression"], line["true_box"]) for line in lines] == [
         (row["expression"], row["box"]) for row in rows.select(range(40))
     ]
@@ -90,7 +94,7 @@ def test_main_job_and_prediction(tmp_path):
     printed = [line for line in result.stdout.splitlines() if line.startswith("the ")]
     assert [line.split(":")[0] for line in printed] == ["the circle", "the star"]
     for line in printed:
-        x1, y1, x2, y2 = json.loads(line.split(":")[1])
+        x1, y1, x2, y2 = json.loads(line.split(":")[1].split("(")[0])
         assert 0 <= x1 <= x2 <= rows[0]["image"].width and 0 <= y1 <= y2 <= rows[0]["image"].height
     assert Image.open(tmp_path / "prediction.png").size[0] > 100
 
@@ -132,11 +136,9 @@ def test_accuracy_by_kind_starts_with_the_worst_and_leaves_out_rows_without_a_bo
 
 
 def test_scenes_get_their_own_absent_expressions_in_all_splits(tmp_path, capsys):
-    settings = json.loads((EXAMPLES / "configs" / "tiny.json").read_text())
-    (tmp_path / "scored.json").write_text(json.dumps({**settings, "score_head": True}))
     output = tmp_path / "out"
     example.main([
-        "--config_name", str(tmp_path / "scored.json"), "--teacher_name", "none", "--output_dir", str(output),
+        *UNCALIBRATED, "--teacher_name", "none", "--output_dir", str(output),
         "--absent_per_image", "2", "--num_train_images", "4", "--max_eval_rows", "20", "--max_steps", "1",
         "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--bf16", "false",
         "--use_cpu", "true",
@@ -187,6 +189,7 @@ def test_an_adapter_for_a_saved_model(tmp_path, processor):
         "--lora_target_modules", r".*(encoder\.layers|text_model).*\.(q_proj|query)", "--output_dir", str(output),
         "--num_train_images", "4", "--max_eval_rows", "8", "--max_steps", "1", "--eval_strategy", "no",
         "--save_strategy", "no", "--load_best_model_at_end", "false", "--bf16", "false", "--use_cpu", "true",
+        *UNCALIBRATED,
     ])  # fmt: skip
     saved = load_file(output / "adapter_model.safetensors")
     assert len(saved) == 2 * 2 and not (output / "model.safetensors").exists()
@@ -210,6 +213,13 @@ def test_an_adapter_needs_a_saved_base_model(tmp_path, processor):
     arguments.image_size, arguments.box_refinement = 96, True
     with pytest.raises(ValueError, match=f"fits {tmp_path} without box_refinement True, image_size 96"):
         example.make_model(arguments, [], None)
+
+
+def test_scores_that_a_model_does_not_have_are_an_error_before_it_is_trained(tmp_path, processor):
+    tiny_model(box_head="map").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="calibrate_scores is true, but the model has no score_head"):
+        example.main(["--model_name_or_path", str(tmp_path), "--num_train_images", "4", "--output_dir", str(tmp_path)])
 
 
 def test_a_saved_model_gets_another_canvas_and_new_parts(tmp_path, processor):
