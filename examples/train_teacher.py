@@ -4,25 +4,29 @@
 python examples/train_teacher.py                                      # on drawn shapes, which needs no files
 python examples/train_teacher.py --resume_from_checkpoint true        # continue an interrupted run
 python examples/train_teacher.py examples/configs/teachers/flickr30k.yaml --data_dir flickr30k_entities
+python examples/train_teacher.py examples/configs/teachers/flickr30k_towers.yaml --data_dir flickr30k_entities
 """
 
 import json
 import logging
 import random
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from command_line import checkpoint_to_resume, config_file, parse_arguments, show_own_messages, use_hardware
 from datasets import Dataset
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim import AdamW
 from tqdm import tqdm
 from trained_tokenizer import train_tokenizer
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from epmvg_hf import ClipTeacher, EpmVGImageProcessor, ImageGroups, load_grounding_dataset
@@ -46,6 +50,21 @@ class TeacherArguments:
     scenes_seed: int = field(default=0, metadata={"help": "Seed of the training scenes of `shapes`."})
     num_train_images: int | None = field(default=None, metadata={"help": "How many training scenes `shapes` draws."})
     canvas_size: int = field(default=128, metadata={"help": "Side of the square canvas of the students, in pixels."})
+    vision_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder of the pretrained timm model that config_name names, to start from."}
+    )
+    text_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the pretrained text tower of transformers that config_name names, to start from."
+        },
+    )
+    tower_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of pretrained towers; with 0 they stay as they are."}
+    )
+    phrases_per_image: int = field(
+        default=1, metadata={"help": "How many phrases of an image are compared with its patches in a step."}
+    )
 
 
 class CaptionedImages(torch.utils.data.Dataset):
@@ -57,9 +76,11 @@ class CaptionedImages(torch.utils.data.Dataset):
         dataset (`datasets.Dataset`):
             Rows with `image`, `image_id`, `expression`, and `objects` (shapes) or `sentence` (Flickr30K Entities).
         canvas_size (`int`): side of the canvas in pixels.
+        phrases_per_image (`int`, *optional*, defaults to 1): how many phrases an item has.
     """
 
-    def __init__(self, dataset: Dataset, canvas_size: int):
+    def __init__(self, dataset: Dataset, canvas_size: int, phrases_per_image: int = 1):
+        self.phrases_per_image = phrases_per_image
         groups = ImageGroups(dataset).groups
         about_scene = "objects" if "objects" in dataset.column_names else "sentence"
         images, texts = dataset.select_columns(["image"]), dataset.select_columns(["expression", about_scene])
@@ -84,9 +105,16 @@ class CaptionedImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.canvases)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str, str, str]:
-        captions = (random.choice(texts[index]) for texts in (self.sentences, self.phrases, self.expressions))
-        return self.canvases[index], *captions
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
+        """A canvas with a caption, an expression and phrases, of which those of a short list may repeat."""
+        phrases = self.phrases[index]
+        few = random.sample(phrases, min(self.phrases_per_image, len(phrases)))
+        few += random.choices(phrases, k=self.phrases_per_image - len(few))
+        return self.canvases[index], [
+            random.choice(self.sentences[index]),
+            random.choice(self.expressions[index]),
+            *few,
+        ]
 
     def all_captions(self) -> list[str]:
         return [
@@ -116,43 +144,69 @@ class ContrastiveModel(nn.Module):
     Patch Aligned Contrastive Learning").
     """
 
-    def __init__(self, clip: CLIP, patch_temperature: float = 0.05):
+    def __init__(self, clip: CLIP | CustomTextCLIP, patch_temperature: float = 0.05):
         super().__init__()
         self.clip, self.patch_temperature = clip, patch_temperature
 
+    def train(self, mode: bool = True) -> "ContrastiveModel":
+        """Sets the mode, except that batch norms of pretrained towers keep their statistics, as in the student."""
+        super().train(mode)
+        if isinstance(self.clip, CustomTextCLIP):
+            for module in self.clip.visual.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        The loss of normalised `pixel_values` (B, 3, S, S) and of `input_ids` (3, B, L), which are a caption, a phrase
-        and an expression of each image.
+        The loss of normalised `pixel_values` (B, 3, S, S) and of `input_ids` (2 + P, B, L), which are a caption, an
+        expression and P phrases of each image.
         """
         pooled, patches = pooled_and_patches(self.clip.visual, pixel_values)
         image_embeds = nn.functional.normalize(pooled.float(), dim=-1)
         patch_embeds = nn.functional.normalize(patches.float(), dim=-1).flatten(1, 2)
         text_embeds = self.clip.encode_text(input_ids.flatten(0, 1), normalize=True).float()
-        sentences, phrases, expressions = text_embeds.unflatten(0, input_ids.shape[:2])
-        per_patch = torch.einsum("bve,ne->bnv", patch_embeds, phrases)
-        by_patch = (per_patch * (per_patch / self.patch_temperature).softmax(-1)).sum(-1)
+        sentences, expressions, *phrases = text_embeds.unflatten(0, input_ids.shape[:2])
+        similarities = [image_embeds @ sentences.T, image_embeds @ expressions.T]
+        for texts in phrases:
+            per_patch = torch.einsum("bve,ne->bnv", patch_embeds, texts)
+            similarities.append((per_patch * (per_patch / self.patch_temperature).softmax(-1)).sum(-1))
         scale = self.clip.logit_scale.exp().clamp(max=100)  # the bound that CLIP was trained with
-        similarities = (image_embeds @ sentences.T, image_embeds @ expressions.T, by_patch)
-        return {"loss": torch.stack([contrastive_loss(scale * similarity) for similarity in similarities]).mean()}
+        losses = [
+            contrastive_loss(scale * similarity, same_texts(tokens))
+            for similarity, tokens in zip(similarities, input_ids, strict=True)
+        ]
+        return {"loss": (losses[0] + losses[1] + torch.stack(losses[2:]).mean()) / 3}
 
 
-def contrastive_loss(logits: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss, InfoNCE in both directions, of `logits` (B, B) with matching pairs on the diagonal."""
+def contrastive_loss(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    """
+    CLIP's loss, InfoNCE in both directions, of `logits` (B, B) with matching pairs on the diagonal. Pairs elsewhere
+    whose texts are the `same` (B, B) are left out: "a man" is true of many images.
+    """
     target = torch.arange(len(logits), device=logits.device)
+    logits = logits.masked_fill(same, -torch.inf)
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+def same_texts(input_ids: torch.Tensor) -> torch.Tensor:
+    """Which of the texts `input_ids` (B, L) are the same as another one, (B, B); none is taken for itself."""
+    same = (input_ids[:, None] == input_ids).all(-1)
+    return same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
 
 
 class CaptionCollator:
     """Makes the inputs of [`ContrastiveModel`] from items of [`CaptionedImages`]."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int, image_size: int):
-        self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int, image_size: int, settings: dict):
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.image_size, self.settings = image_size, settings
 
-    def __call__(self, items: list[tuple[torch.Tensor, str, str, str]]) -> dict[str, torch.Tensor]:
-        canvases, *captions = zip(*items, strict=True)
+    def __call__(self, items: list[tuple[torch.Tensor, list[str]]]) -> dict[str, torch.Tensor]:
+        canvases, texts_of_each = zip(*items, strict=True)
+        captions = list(zip(*texts_of_each, strict=True))
         return {
-            "pixel_values": preprocess(torch.stack(canvases), self.image_size),
+            "pixel_values": preprocess(torch.stack(canvases), self.image_size, self.settings),
             "input_ids": self.tokenizer(
                 [text for texts in captions for text in texts],
                 padding="max_length",
@@ -163,25 +217,66 @@ class CaptionCollator:
         }
 
 
-def preprocess(canvases: torch.Tensor, image_size: int) -> torch.Tensor:
-    """Resizes and normalises canvases as `ClipTeacher` will do it, with CLIP's mean and standard deviation."""
+def preprocess(canvases: torch.Tensor, image_size: int, settings: dict) -> torch.Tensor:
+    """Resizes and normalises canvases as `ClipTeacher` will do it, by open_clip's `preprocess_cfg`."""
     pixels = nn.functional.interpolate(canvases / 255, (image_size, image_size), mode="bicubic", antialias=True)
-    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD])[..., None, None]
+    mean, std = torch.tensor([settings["mean"], settings["std"]])[..., None, None]
     # Convolutions are faster in this memory format.
     return ((pixels.clamp(0, 1) - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def save_teacher(clip: CLIP, model_config: dict, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a folder for open_clip's `local-dir:`. Weights are rounded to float16, which halves their size."""
+def make_clip(model_config: dict, vision: str | None, text: str | None) -> CLIP | CustomTextCLIP:
+    """
+    A new CLIP, or one whose towers are those of the folders `vision` (timm) and `text` (transformers), so that only
+    the projections into the common space are new.
+    """
+    if vision is None or text is None:
+        if vision is not None or text is not None:
+            raise ValueError("vision_name_or_path and text_name_or_path must be given together")
+        return CLIP(**model_config)
+    # The configuration names the tower on the Hub. Here only its folder is read.
+    text_config = model_config["text_cfg"] | {"hf_model_name": text, "hf_model_pretrained": True}
+    clip = CustomTextCLIP(**model_config | {"text_cfg": text_config})
+    trunk = timm.create_model(f"local-dir:{vision}", pretrained=True, num_classes=0)
+    clip.visual.trunk.load_state_dict(trunk.state_dict())
+    return clip
+
+
+def make_optimizer(model: ContrastiveModel, arguments: TrainingArguments, tower_learning_rate: float | None) -> AdamW:
+    """AdamW without weight decay of norms and biases, and with a rate of its own for pretrained towers."""
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        in_tower = name.startswith(("clip.visual.trunk.", "clip.text.transformer."))
+        rate = tower_learning_rate if in_tower and tower_learning_rate is not None else arguments.learning_rate
+        parameter.requires_grad_(rate > 0)
+        groups[rate, parameter.ndim > 1].append(parameter)
+    return AdamW(
+        [
+            {"params": members, "lr": rate, "weight_decay": arguments.weight_decay if decay else 0.0}
+            for (rate, decay), members in groups.items()
+            if rate > 0
+        ],
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+    )
+
+
+def save_teacher(
+    clip: CLIP | CustomTextCLIP, model_config: dict, settings: dict, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """
+    Writes a folder for open_clip's `local-dir:`, with the configuration of a text tower of transformers. Weights are
+    rounded to float16, which halves their size.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in clip.state_dict().items()
     }
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    preprocess = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic"}
-    config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
+    config = {"model_cfg": model_config, "preprocess_cfg": settings}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if isinstance(clip, CustomTextCLIP):
+        clip.text.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -241,7 +336,10 @@ def main() -> None:
     show_own_messages(logger.name)
     use_hardware(training_arguments)
     set_seed(training_arguments.seed)
-    model_config = json.loads(config_file(teacher_arguments.config_name, CONFIGS).read_text())
+    config = json.loads(config_file(teacher_arguments.config_name, CONFIGS).read_text())
+    model_config = config.get("model_cfg", config)
+    settings = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic"}
+    settings |= config.get("preprocess_cfg", {})
     canvas_size = teacher_arguments.canvas_size
     folder = Path(training_arguments.output_dir)
 
@@ -253,21 +351,26 @@ def main() -> None:
     options = {}
     if teacher_arguments.dataset_name == "shapes":
         options = {"seed": teacher_arguments.scenes_seed, "num_images": teacher_arguments.num_train_images}
-    images = CaptionedImages(load("train", **options), canvas_size)
-    tokenizer = train_tokenizer(images.all_captions(), model_config["text_cfg"]["vocab_size"])
-    model_config["text_cfg"] |= {"vocab_size": len(tokenizer), "eos_id": tokenizer.sep_token_id}
-    model = ContrastiveModel(CLIP(**{name: model_config[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}))
+    images = CaptionedImages(load("train", **options), canvas_size, teacher_arguments.phrases_per_image)
+    vision, text = teacher_arguments.vision_name_or_path, teacher_arguments.text_name_or_path
+    if text is None:
+        tokenizer = train_tokenizer(images.all_captions(), model_config["text_cfg"]["vocab_size"])
+        model_config["text_cfg"] |= {"vocab_size": len(tokenizer), "eos_id": tokenizer.sep_token_id}
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(text)
+    model = ContrastiveModel(make_clip(model_config, vision, text))
 
     trainer = Trainer(
         model=model,
         args=training_arguments,
         train_dataset=images,
         data_collator=CaptionCollator(
-            tokenizer, model_config["text_cfg"]["context_length"], model_config["vision_cfg"]["image_size"]
+            tokenizer, model_config["text_cfg"]["context_length"], model_config["vision_cfg"]["image_size"], settings
         ),
+        optimizers=(make_optimizer(model, training_arguments, teacher_arguments.tower_learning_rate), None),
     )
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
-    save_teacher(model.clip, model_config, tokenizer, folder / "teacher")
+    save_teacher(model.clip, model_config, settings, tokenizer, folder / "teacher")
 
     validation = load("validation")
     teacher = ClipTeacher.from_pretrained(f"local-dir:{folder / 'teacher'}")
