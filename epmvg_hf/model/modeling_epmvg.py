@@ -272,6 +272,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         letterbox: torch.LongTensor | None = None,
         backbone_features: torch.FloatTensor | None = None,
         text_hidden_states: torch.FloatTensor | None = None,
+        skip_fusion: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGModelOutput:
         r"""
@@ -305,6 +306,9 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             text_hidden_states (`torch.FloatTensor` of shape `(N, L, text_config.hidden_size)`, *optional*):
                 What [`~EpmVGModel.get_text_features`] returned as `last_hidden_state`, instead of `input_ids`; their
                 `attention_mask` is given as well.
+            skip_fusion (`bool`, *optional*, defaults to `False`):
+                Whether to stop before fusion, with the outputs that a teacher teaches: `similarity_map`,
+                `image_embeds`, `text_embeds` and the tokens. All others are then `None`.
 
         Raises:
             ValueError: images or expressions are missing or given in two ways, or their numbers do not match.
@@ -349,26 +353,29 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         if self.config.projection_norm:
             text_tokens = self.text_projection_norm(text_tokens)
         text_mask = _token_mask(text_tokens, attention_mask)
-
-        fused, map_tokens = self._fuse(text_tokens, text_mask, visual_tokens, visual_mask, image_index, **kwargs)
-        reg_state = fused.last_hidden_state[:, 0]
-        # The first term gives words a direct way to what they name, since its gradient does not pass through the
-        # fusion transformer. The second term is what fusion adds.
+        # This map gives words a direct way to what they name, since its gradient does not pass through the fusion
+        # transformer. The second term of the consistency map is what fusion adds.
         similarity_map = _similarity(
             _masked_mean(text_tokens, text_mask), for_each_expression(visual_tokens, image_index)
         )
-        consistency_map = similarity_map + _similarity(reg_state, map_tokens)
+        before_fusion = {
+            "similarity_map": similarity_map,
+            "visual_tokens": visual_tokens,
+            "visual_mask": visual_mask,
+            "text_tokens": text_tokens,
+            "image_embeds": image_embeds,
+            "text_embeds": text.pooler_output,
+        }
+        if skip_fusion:
+            return EpmVGModelOutput(**before_fusion)
 
+        fused, map_tokens = self._fuse(text_tokens, text_mask, visual_tokens, visual_mask, image_index, **kwargs)
+        reg_state = fused.last_hidden_state[:, 0]
         return EpmVGModelOutput(
+            **before_fusion,
             reg_state=reg_state,
-            consistency_map=consistency_map,
-            similarity_map=similarity_map,
-            visual_tokens=visual_tokens,
-            visual_mask=visual_mask,
-            text_tokens=text_tokens,
+            consistency_map=similarity_map + _similarity(reg_state, map_tokens),
             map_tokens=map_tokens,
-            image_embeds=image_embeds,
-            text_embeds=text.pooler_output,
             last_hidden_state=fused.last_hidden_state,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
@@ -590,13 +597,14 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         letterbox: torch.LongTensor | None = None,
         backbone_features: torch.FloatTensor | None = None,
         text_hidden_states: torch.FloatTensor | None = None,
+        skip_fusion: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EpmVGGroundingOutput:
         r"""
         Args:
             pixel_values, input_ids, attention_mask, pixel_mask, image_index, original_sizes, letterbox, inputs_embeds,
-            visual_tokens, visual_mask, backbone_features, text_hidden_states:
-                See [`EpmVGModel.forward`].
+            visual_tokens, visual_mask, backbone_features, text_hidden_states, skip_fusion:
+                See [`EpmVGModel.forward`]. Without fusion there are neither boxes nor a loss.
             labels (`torch.FloatTensor` of shape `(N, 4)`, *optional*):
                 True boxes, (cx, cy, w, h) in [0, 1] of the padded canvas, which the processor makes of its `boxes`. A
                 row of NaN stands for an expression without a box and takes no part in the loss; a row of zeros stands
@@ -629,9 +637,17 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
             visual_mask=visual_mask,
             backbone_features=backbone_features,
             text_hidden_states=text_hidden_states,
+            skip_fusion=skip_fusion,
             return_dict=True,
             **kwargs,
         )
+        if skip_fusion:
+            return EpmVGGroundingOutput(
+                similarity_map=outputs.similarity_map,
+                visual_mask=outputs.visual_mask,
+                image_embeds=outputs.image_embeds,
+                text_embeds=outputs.text_embeds,
+            )
         paired_mask = for_each_expression(outputs.visual_mask.bool(), image_index)
         if self.config.box_head == "reg":
             head_states = outputs.reg_state

@@ -41,7 +41,9 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
         raise ValueError(f"frozen_parameters {list(patterns)} leaves no parameter to train")
 
 
-def find_unused_parameters(model: EpmVGForVisualGrounding, with_embeddings: bool) -> list[str]:
+def find_unused_parameters(
+    model: EpmVGForVisualGrounding, with_embeddings: bool, skip_fusion: bool = False
+) -> list[str]:
     """
     The names of trained parameters that get no gradient, such as those of stages behind the last feature map that is
     used. Runs the student once, for one empty image.
@@ -49,6 +51,7 @@ def find_unused_parameters(model: EpmVGForVisualGrounding, with_embeddings: bool
     Args:
         model ([`EpmVGForVisualGrounding`]): the student.
         with_embeddings (`bool`): whether the loss compares the student's `image_embeds` and `text_embeds`.
+        skip_fusion (`bool`, *optional*, defaults to `False`): whether nothing behind the `similarity_map` is trained.
 
     Example:
 
@@ -66,9 +69,11 @@ def find_unused_parameters(model: EpmVGForVisualGrounding, with_embeddings: bool
         pixel_values=torch.zeros(1, 3, size, size, device=model.device),
         input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device),
         labels=torch.full((1, 4), 0.5, device=model.device),
+        skip_fusion=skip_fusion,
     )
     model.train(was_training)
-    ends = [outputs.loss, *((outputs.image_embeds, outputs.text_embeds) if with_embeddings else ())]
+    end = outputs.similarity_map if skip_fusion else outputs.loss
+    ends = [end, *((outputs.image_embeds, outputs.text_embeds) if with_embeddings else ())]
     nodes = [end.grad_fn for end in ends if end.grad_fn is not None]
     seen, used = set(nodes), set()
     while nodes:

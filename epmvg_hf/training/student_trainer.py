@@ -85,7 +85,7 @@ class StudentTrainer(CheckpointTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or handler is None:
             return
         if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is None:
-            unused = find_unused_parameters(student, with_embeddings)
+            unused = find_unused_parameters(student, with_embeddings, self.args.distil_only)
             handler.find_unused_parameters = bool(unused)
             if unused:
                 logger.info("DDP searches for unused parameters in every step, because of %s", ", ".join(unused[:3]))

@@ -30,6 +30,7 @@ from ..evaluation.evaluated_rows import EvaluatedRows
 from ..evaluation.score_quality import evaluate_scores, measure_calibration
 from ..model.losses import has_box, is_absent
 from ..model.modeling_epmvg import MODEL_INPUTS, EpmVGForVisualGrounding
+from ..model.outputs_epmvg import EpmVGGroundingOutput
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
 from .callbacks import CaptionTurnsCallback
@@ -152,6 +153,8 @@ class EpmVGTrainer(StudentTrainer):
             check_captions(self.caption_dataset, self.train_dataset, self._given_teacher, weights)
         if self._given_teacher is not None:
             check_teacher(self._given_teacher, student.config, weights)
+        elif args.distil_only:
+            raise ValueError("distil_only needs a teacher")
         self.teacher = self._given_teacher if args.distils else None
         self.teaching: Teaching | None = None
         if self.teacher is not None:
@@ -308,7 +311,12 @@ class EpmVGTrainer(StudentTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs})
+        known = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        if self.args.distil_only and num_items_in_batch is not None:
+            outputs = model(**known, skip_fusion=True)
+            loss = self._distillation_loss(outputs, inputs, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+        outputs = model(**known)
         if "labels" not in inputs:
             return (None, outputs) if return_outputs else None
         loss = outputs["loss"]
@@ -327,10 +335,16 @@ class EpmVGTrainer(StudentTrainer):
                 terms["loss_score"] = (score, scored)
             self._loss_terms.add(terms)
             if self.teaching is not None:
-                distilled, taught = self.teaching.loss(outputs, inputs, *num_items_in_batch.unbind())
-                loss = loss + distilled
-                self._loss_terms.add(taught)
+                loss = loss + self._distillation_loss(outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _distillation_loss(
+        self, outputs: EpmVGGroundingOutput, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.teaching is not None
+        loss, terms = self.teaching.loss(outputs, inputs, *num_items_in_batch.unbind())
+        self._loss_terms.add(terms)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Logs of training carry "loss". Those of an evaluation carry "eval_loss", with terms of their own.

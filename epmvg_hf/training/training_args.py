@@ -81,6 +81,9 @@ class EpmVGTrainingArguments(TrainingArguments):
         teacher_map_rows (`str`, *optional*, defaults to `"all"`):
             Which expressions learn the teacher's map: `"all"`, or only those `"without_box"`, for which the map cannot
             be learned from a box instead.
+        distil_only (`bool`, *optional*, defaults to `False`):
+            Whether to train the towers and what stands before fusion by the teacher alone. Nothing is fused and no box
+            is predicted, so that a step is cheap and its batch can be large. A second training then learns the boxes.
         student_temperature (`float`, *optional*, defaults to 0.05):
             The student's image-text similarities are divided by this temperature in the relation loss.
         teacher_temperature (`float`, *optional*, defaults to 0.05):
@@ -174,6 +177,9 @@ class EpmVGTrainingArguments(TrainingArguments):
     )
     teacher_map_rows: str = field(
         default="all", metadata={"help": "Expressions that learn the teacher's map: all or without_box."}
+    )
+    distil_only: bool = field(
+        default=False, metadata={"help": "Train what stands before fusion by the teacher alone, without boxes."}
     )
     student_temperature: float = field(
         default=0.05, metadata={"help": "Temperature of the student's similarities in the relation loss."}
@@ -306,6 +312,12 @@ class EpmVGTrainingArguments(TrainingArguments):
         for name in ("caption_ratio", "student_temperature", "teacher_temperature", "map_temperature"):
             if (value := getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.distil_only and not self.distils:
+            raise ValueError("distil_only trains by the terms of the distillation, and all their weights are 0")
+        if self.distil_only and self.eval_strategy != "no":
+            raise ValueError(
+                f'distil_only trains no boxes to evaluate: eval_strategy must be "no", got {self.eval_strategy!r}'
+            )
         if self.teacher_map_rows not in ("all", "without_box"):
             raise ValueError(f'teacher_map_rows must be "all" or "without_box", got {self.teacher_map_rows!r}')
         if self.tower_cache_dtype not in ("float32", "float16"):

@@ -72,6 +72,36 @@ def test_terms_fall_and_the_student_moves_into_the_teachers_space(tmp_path, proc
         assert last[name] < first[name] - 0.05, name
 
 
+def test_distil_only_trains_what_stands_before_fusion_and_nothing_else(tmp_path, processor, dataset, monkeypatch):
+    """The terms are those of a usual step. Fusion is not even run, and boxes, which are all empty, play no part."""
+    usual = _first_log(_trainer(tmp_path, processor, dataset, teacher=TinyTeacher()))
+    rows = dataset.remove_columns("box").add_column("box", [None] * len(dataset))
+    model = tiny_model(box_head="map", frozen_batch_norm=True, teacher_projection_dim=24)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = _trainer(tmp_path, processor, rows, model=model, teacher=TinyTeacher(), distil_only=True)
+    monkeypatch.setattr(model.model, "_fuse", None)
+    log = _first_log(trainer)
+    assert {name: log[name] for name in log if name.startswith("loss_")} == pytest.approx(
+        {name: usual[name] for name in ("loss_relation", "loss_feature", "loss_teacher_map")}
+    )
+    assert log["loss"] == pytest.approx(sum(value for name, value in log.items() if name.startswith("loss_")))
+    changed = {name.split(".")[1] for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {
+        "vision_model", "input_projection", "encoder", "visual_projection", "text_model", "text_projection",
+        "teacher_image_projection", "teacher_text_projection",
+    }  # fmt: skip
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "fusion" in name)
+
+
+def test_distil_only_needs_a_teacher_that_teaches_and_nothing_to_evaluate(tmp_path, processor, dataset):
+    with pytest.raises(ValueError, match="distil_only needs a teacher"):
+        _trainer(tmp_path, processor, dataset, distil_only=True)
+    with pytest.raises(ValueError, match="distil_only trains by the terms of the distillation, and all their weights"):
+        EpmVGTrainingArguments(str(tmp_path), distil_only=True, **WITHOUT)
+    with pytest.raises(ValueError, match='eval_strategy must be "no", got'):
+        EpmVGTrainingArguments(str(tmp_path), distil_only=True, eval_strategy="epoch")
+
+
 def test_without_weights_the_teacher_is_never_asked(tmp_path, processor, dataset):
     teacher = TinyTeacher()
     with_teacher = _trainer(tmp_path, processor, dataset, teacher=teacher, **WITHOUT)

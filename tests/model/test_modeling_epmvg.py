@@ -58,7 +58,7 @@ def _row(inputs: dict[str, torch.Tensor], expression: int) -> dict[str, torch.Te
 
 def test_model_inputs_are_the_arguments_that_a_batch_provides():
     arguments = set(inspect.signature(EpmVGForVisualGrounding.forward).parameters)
-    unread = {"original_sizes", "letterbox"}
+    unread = {"original_sizes", "letterbox", "skip_fusion"}
     instead = {"inputs_embeds", "visual_tokens"}  # arguments that replace entries of a batch
     assert set(MODEL_INPUTS) == arguments - unread - instead - {"self", "kwargs"}
 
@@ -365,6 +365,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(student):
         model(**inputs, labels=labels).loss.backward()
     for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=0, msg=name)
+
+
+@students
+@torch.no_grad()
+def test_without_fusion_the_outputs_before_it_are_the_same(student):
+    model, inputs = tiny_model(**student, teacher_projection_dim=10), _inputs()
+    expected, outputs = model(**inputs), model(**inputs, skip_fusion=True)
+    assert set(outputs) == {"similarity_map", "visual_mask", "image_embeds", "text_embeds"}
+    assert all(torch.equal(value, expected[name]) for name, value in outputs.items())
 
 
 @torch.no_grad()
