@@ -429,14 +429,18 @@ def accuracy_by_kind(dataset: Dataset, predictions: np.ndarray) -> list[GroupAcc
 
 
 def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, picture_rows: int) -> None:
-    """Write `predictions.jsonl` with every row, and `predictions.png` with some rows at even distances."""
+    """
+    Write `predictions.jsonl` with every row, and `predictions.png` with some at even distances, of those with a box if
+    there are any.
+    """
     true_boxes, has_box = find_boxes(dataset["box"], "test data")
     with (folder / "predictions.jsonl").open("w") as file:
         for number, row in enumerate(dataset.remove_columns("image")):
             line = {key: row[key] for key in ("image_id", "expression")}
             true_box = true_boxes[number].tolist() if has_box[number] else None
             file.write(json.dumps({**line, "box": output.predictions[number].tolist(), "true_box": true_box}) + "\n")
-    chosen = np.linspace(0, len(dataset) - 1, min(picture_rows, len(dataset))).astype(int)
+    shown = np.flatnonzero(has_box) if has_box.any() else np.arange(len(dataset))
+    chosen = shown[np.linspace(0, len(shown) - 1, min(picture_rows, len(shown))).astype(int)]
     rows = [dataset[int(row)] for row in chosen]
     draw_grid(
         folder / "predictions.png",

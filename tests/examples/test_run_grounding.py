@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
+from transformers.trainer_utils import PredictionOutput
 
 from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
 from epmvg_hf.evaluation.accuracy_by_group import GroupAccuracy
@@ -133,6 +134,17 @@ def test_accuracy_by_kind_starts_with_the_worst_and_leaves_out_rows_without_a_bo
     expected = [GroupAccuracy("relation", 2, 0.5), GroupAccuracy("size", 1, 1.0)]
     assert example.accuracy_by_kind(dataset, np.array(predictions)) == expected
     assert example.accuracy_by_kind(dataset.remove_columns("kind"), np.array(predictions)) == []
+
+
+def test_pictures_show_expressions_with_a_box_and_the_file_has_all(tmp_path, monkeypatch):
+    dataset = load_grounding_dataset("shapes", split="test", num_images=4, absent_per_image=2)
+    drawn = []
+    monkeypatch.setattr(example, "draw_grid", lambda file, **parts: drawn.append(parts))
+    output = PredictionOutput(np.tile(np.float32([1, 2, 3, 4]), (len(dataset), 1)), None, None)
+    example.write_predictions(tmp_path, dataset, output, picture_rows=100)
+    with_box = [row["expression"] for row in dataset if row["box"] is not None]
+    assert drawn[0]["expressions"] == with_box and len(with_box) == len(dataset) - 8
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == len(dataset)
 
 
 def test_scenes_get_their_own_absent_expressions_in_all_splits(tmp_path, capsys):
