@@ -260,8 +260,8 @@ def load_model(
     if arguments.box_refinement is not None and arguments.box_refinement != config.box_refinement:
         config.box_refinement = arguments.box_refinement
         changes.append(f"box_refinement {arguments.box_refinement}")
-    image_size = config.image_size if arguments.image_size is None else arguments.image_size
-    if image_size != config.image_size:
+    image_size = arguments.image_size
+    if image_size not in (None, config.image_size):
         changes.append(f"image_size {image_size}")
     if changes and arguments.lora_rank is not None:
         raise ValueError(f"with lora_rank only an adapter is saved, which fits {folder} without {', '.join(changes)}")
@@ -269,7 +269,7 @@ def load_model(
         folder, config=config, attn_implementation=arguments.attn_implementation
     )
     processor = EpmVGProcessor.from_pretrained(folder)
-    if image_size != config.image_size:
+    if image_size is not None:
         model.resize_canvas(image_size)
         processor.image_processor.size = {"height": image_size, "width": image_size}
     return model, processor

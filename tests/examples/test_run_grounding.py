@@ -243,3 +243,8 @@ def test_a_saved_model_gets_another_canvas_and_new_parts(tmp_path, processor):
     assert model.config.image_size == 96 and resized.image_processor.size == {"height": 96, "width": 96}
     assert model.box_refinement.correction.weight.abs().sum() == 0
     assert torch.equal(model.box_head[0].weight, saved.box_head[0].weight)
+    # A processor that was saved with another canvas than the model's gets the one that is asked for, too.
+    resized.save_pretrained(tmp_path)
+    arguments.image_size = saved.config.image_size
+    model, resized = example.make_model(arguments, [], None)
+    assert model.config.image_size == resized.image_processor.size["height"] == 64
