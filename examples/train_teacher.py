@@ -32,11 +32,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from epmvg_hf import ClipTeacher, EpmVGImageProcessor, ImageGroups, load_grounding_dataset
 from epmvg_hf.data.shapes import GENERIC_NOUNS
 from epmvg_hf.distillation.patch_embeddings import pooled_and_patches
+from epmvg_hf.training.optimization import freeze_parameters
 
 CONFIGS = Path(__file__).parent / "configs" / "teachers"
 logger = logging.getLogger("train_teacher")
 MAX_OBJECTS_IN_LIST = 4
 LISTS_PER_SCENE, PHRASES_PER_OBJECT = 8, 4
+TEXT_PARTS = 4
 
 
 @dataclass
@@ -61,6 +63,10 @@ class TeacherArguments:
     )
     tower_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of pretrained towers; with 0 they stay as they are."}
+    )
+    frozen_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Do not train parameters in whose name one of these regular expressions is found."},
     )
     phrases_per_image: int = field(
         default=1, metadata={"help": "How many phrases of an image are compared with its patches in a step."}
@@ -165,7 +171,7 @@ class ContrastiveModel(nn.Module):
         pooled, patches = pooled_and_patches(self.clip.visual, pixel_values)
         image_embeds = nn.functional.normalize(pooled.float(), dim=-1)
         patch_embeds = nn.functional.normalize(patches.float(), dim=-1).flatten(1, 2)
-        text_embeds = self.clip.encode_text(input_ids.flatten(0, 1), normalize=True).float()
+        text_embeds = self.encode_texts(input_ids.flatten(0, 1)).float()
         sentences, expressions, *phrases = text_embeds.unflatten(0, input_ids.shape[:2])
         similarities = [image_embeds @ sentences.T, image_embeds @ expressions.T]
         for texts in phrases:
@@ -177,6 +183,20 @@ class ContrastiveModel(nn.Module):
             for similarity, tokens in zip(similarities, input_ids, strict=True)
         ]
         return {"loss": (losses[0] + losses[1] + torch.stack(losses[2:]).mean()) / 3}
+
+    def encode_texts(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Unit embeddings (T, e) of the texts `input_ids` (T, L). A text tower of transformers takes as long for padding
+        as for words, so it gets short texts apart from long ones.
+        """
+        if not isinstance(self.clip, CustomTextCLIP):
+            return self.clip.encode_text(input_ids, normalize=True)
+        lengths = (input_ids != self.clip.text.config.pad_token_id).sum(1)
+        order = lengths.argsort()
+        parts = [
+            self.clip.encode_text(input_ids[rows, : lengths[rows].max()], True) for rows in order.chunk(TEXT_PARTS)
+        ]
+        return torch.cat(parts)[order.argsort()]
 
 
 def contrastive_loss(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -242,19 +262,22 @@ def make_clip(model_config: dict, vision: str | None, text: str | None) -> CLIP 
     return clip
 
 
-def make_optimizer(model: ContrastiveModel, arguments: TrainingArguments, tower_learning_rate: float | None) -> AdamW:
+def make_optimizer(model: ContrastiveModel, arguments: TrainingArguments, teacher: TeacherArguments) -> AdamW:
     """AdamW without weight decay of norms and biases, and with a rate of its own for pretrained towers."""
+    freeze_parameters(model, teacher.frozen_parameters or [])
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         in_tower = name.startswith(("clip.visual.trunk.", "clip.text.transformer."))
-        rate = tower_learning_rate if in_tower and tower_learning_rate is not None else arguments.learning_rate
-        parameter.requires_grad_(rate > 0)
-        groups[rate, parameter.ndim > 1].append(parameter)
+        rate = arguments.learning_rate
+        if in_tower and teacher.tower_learning_rate is not None:
+            rate = teacher.tower_learning_rate
+        parameter.requires_grad_(parameter.requires_grad and rate > 0)
+        if parameter.requires_grad:
+            groups[rate, parameter.ndim > 1].append(parameter)
     return AdamW(
         [
             {"params": members, "lr": rate, "weight_decay": arguments.weight_decay if decay else 0.0}
             for (rate, decay), members in groups.items()
-            if rate > 0
         ],
         betas=(arguments.adam_beta1, arguments.adam_beta2),
     )
@@ -367,7 +390,7 @@ def main() -> None:
         data_collator=CaptionCollator(
             tokenizer, model_config["text_cfg"]["context_length"], model_config["vision_cfg"]["image_size"], settings
         ),
-        optimizers=(make_optimizer(model, training_arguments, teacher_arguments.tower_learning_rate), None),
+        optimizers=(make_optimizer(model, training_arguments, teacher_arguments), None),
     )
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
     save_teacher(model.clip, model_config, settings, tokenizer, folder / "teacher")

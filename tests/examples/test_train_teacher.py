@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from train_teacher import CaptionCollator, CaptionedImages, ContrastiveModel
 from trained_tokenizer import train_tokenizer
+from transformers import TrainingArguments
 
 from epmvg_hf import ClipTeacher, load_grounding_dataset
 from tests.fixtures.towers import save_text_tower
@@ -158,5 +159,14 @@ def test_a_teacher_of_pretrained_towers(tmp_path, scenes, monkeypatch):
         clip = train(rate).clip
         assert torch.equal(clip.visual.trunk.get_parameter(stem), original) == same
         assert torch.equal(clip.text.transformer.embeddings.word_embeddings.weight, words) == same
+
+    # Texts of all lengths have the embeddings that they have when all are padded.
+    model = ContrastiveModel(clip)
+    input_ids = torch.randint(5, 19, (9, 12)).masked_fill(torch.arange(12) > torch.randint(2, 12, (9, 1)), 0)
+    torch.testing.assert_close(model.encode_texts(input_ids), clip.encode_text(input_ids, normalize=True))
+    arguments = train_teacher.TeacherArguments(tower_learning_rate=1e-4, frozen_parameters=["embeddings", "conv_stem"])
+    train_teacher.make_optimizer(model.requires_grad_(True), TrainingArguments(str(tmp_path)), arguments)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name for name, _ in model.named_parameters() if "embeddings" in name or "conv_stem" in name} == frozen
     with pytest.raises(ValueError, match="must be given together"):
         train_teacher.make_clip(config, str(vision), None)
