@@ -18,6 +18,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_epmvg import EpmVGConfig
+from .feature_grid import only_on_picture
 
 # Points on each axis, in widths or heights of the box from its centre. The edges lie at -0.5 and 0.5.
 POINTS = (-0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75)
@@ -62,11 +63,11 @@ class EpmVGBoxRefinement(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(N, 4)`: the corrected boxes, likewise, float32.
         """
-        lowest = torch.finfo(torch.float32).min
-        scores = consistency_map.float().masked_fill(~visual_mask.flatten(1), lowest)
+        mask = visual_mask.flatten(1)
+        scores = only_on_picture(consistency_map.float(), mask)
         relevance = ((scores - scores.amax(-1, keepdim=True)) / MAP_RANGE).clamp(min=-1)
         seen = torch.relu(self.token_projection(tokens) + self.reg_projection(reg_state)[:, None])
-        seen = seen.float().masked_fill(~visual_mask.flatten(1)[..., None], 0)
+        seen = seen.float().masked_fill(~mask[..., None], 0)
         seen = torch.cat([seen, relevance[..., None]], dim=-1)
         looked_at = sample_around(seen.transpose(1, 2).unflatten(-1, visual_mask.shape[1:]), boxes.detach())
         hidden = torch.relu(self.hidden_layer(looked_at.flatten(1).to(tokens.dtype)))

@@ -64,3 +64,8 @@ def cells_on_picture(pixel_mask: torch.Tensor, grid: tuple[int, int]) -> torch.T
     nearest = nn.functional.interpolate(pixel_mask, size=grid)[:, 0].bool()
     touched = nn.functional.adaptive_max_pool2d(pixel_mask, grid)[:, 0].bool()
     return nearest | (touched & ~nearest.any(dim=(1, 2), keepdim=True))
+
+
+def only_on_picture(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores `(N, V)` over the cells with the lowest number where `mask`, likewise, is False: on padding."""
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.image_transforms import center_to_corners_format
 
 from .configuration_epmvg import EpmVGConfig
+from .feature_grid import only_on_picture
 
 
 def grounding_loss(
@@ -228,7 +229,7 @@ def map_loss(
     if row_mask is not None:
         mask, count = mask & row_mask[:, None], row_mask.sum().clamp(min=1)
     scores = consistency_map.float()
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    scores = only_on_picture(scores, mask)
     target = torch.where(mask.any(-1, keepdim=True), target, 0)
     return nn.functional.kl_div(scores.log_softmax(-1), target, reduction="sum") / count
 

@@ -38,7 +38,7 @@ from .box_refinement_epmvg import EpmVGBoxRefinement
 from .configuration_epmvg import EpmVGConfig
 from .decoder_epmvg import EpmVGDecoder
 from .encoder_epmvg import EpmVGEncoder, EpmVGVisualEncoder
-from .feature_grid import cells_on_picture, choose_grid, resize_map
+from .feature_grid import cells_on_picture, choose_grid, only_on_picture, resize_map
 from .losses import grounding_loss
 from .model_inputs import check_pairing, check_visual, the_one
 from .outputs_epmvg import EpmVGGroundingOutput, EpmVGImageFeatures, EpmVGModelOutput
@@ -695,8 +695,7 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         grid_height, grid_width = visual_mask.shape[1:]
         # If two candidates shared the map, the soft-argmax would lie between them. Sharper scores choose one of them.
         scores = outputs.consistency_map.float() * self.log_map_sharpness.float().exp()
-        scores = scores.masked_fill(~visual_mask.flatten(1), torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1)
+        weights = only_on_picture(scores, visual_mask.flatten(1)).softmax(dim=-1)
 
         x = (torch.arange(grid_width, device=scores.device) + 0.5) / grid_width
         y = (torch.arange(grid_height, device=scores.device) + 0.5) / grid_height
@@ -717,8 +716,7 @@ class EpmVGForVisualGrounding(FromTowersMixin, EpmVGPreTrainedModel):
         visual_mask: torch.Tensor,
     ) -> torch.Tensor:
         """The scores of the boxes before the sigmoid, float32 of shape `(N,)`."""
-        lowest = torch.finfo(consistency_map.dtype).min
-        peak = consistency_map.masked_fill(~visual_mask.flatten(1), lowest).amax(-1, keepdim=True)
+        peak = only_on_picture(consistency_map, visual_mask.flatten(1)).amax(-1, keepdim=True)
         # Boxes are to be good, not easy to judge, so the scores give them no gradient.
         evidence = torch.cat([pred_boxes.detach(), peak], dim=-1).to(head_states.dtype)
         return self.score_head(torch.cat([head_states, evidence], dim=-1)).float().squeeze(-1)
