@@ -58,3 +58,60 @@ def modality_gap(
         "alignment": matching / len(texts),
         "mismatch": (all_pairs - matching) / ((len(images) - 1) * len(texts)),
     }
+
+
+@torch.no_grad()
+def modality_probe(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_index: torch.Tensor | None = None
+) -> float:
+    """
+    How well a linear classifier tells embeddings of images from those of expressions: a linear probe (Alain & Bengio
+    2016, "Understanding intermediate layers using linear classifier probes"). It is learned on every second image and
+    its expressions and tested on the others, and the other way round. Both modalities count the same, however many
+    expressions there are. The classifier is that of regularised least squares with a bias.
+
+    Args:
+        image_embeds (`torch.FloatTensor` of shape `(B, e)`): embeddings of at least 2 images; normalised here.
+        text_embeds (`torch.FloatTensor` of shape `(N, e)`): embeddings of the expressions, which are normalised too.
+        image_index (`torch.LongTensor` of shape `(N,)`, *optional*):
+            Image of each expression. Without it, N = B and the n-th expression is about the n-th image.
+
+    Returns:
+        `float`: the share that it tells rightly, the mean of both modalities; 0.5 if they cannot be told apart.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from epmvg_hf.evaluation.modality_gap import modality_probe
+
+    >>> images = torch.randn(40, 8)
+    >>> modality_probe(images + 9, images - 9)
+    1.0
+    ```
+    """
+    images, texts = (nn.functional.normalize(embeds.double(), dim=-1) for embeds in (image_embeds, text_embeds))
+    of_image = torch.arange(len(images), device=images.device)
+    embeds = torch.cat([images, texts])
+    is_first = torch.cat([of_image, of_image if image_index is None else image_index]) % 2 == 0
+    sides = torch.cat([torch.ones(len(images)), -torch.ones(len(texts))]).to(embeds)
+    rights = []
+    for trained in (is_first, ~is_first):
+        normal = _fit_least_squares(embeds[trained], sides[trained])
+        tested = embeds[~trained]
+        right = (_with_bias(tested) @ normal).sign() == sides[~trained]
+        rights += [right[sides[~trained] == side].double().mean() for side in (1, -1)]
+    return torch.stack(rights).mean().item()
+
+
+def _fit_least_squares(embeds: torch.Tensor, sides: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
+    """The plane, not only one through 0, that tells `sides` of 1 from those of -1, both of which weigh the same."""
+    points = _with_bias(embeds)
+    weights = torch.where(sides > 0, 1 / (sides > 0).sum(), 1 / (sides < 0).sum())
+    weighted = points * weights[:, None]
+    identity = torch.eye(points.shape[1]).to(points)
+    return torch.linalg.solve(weighted.T @ points + ridge * identity, weighted.T @ sides)
+
+
+def _with_bias(points: torch.Tensor) -> torch.Tensor:
+    return torch.cat([points, torch.ones(len(points), 1).to(points)], dim=1)

@@ -92,8 +92,9 @@ class EpmVGConfig(PreTrainedConfig):
         score_loss_coefficient (`float`, *optional*, defaults to 1.0):
             Weight of the loss of the scores; only with `score_head`.
         teacher_projection_dim (`int`, *optional*):
-            Width of the teacher's image-text space. If it is given, the model has two projections into that space,
-            whose outputs `image_embeds` and `text_embeds` are compared with the teacher's in training.
+            Width of the teacher's image-text space. If it is given, the model has two projections into that space, of
+            the mean of its visual tokens before fusion and of that of its text tokens. Their outputs `image_embeds`
+            and `text_embeds` are compared with the teacher's in training.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of new weights, except those that are Xavier initialised.
 

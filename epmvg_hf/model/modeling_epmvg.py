@@ -99,8 +99,8 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
 
         if config.teacher_projection_dim is not None:
             width = config.teacher_projection_dim
-            self.teacher_image_projection = nn.Linear(channels, width, bias=False)
-            self.teacher_text_projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
+            self.teacher_image_projection = nn.Linear(config.d_model, width, bias=False)
+            self.teacher_text_projection = nn.Linear(config.d_model, width, bias=False)
 
         self.post_init()
 
@@ -200,13 +200,10 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        image_embeds = None
-        if self.config.teacher_projection_dim is not None:
-            pooled = _masked_mean(feature_map.flatten(2).transpose(1, 2), mask.flatten(1))
-            image_embeds = nn.functional.normalize(self.teacher_image_projection(pooled), dim=-1)
+        visual_tokens = self.visual_projection(encoded.last_hidden_state)
         return EpmVGImageFeatures(
-            last_hidden_state=self.visual_projection(encoded.last_hidden_state),
-            pooler_output=image_embeds,
+            last_hidden_state=visual_tokens,
+            pooler_output=self._image_embeds(visual_tokens, mask),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             visual_mask=mask.long(),
@@ -240,19 +237,11 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         torch.Size([2, 4, 16])
         ```
         """
-        if text_hidden_states is None:
-            # Some text towers have no argument `inputs_embeds`, so it is only passed if it is given.
-            tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-            states = self.text_model(**tokens, attention_mask=attention_mask, return_dict=True, **kwargs)
-        else:
-            states = BaseModelOutput(last_hidden_state=text_hidden_states.to(self.dtype))
-        text_embeds = None
-        if self.config.teacher_projection_dim is not None:
-            pooled = _masked_mean(states.last_hidden_state, _token_mask(states.last_hidden_state, attention_mask))
-            text_embeds = nn.functional.normalize(self.teacher_text_projection(pooled), dim=-1)
+        states = self._run_text_tower(input_ids, attention_mask, inputs_embeds, text_hidden_states, **kwargs)
+        text_tokens = self._project_text(states.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=states.last_hidden_state,
-            pooler_output=text_embeds,
+            pooler_output=self._text_embeds(text_tokens, _token_mask(text_tokens, attention_mask)),
             hidden_states=states.hidden_states,
             attentions=states.attentions,
         )
@@ -335,7 +324,6 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         # towers.
         tower_kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
 
-        image_embeds = None
         if visual_tokens is None:
             image = self.get_image_features(
                 pixel_values,
@@ -346,12 +334,10 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
                 **tower_kwargs,
             )
             visual_tokens, visual_mask, image_embeds = image.last_hidden_state, image.visual_mask, image.pooler_output
-        text = self.get_text_features(
-            input_ids, attention_mask, inputs_embeds, text_hidden_states, return_dict=True, **tower_kwargs
-        )
-        text_tokens = self.text_projection(text.last_hidden_state)
-        if self.config.projection_norm:
-            text_tokens = self.text_projection_norm(text_tokens)
+        else:
+            image_embeds = self._image_embeds(visual_tokens, visual_mask.bool())
+        states = self._run_text_tower(input_ids, attention_mask, inputs_embeds, text_hidden_states, **tower_kwargs)
+        text_tokens = self._project_text(states.last_hidden_state)
         text_mask = _token_mask(text_tokens, attention_mask)
         # This map gives words a direct way to what they name, since its gradient does not pass through the fusion
         # transformer. The second term of the consistency map is what fusion adds.
@@ -364,7 +350,7 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             "visual_mask": visual_mask,
             "text_tokens": text_tokens,
             "image_embeds": image_embeds,
-            "text_embeds": text.pooler_output,
+            "text_embeds": self._text_embeds(text_tokens, text_mask),
         }
         if skip_fusion:
             return EpmVGModelOutput(**before_fusion)
@@ -381,6 +367,38 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
         )
+
+    def _run_text_tower(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        text_hidden_states: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        if text_hidden_states is not None:
+            return BaseModelOutput(last_hidden_state=text_hidden_states.to(self.dtype))
+        # Some text towers have no argument `inputs_embeds`, so it is only passed if it is given.
+        tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        return self.text_model(**tokens, attention_mask=attention_mask, return_dict=True, **kwargs)
+
+    def _project_text(self, states: torch.Tensor) -> torch.Tensor:
+        tokens = self.text_projection(states)
+        return self.text_projection_norm(tokens) if self.config.projection_norm else tokens
+
+    # Both embeddings are made of the tokens that enter fusion, not of what the towers gave, so that what a teacher
+    # teaches them also reaches the projections, which are all there is to teach where the towers are frozen.
+
+    def _image_embeds(self, visual_tokens: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor | None:
+        if self.config.teacher_projection_dim is None:
+            return None
+        pooled = _masked_mean(visual_tokens, visual_mask.flatten(1))
+        return nn.functional.normalize(self.teacher_image_projection(pooled), dim=-1)
+
+    def _text_embeds(self, text_tokens: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor | None:
+        if self.config.teacher_projection_dim is None:
+            return None
+        return nn.functional.normalize(self.teacher_text_projection(_masked_mean(text_tokens, text_mask)), dim=-1)
 
     def _fuse(
         self,

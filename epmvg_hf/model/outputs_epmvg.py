@@ -41,10 +41,9 @@ class EpmVGModelOutput(ModelOutput):
         text_tokens (`torch.FloatTensor` of shape `(N, L, d_model)`):
             Text tokens before fusion.
         image_embeds (`torch.FloatTensor` of shape `(B, teacher_projection_dim)`, *optional*):
-            Normalised image embedding in the teacher's space, taken before fusion; `None` if the model was given
-            `visual_tokens`.
+            Mean of the visual tokens, projected into the teacher's space and normalised.
         text_embeds (`torch.FloatTensor` of shape `(N, teacher_projection_dim)`, *optional*):
-            Normalised expression embedding in the teacher's space, taken before fusion.
+            Mean of the text tokens, projected into the teacher's space and normalised.
         map_tokens (`torch.FloatTensor` of shape `(N, V, d_model)`):
             Visual tokens of each expression's image, with which `reg_state` is compared to make the consistency map:
             the fused ones, or those before fusion with their positions if `config.fusion_type` is `"decoder"`.

@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import Dataset
+from gap import measure_gap
+from report import Results, accuracy_table, gap_table, markdown, plot_accuracy, table_of_runs, write_result
 from teacher_towers import STRIDE, load_towers, tower_configs
 from transformers import set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -33,7 +34,6 @@ from trained_tokenizer import train_tokenizer
 from epmvg_hf import (
     ClipTeacher,
     EpmVGConfig,
-    EpmVGDataCollator,
     EpmVGForVisualGrounding,
     EpmVGImageProcessor,
     EpmVGProcessor,
@@ -44,8 +44,6 @@ from epmvg_hf import (
 )
 from epmvg_hf.data.shapes import KINDS
 from epmvg_hf.evaluation.accuracy import paired_iou
-from epmvg_hf.evaluation.modality_gap import modality_gap
-from epmvg_hf.model.modeling_epmvg import MODEL_INPUTS
 from epmvg_hf.training.hardware import choose_compute
 
 EXAMPLES = Path(__file__).parents[1]
@@ -95,8 +93,6 @@ MAX_CAPTIONED_IMAGES = 5_000
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=f"local-dir:{EXAMPLES.parent / 'model_cards' / 'clip-tiny-shapes'}")
-    parser.add_argument("--dataset_name", choices=["shapes", "flickr30k_entities"], default="shapes")
-    parser.add_argument("--data_dir", default=None, help="folder with the files of flickr30k_entities")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--labelled", nargs="+", type=int, default=[500, 2_000, 16_000], help="labelled expressions")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -129,7 +125,7 @@ def main() -> None:
 
 def check_study(arguments: argparse.Namespace) -> None:
     """Writes the arguments into the folder, so that results with other arguments do not end up in the same table."""
-    study = {name: str(getattr(arguments, name)) for name in ("teacher", "dataset_name", "steps", "eval_rows")}
+    study = {name: str(getattr(arguments, name)) for name in ("teacher", "steps", "eval_rows")}
     file = arguments.output_dir / "study.json"
     if file.exists() and (other := json.loads(file.read_text())) != study:
         raise ValueError(f"{arguments.output_dir} holds results of {other}, not of {study}: give another --output_dir")
@@ -152,8 +148,7 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
     if "towers" in name:
         model, processor = make_teacher_towers(ClipTeacher.from_pretrained(arguments.teacher), map_weight)
     else:
-        expressions = load_split(arguments, "train")["expression"]
-        model, processor = make_student(map_weight, expressions)
+        model, processor = make_student(map_weight, load_split("train")["expression"])
     gap_before = measure_gap(model, processor, test)
     trainer = EpmVGTrainer(
         model=model,
@@ -204,29 +199,23 @@ def train_one(arguments: argparse.Namespace, name: str, labelled: int, seed: int
         "seconds": round(time.time() - start),
         "log": trainer.state.log_history,
     }
-    file = result_file(arguments, name, labelled, seed)
-    file.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".tmp").replace(file)  # so that a killed run leaves no partial result
+    write_result(result_file(arguments, name, labelled, seed), result)
     print(f"{name:28} {labelled:6} seed {seed}: Acc@0.5 {result['acc@0.5']:.3f}, {result['seconds']} s", flush=True)
 
 
 def by_kind(test: Dataset, right: np.ndarray) -> dict[str, float]:
-    """Accuracy for each kind of expression, which only `shapes` has."""
-    kinds = np.array(test["kind"] if "kind" in test.column_names else [])
+    """Accuracy for each kind of expression."""
+    kinds = np.array(test["kind"])
     return {str(kind): float(right[kinds == kind].mean()) for kind in np.unique(kinds)}
 
 
-def load_split(arguments: argparse.Namespace, split: str) -> Dataset:
-    if arguments.dataset_name == "shapes":
-        return load_grounding_dataset("shapes", split=split)
-    # The images of Flickr30K's test split were not available.
-    split = "validation" if split == "test" else split
-    return load_grounding_dataset(arguments.dataset_name, arguments.data_dir, split, missing_images="skip")
+def load_split(split: str) -> Dataset:
+    return load_grounding_dataset("shapes", split=split)
 
 
 def load_data(arguments: argparse.Namespace, labelled: int, seed: int) -> tuple[Dataset, Dataset, Dataset]:
     """Rows of whole images, cut to `labelled`; up to ten times as many other images without boxes; and test rows."""
-    train = load_split(arguments, "train")
+    train = load_split("train")
     groups = ImageGroups(train).groups
     order = np.random.default_rng(seed).permutation(len(groups))
     ends = np.cumsum([len(groups[image]) for image in order])
@@ -237,7 +226,7 @@ def load_data(arguments: argparse.Namespace, labelled: int, seed: int) -> tuple[
         return [row for image in images for row in groups[image]]
 
     captioned = train.select(rows_of(order[first_captioned:last_captioned])).remove_columns("box")
-    test = load_split(arguments, "test")
+    test = load_split("test")
     test = test.select(range(min(arguments.eval_rows, len(test))))
     return train.select(rows_of(order[:first_captioned])[:labelled]), captioned, test
 
@@ -271,32 +260,8 @@ def build(config: EpmVGConfig) -> EpmVGForVisualGrounding:
     return EpmVGForVisualGrounding(config)
 
 
-@torch.no_grad()
-def measure_gap(
-    model: EpmVGForVisualGrounding, processor: EpmVGProcessor, test: Dataset
-) -> dict[str, dict[str, float]]:
-    """
-    The modality gap before fusion, on the first 100 test images: in the space of visual and text tokens, which every
-    student has, and in the teacher's space if the student is projected to it.
-    """
-    collator = EpmVGDataCollator(processor)
-    groups = ImageGroups(test)
-    batch = collator([groups[index] for index in range(100)])
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name != "labels" and name in batch}
-    training = model.training
-    outputs = model.eval().model(**inputs)
-    model.train(training)
-    image_means, text_means = (
-        torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
-        for states, mask in (
-            (outputs.visual_tokens, outputs.visual_mask.flatten(1)),
-            (outputs.text_tokens, batch["attention_mask"]),
-        )
-    )
-    gaps = {"tokens": modality_gap(image_means, text_means, batch["image_index"])}
-    if outputs.image_embeds is not None:
-        gaps["teacher_space"] = modality_gap(outputs.image_embeds, outputs.text_embeds, batch["image_index"])
-    return {space: {name: value.item() for name, value in gap.items()} for space, gap in gaps.items()}
+def descriptions_of(arguments: argparse.Namespace) -> dict[str, str]:
+    return {name: DESCRIPTIONS[name] for name in arguments.settings}
 
 
 def write_report(arguments: argparse.Namespace) -> None:
@@ -312,40 +277,22 @@ def write_report(arguments: argparse.Namespace) -> None:
         for name in arguments.settings
         for labelled in arguments.labelled
     }
+    descriptions = descriptions_of(arguments)
     few = {name: runs for name in arguments.settings if (runs := results[name, arguments.labelled[0]])}
     sections = [
         "Acc@0.5, mean ± standard deviation over seeds (number of seeds):",
-        accuracy_table(arguments, results),
+        accuracy_table(descriptions, arguments.labelled, results),
         "Each run, by seed:",
-        table_of_runs(arguments, results),
+        table_of_runs(descriptions, arguments.labelled, results),
         "Modality gap, few labels, mean over seeds (before -> after training):",
-        gap_table(few),
+        gap_table(descriptions, arguments.labelled[0], results),
+        "Acc@0.5 by kind of expression, few labels, mean over seeds:",
+        kind_table(few),
     ]
-    if arguments.dataset_name == "shapes":
-        sections += ["Acc@0.5 by kind of expression, few labels, mean over seeds:", kind_table(few)]
     report = "\n\n".join(sections) + "\n"
     (folder / "ablation.md").write_text(report)
     plot(folder / "ablation.png", arguments, results)
     print(report)
-
-
-def accuracy_table(arguments: argparse.Namespace, results: dict) -> str:
-    rows = [
-        [DESCRIPTIONS[name], *(cell([run["acc@0.5"] for run in results[name, n]]) for n in arguments.labelled)]
-        for name in arguments.settings
-    ]
-    return markdown(["setting", *(f"{count:,} labelled" for count in arguments.labelled)], rows)
-
-
-def table_of_runs(arguments: argparse.Namespace, results: dict) -> str:
-    def by_seed(runs: list[dict]) -> str:
-        return ", ".join(f"{run['seed']}: {run['acc@0.5']:.3f} ({run['seconds']} s)" for run in runs)
-
-    rows = [
-        [DESCRIPTIONS[name], *(by_seed(results[name, count]) for count in arguments.labelled)]
-        for name in arguments.settings
-    ]
-    return markdown(["setting", *(f"{count:,} labelled" for count in arguments.labelled)], rows)
 
 
 def kind_table(few: dict[str, list[dict]]) -> str:
@@ -356,48 +303,10 @@ def kind_table(few: dict[str, list[dict]]) -> str:
     return markdown(["setting", *KINDS], rows)
 
 
-def gap_table(few: dict[str, list[dict]]) -> str:
-    rows = []
-    for name, runs in few.items():
-        for space in runs[0]["gap_after"]:
-            cells = []
-            for measure in ("gap", "alignment", "mismatch"):
-                before, after = (
-                    statistics.mean(run[when][space][measure] for run in runs) for when in ("gap_before", "gap_after")
-                )
-                cells.append(f"{before:.2f} -> {after:.2f}")
-            rows.append([DESCRIPTIONS[name], space.replace("_", " "), *cells])
-    return markdown(["setting", "space", "distance of centroids", "matching pairs", "mismatched pairs"], rows)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
-def cell(values: list[float]) -> str:
-    """Mean and sample standard deviation over seeds, and the number of seeds."""
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation} ({len(values)})"
-
-
-def plot(file: Path, arguments: argparse.Namespace, results: dict) -> None:
+def plot(file: Path, arguments: argparse.Namespace, results: Results) -> None:
     figure, axis = plt.subplots(figsize=(9, 5))
-    axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
-    for position, name in enumerate(arguments.settings):
-        runs = [(labelled, [run["acc@0.5"] for run in results[name, labelled]]) for labelled in arguments.labelled]
-        runs = [(labelled, values) for labelled, values in runs if values]
-        if runs:
-            counts, means = zip(*((labelled, statistics.mean(values)) for labelled, values in runs), strict=True)
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in runs]
-            beside = np.array(counts) * 1.02**position  # shifted, so that error bars do not hide each other
-            axis.errorbar(beside, means, spread, label=DESCRIPTIONS[name], marker="o", markersize=4, capsize=2)
-    axis.set(
-        xscale="log", xlabel="labelled expressions", ylabel=f"Acc@0.5 on {arguments.dataset_name}", ylim=(0, None)
-    )
-    axis.set_xticks(arguments.labelled, [f"{count:,}" for count in arguments.labelled])
-    axis.grid(alpha=0.3)
+    plot_accuracy(axis, descriptions_of(arguments), arguments.labelled, results, "expressions")
+    axis.set_ylim(0, None)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110, bbox_inches="tight")
     plt.close(figure)

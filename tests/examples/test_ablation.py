@@ -51,7 +51,7 @@ def test_the_rival_computes_what_the_teachers_towers_compute(teacher):
 
 def test_captioned_images_are_others_and_have_no_box(monkeypatch):
     few = load_grounding_dataset("shapes", split="train", num_images=30)
-    monkeypatch.setattr(ablation, "load_split", lambda arguments, split: few)
+    monkeypatch.setattr(ablation, "load_split", lambda split: few)
     train, captioned, test = ablation.load_data(Namespace(eval_rows=10), labelled=12, seed=0)
     assert len(train) == 12 and len(test) == 10
     assert not set(train["image_id"]) & set(captioned["image_id"]) and "box" not in captioned.column_names
@@ -70,7 +70,7 @@ def _arguments(folder: Path, **changes) -> Namespace:
         "labelled": [500],
         "seeds": [0, 1, 2],
     }
-    defaults |= {"dataset_name": "shapes", "teacher": "t", "steps": 5, "eval_rows": 7}
+    defaults |= {"teacher": "t", "steps": 5, "eval_rows": 7}
     return Namespace(**{**defaults, **changes})
 
 
@@ -83,7 +83,7 @@ def test_results_of_another_study_are_refused(tmp_path):
 
 def test_report_has_means_deviations_and_gaps(tmp_path):
     arguments = _arguments(tmp_path)
-    gap = {"tokens": {"gap": 1.0, "alignment": 0.25, "mismatch": 0.0}}
+    gap = {"tokens": {"gap": 1.0, "alignment": 0.25, "mismatch": 0.0, "probe": 1.0}}
     for seed, accuracy in enumerate((0.1, 0.2, 0.3)):
         kinds = dict.fromkeys(("attribute", "size", "extreme", "ordinal", "relation"), accuracy)
         result = {"acc@0.5": accuracy, "acc@0.5_by_kind": kinds, "gap_before": gap, "gap_after": gap}

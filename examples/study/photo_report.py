@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+"""Tables and plots of the finished runs of photos.py.
+
+python examples/study/photo_report.py outputs/photo_study model_cards/distillation-study
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from photos import HALVES, SETTINGS
+from report import Results, accuracy_table, gap_table, markdown, plot_accuracy, table_of_runs
+
+CONTROL = "box_map"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="--output_dir of photos.py")
+    parser.add_argument("output_dir", type=Path, help="folder for photos.md and the plots")
+    parser.add_argument("--evaluated_on", choices=["validation", "held_back"], default="validation")
+    arguments = parser.parse_args()
+    halves = {half: load_results(arguments.runs / f"{half}-{arguments.evaluated_on}") for half in HALVES}
+    halves = {half: results for half, results in halves.items() if results}
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    report = "\n\n".join(part for half, results in halves.items() for part in sections(half, results))
+    report += "\n\n" + correlation_section(halves) + "\n"
+    (arguments.output_dir / "photos.md").write_text(report)
+    plot_both_halves(arguments.output_dir / "photos.png", halves)
+    plot_gap(arguments.output_dir / "gap.png", halves)
+    plot_curves(arguments.output_dir / "curve.png", halves)
+    print(report)
+
+
+def load_results(folder: Path) -> Results:
+    results = defaultdict(list)
+    for file in sorted(folder.glob("*.json")):
+        run = json.loads(file.read_text())
+        results[run["setting"], run["labelled"]].append(run)
+    return {key: sorted(runs, key=lambda run: run["seed"]) for key, runs in results.items()}
+
+
+def descriptions_of(results: Results) -> dict[str, str]:
+    """The settings of which there are runs, in the order of the study."""
+    return {name: setting.description for name, setting in SETTINGS.items() if any(name == key[0] for key in results)}
+
+
+def labels_of(results: Results) -> list[int]:
+    return sorted({labelled for _, labelled in results})
+
+
+def sections(half: str, results: Results) -> list[str]:
+    descriptions, labelled = descriptions_of(results), labels_of(results)
+    return [
+        f"## Towers {half}",
+        "Acc@0.5, mean ± standard deviation over seeds (number of seeds):",
+        accuracy_table(descriptions, labelled, results),
+        f"Points more than '{SETTINGS[CONTROL].description}' of the same seed, mean ± standard deviation:",
+        difference_table(descriptions, labelled, results),
+        "Each run, by seed:",
+        table_of_runs(descriptions, labelled, results),
+        *(
+            part
+            for count in labelled
+            for part in (
+                f"Modality gap, {count:,} labelled photos, mean over seeds (before -> after training):",
+                gap_table(descriptions, count, results),
+            )
+        ),
+    ]
+
+
+def difference_table(descriptions: Mapping[str, str], labelled: Sequence[int], results: Results) -> str:
+    rows = []
+    for name, description in descriptions.items():
+        cells = []
+        for count in labelled:
+            control = {run["seed"]: run["acc@0.5"] for run in results.get((CONTROL, count), [])}
+            runs = [run for run in results.get((name, count), []) if run["seed"] in control]
+            points = [100 * (run["acc@0.5"] - control[run["seed"]]) for run in runs]
+            spread = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
+            cells.append(f"{statistics.mean(points):+.1f}{spread}" if points and name != CONTROL else "-")
+        rows.append([description, *cells])
+    return markdown(["setting", *(f"{count:,} labelled" for count in labelled)], rows)
+
+
+def correlation_section(halves: Mapping[str, Results]) -> str:
+    """Whether a smaller gap goes with more accuracy: over all runs, and among runs of equal labels and towers."""
+    rows = []
+    for measure, title in (("gap", "distance of centroids"), ("alignment", "cosine of pairs"), ("probe", "probe")):
+        groups = [
+            np.array([[run["gap_after"]["tokens"][measure], run["acc@0.5"]] for run in same])
+            for results in halves.values()
+            for count in labels_of(results)
+            if len(same := [run for key, runs in results.items() if key[1] == count for run in runs]) > 2
+        ]
+        if groups:
+            within = np.concatenate([group - group.mean(0) for group in groups])
+            rows.append([title, *(correlation(pairs) for pairs in (np.concatenate(groups), within))])
+    header = ["in the space before fusion", "all runs", "within equal towers and labels"]
+    title = "Correlation (Pearson) of the gap after training with Acc@0.5 over runs, with its 95 % interval:"
+    return f"## The gap and the accuracy\n\n{title}\n\n{markdown(header, rows)}"
+
+
+def correlation(pairs: np.ndarray) -> str:
+    """The correlation of `pairs` (runs, 2), and the interval of 95 % of 10,000 bootstraps over runs."""
+    generator = np.random.default_rng(0)
+    if np.isclose(pairs.std(0), 0).any():
+        return "-"
+    drawn = pairs[generator.integers(0, len(pairs), (10_000, len(pairs)))]
+    drawn = drawn - drawn.mean(1, keepdims=True)
+    x, y = drawn[..., 0], drawn[..., 1]
+    values = (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return f"{np.corrcoef(pairs.T)[0, 1]:+.2f} ({low:+.2f} to {high:+.2f}; {len(pairs)} runs)"
+
+
+def plot_both_halves(file: Path, halves: Mapping[str, Results]) -> None:
+    figure, axes = plt.subplots(1, len(halves), figsize=(6 * len(halves) + 3, 5), sharey=True, squeeze=False)
+    for axis, (half, results) in zip(axes[0], halves.items(), strict=True):
+        plot_accuracy(axis, descriptions_of(results), labels_of(results), results, "photos")
+        axis.set_title(f"towers {half}")
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_gap(file: Path, halves: Mapping[str, Results]) -> None:
+    """For each run its gap before and after training, over its accuracy."""
+    figure, axes = plt.subplots(1, len(halves), figsize=(6 * len(halves), 5), sharey=True, squeeze=False)
+    for axis, (half, results) in zip(axes[0], halves.items(), strict=True):
+        for color, count in zip(matplotlib.color_sequences["tab10"], labels_of(results), strict=False):
+            for teacher, marker in ((False, "o"), (True, "^")):
+                points = [
+                    (run["gap_after"]["tokens"]["gap"], run["acc@0.5"])
+                    for (name, labelled), runs in results.items()
+                    if labelled == count and bool(SETTINGS[name].terms or SETTINGS[name].first) == teacher
+                    for run in runs
+                ]
+                if points:
+                    label = f"{count:,} labelled photos, {'with' if teacher else 'without'} teacher"
+                    axis.scatter(*zip(*points, strict=True), color=color, marker=marker, label=label, alpha=0.8)
+        axis.set(title=f"towers {half}", xlabel="distance of the modalities' centroids before fusion, after training")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("Acc@0.5")
+    axes[0, -1].legend(fontsize=8)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_curves(file: Path, halves: Mapping[str, Results]) -> None:
+    """Acc@0.5 of the first validation rows during training, of one seed."""
+    figure, axes = plt.subplots(1, len(halves), figsize=(6 * len(halves), 5), sharey=True, squeeze=False)
+    for axis, (half, results) in zip(axes[0], halves.items(), strict=True):
+        for style, name in (("--", CONTROL), ("-", "first_all")):
+            for color, count in zip(matplotlib.color_sequences["tab10"], labels_of(results), strict=False):
+                runs: Sequence[Mapping[str, Any]] = results.get((name, count), [])
+                if runs:
+                    log = [entry for entry in runs[0]["log"] if "eval_acc@0.5" in entry]
+                    label = f"{SETTINGS[name].description}, {count:,} photos"
+                    steps, accuracies = [e["step"] for e in log], [e["eval_acc@0.5"] for e in log]
+                    axis.plot(steps, accuracies, style, color=color, marker=".", label=label)
+        axis.set(title=f"towers {half}", xlabel="optimiser step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0, 0].set_ylabel("Acc@0.5, first 800 rows")
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+#!/usr/bin/env python
+"""What is a teacher worth to towers pretrained apart? A student on photos in many settings, of equal seeds and steps.
+
+python examples/prepare_towers.py outputs/towers
+python examples/train_teacher.py examples/configs/teachers/flickr30k_towers.yaml --data_dir DIR
+python examples/study/photos.py --data_dir DIR                        # all runs; continues where it stopped
+python examples/study/photos.py --data_dir DIR --half frozen --labelled 200 --seeds 0 # some of them
+python examples/study/photo_report.py outputs/photo_study outputs/photo_study          # tables and plots
+
+Each run writes a file to `--output_dir`, and runs whose files exist are not repeated.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from gap import measure_gap
+from report import write_result
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from epmvg_hf import (
+    ClipTeacher,
+    EpmVGForVisualGrounding,
+    EpmVGProcessor,
+    EpmVGTrainer,
+    EpmVGTrainingArguments,
+    ImageGroups,
+    load_grounding_dataset,
+)
+from epmvg_hf.training.hardware import choose_compute
+
+EXAMPLES = Path(__file__).parents[1]
+CONFIG = EXAMPLES / "configs" / "study_towers.json"
+COMPUTE = choose_compute(torch.device("cpu"))
+
+NO_TERM = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_loss_coefficient": 0.0}
+RELATION, FEATURE = {"relation_loss_coefficient": 1.0}, {"feature_loss_coefficient": 1.0}
+TEACHER_MAP = {"teacher_map_loss_coefficient": 1.0}
+ALL = RELATION | FEATURE | TEACHER_MAP
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    What distinguishes a run.
+
+    Attributes:
+        description: for tables.
+        box_map: weight of the map loss towards the box.
+        terms: weights of the teacher's terms while boxes are learned; without any there is no teacher.
+        captions: whether other photos without boxes take part.
+        first: weights of the teacher's terms in a stage before, which has all captions and no boxes.
+        teacher_towers: whether the towers are those of the teacher.
+    """
+
+    description: str
+    box_map: float = 1.0
+    terms: dict[str, float] = field(default_factory=dict)
+    captions: bool = False
+    first: dict[str, float] = field(default_factory=dict)
+    teacher_towers: bool = False
+
+
+SETTINGS = {
+    "none": Setting("no teacher, no map loss", box_map=0.0),
+    "box_map": Setting("no teacher (map from the box: the control)"),
+    "teacher_map": Setting("teacher's map", terms=TEACHER_MAP),
+    "relation": Setting("relation", terms=RELATION),
+    "feature": Setting("feature", terms=FEATURE),
+    "relation_feature": Setting("relation + feature", terms=RELATION | FEATURE),
+    "all": Setting("all three terms", terms=ALL),
+    "all_captions": Setting("all three terms, with captions", terms=ALL, captions=True),
+    "map_captions": Setting("teacher's map, with captions", terms=TEACHER_MAP, captions=True),
+    "first_map": Setting("teacher's map first, boxes after", first=TEACHER_MAP),
+    "first_all": Setting("all three terms first, boxes after", first=ALL),
+    "first_captions": Setting(
+        "teacher's map first, boxes after with its map and captions",
+        first=TEACHER_MAP,
+        terms=TEACHER_MAP,
+        captions=True,
+    ),
+    "teacher_towers": Setting("no teacher, the towers are the teacher's own (the rival)", teacher_towers=True),
+}
+
+# The photos of this part of the train split are never trained on: what is tried out is compared on them, and only the
+# settings of the tables see the validation split.
+HELD_BACK = 250
+
+# Which parameters are not trained, and the learning rates of the others. The towers are frozen in one half.
+HALVES: dict[str, dict[str, Any]] = {
+    "frozen": {
+        "frozen_parameters": [r"^model\.vision_model\.", r"^model\.text_model\."],
+        "cache_frozen_towers": True,
+        "tower_cache_dtype": "float16",
+    },
+    "tuned": {
+        "frozen_parameters": [r"_backbone\.conv_stem", r"_backbone\.blocks\.[0-3]\.", r"text_model\.embeddings"],
+        "encoder_learning_rate": 1e-3,
+        "vision_learning_rate": 2e-4,
+        "text_learning_rate": 1e-4,
+    },
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True, help="folder with the files of flickr30k_entities")
+    parser.add_argument("--vision", default="outputs/towers/efficientnet-lite0")
+    parser.add_argument("--text", default="outputs/towers/minilm")
+    parser.add_argument("--teacher", default="outputs/teacher_flickr30k_towers/teacher", help="folder of the teacher")
+    parser.add_argument("--half", choices=list(HALVES), default="frozen")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--labelled", nargs="+", type=int, default=[50, 200, 1_000, 7_331], help="labelled photos")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[800, 800, 1_600, 3_200], help="for each of --labelled"
+    )
+    parser.add_argument("--first_steps", type=int, default=800, help="steps of the stage without boxes")
+    parser.add_argument("--evaluate_on", choices=["validation", "held_back"], default="validation")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/photo_study"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if len(arguments.steps) != len(arguments.labelled):
+        raise ValueError(f"--steps has {len(arguments.steps)} numbers for {len(arguments.labelled)} of --labelled")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    # Fewest labels first, and all settings of a seed before the next seed, so that early results can be compared.
+    runs = [
+        Run(arguments, name, labelled, steps, seed)
+        for labelled, steps in zip(arguments.labelled, arguments.steps, strict=True)
+        for seed in arguments.seeds
+        for name in arguments.settings
+    ]
+    missing = [run for run in runs if not run.result_file.exists()]
+    first = {run.first_folder: run for run in missing if run.setting.first and not run.first_folder.exists()}
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        pool.map(distil_first, list(first.values()), chunksize=1)
+        pool.map(train_boxes, missing, chunksize=1)
+
+
+@dataclass
+class Run:
+    """One training: what it is, and where it leaves its results."""
+
+    arguments: argparse.Namespace
+    name: str
+    labelled: int
+    steps: int
+    seed: int
+
+    @property
+    def setting(self) -> Setting:
+        return SETTINGS[self.name]
+
+    @property
+    def result_file(self) -> Path:
+        folder = self.arguments.output_dir / f"{self.arguments.half}-{self.arguments.evaluate_on}"
+        return folder / f"{self.name}-{self.labelled}-{self.seed}.json"
+
+    @property
+    def first_folder(self) -> Path:
+        """Where the student is kept that a teacher alone has taught; runs with other labels start from the same."""
+        terms = "-".join(name.removesuffix("_loss_coefficient") for name in self.setting.first)
+        name = f"{self.arguments.half}-{terms}-{self.arguments.first_steps}-{self.seed}"
+        return self.arguments.output_dir / "first" / name
+
+
+def distil_first(run: Run) -> None:
+    """The stage without boxes: all captions in large batches, up to what stands before fusion."""
+    start = time.time()
+    torch.set_num_threads(1)
+    set_seed(run.seed)
+    model, processor = make_student(run)
+    teacher = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}")
+    captions = load_captions(run.arguments)
+    trainer = make_trainer(
+        run,
+        model,
+        processor,
+        captions,
+        teacher=teacher,
+        terms=run.setting.first,
+        max_steps=run.arguments.first_steps,
+        per_device_train_batch_size=128,
+        distil_only=True,
+    )
+    trainer.train()
+    folder = run.first_folder.with_name(run.first_folder.name + ".part")
+    model.save_pretrained(folder)
+    (folder / "log.json").write_text(
+        json.dumps({"seconds": round(time.time() - start), "log": trainer.state.log_history}, indent=1) + "\n"
+    )
+    folder.replace(run.first_folder)  # so that a killed run leaves no partial result
+    print(f"{run.first_folder.name}: {time.time() - start:.0f} s", flush=True)
+
+
+def train_boxes(run: Run) -> None:
+    start = time.time()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    set_seed(run.seed)
+    setting = run.setting
+    model, processor = make_student(run)
+    if setting.first:
+        model.load_state_dict(EpmVGForVisualGrounding.from_pretrained(run.first_folder).state_dict())
+    teacher = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}") if setting.terms else None
+    test = load_test(run.arguments)
+    before = measure_gap(model, processor, test)
+    trainer = make_trainer(
+        run,
+        model,
+        processor,
+        load_labelled(run.arguments, run.labelled, run.seed),
+        teacher=teacher,
+        terms=setting.terms,
+        max_steps=run.steps,
+        caption_dataset=load_captions(run.arguments) if setting.captions else None,
+        eval_dataset=test.select(range(min(800, len(test)))),
+        eval_strategy="steps",
+        eval_steps=run.steps // 4,
+        per_device_train_batch_size=8 * (2 if setting.captions else 1),
+    )
+    trainer.train()
+    output = trainer.predict(test)
+    result = {
+        "half": run.arguments.half,
+        "setting": run.name,
+        "labelled": run.labelled,
+        "seed": run.seed,
+        "steps": run.steps,
+        "eval_rows": len(test),
+        "acc@0.5": output.metrics["test_acc@0.5"],
+        "mean_iou": output.metrics["test_mean_iou"],
+        "gap_before": before,
+        "gap_after": measure_gap(model, processor, test),
+        "seconds": round(time.time() - start),
+        "log": trainer.state.log_history,
+    }
+    write_result(run.result_file, result)
+    print(
+        f"{run.arguments.half} {run.name:16} {run.labelled:5} photos, seed {run.seed}: "
+        f"Acc@0.5 {result['acc@0.5']:.3f}, {result['seconds']} s",
+        flush=True,
+    )
+
+
+def make_student(run: Run) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
+    """Towers pretrained apart, or those of the teacher, which began as the same, and a new fusion and head."""
+    settings = json.loads(CONFIG.read_text()) | {"map_loss_coefficient": run.setting.box_map}
+    towers = (run.arguments.vision, run.arguments.text)
+    model = EpmVGForVisualGrounding.from_vision_text_pretrained(*towers, **settings)
+    processor = EpmVGProcessor.from_vision_text_pretrained(*towers, model.config)
+    if run.setting.teacher_towers:
+        clip = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}").clip
+        model.model.vision_model._backbone.load_state_dict(clip.visual.trunk.state_dict(), strict=False)
+        model.model.text_model.load_state_dict(clip.text.transformer.state_dict(), strict=False)
+    return model.train(), processor
+
+
+def make_trainer(
+    run: Run,
+    model: EpmVGForVisualGrounding,
+    processor: EpmVGProcessor,
+    train: Dataset,
+    teacher: ClipTeacher | None,
+    terms: dict[str, float],
+    eval_dataset: Dataset | None = None,
+    caption_dataset: Dataset | None = None,
+    **changes: Any,
+) -> EpmVGTrainer:
+    args = {
+        "output_dir": str(run.arguments.output_dir / "scratch" / f"{run.arguments.half}-{run.name}-{run.seed}"),
+        "seed": run.seed,
+        "per_device_eval_batch_size": 32,
+        "max_expressions_per_image": 6,
+        "learning_rate": 1e-3,
+        "adam_beta2": 0.98,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 1e-2,
+        "max_grad_norm": 1.0,
+        "augment": False,
+        "use_cpu": True,
+        "bf16": COMPUTE.precision == "bf16",
+        "save_strategy": "no",
+        "logging_steps": 50,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "dataloader_drop_last": len(ImageGroups(train)) >= 128,
+    }
+    return EpmVGTrainer(
+        model=model,
+        args=EpmVGTrainingArguments(**{**args, **NO_TERM, **terms, **HALVES[run.arguments.half], **changes}),
+        train_dataset=train,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        teacher=teacher,
+        caption_dataset=caption_dataset,
+    )
+
+
+def load_split(arguments: argparse.Namespace, split: str) -> Dataset:
+    return load_grounding_dataset("flickr30k_entities", arguments.data_dir, split, missing_images="skip")
+
+
+def photos_of_train(train: Dataset) -> list[list[int]]:
+    """The rows of each photo of the train split, in an order that does not change."""
+    groups = ImageGroups(train).groups
+    return [groups[index] for index in np.random.default_rng(0).permutation(len(groups))]
+
+
+def rows_of(photos: list[list[int]]) -> list[int]:
+    return [row for photo in photos for row in photo]
+
+
+def load_test(arguments: argparse.Namespace) -> Dataset:
+    if arguments.evaluate_on == "validation":
+        return load_split(arguments, "validation")
+    train = load_split(arguments, "train")
+    return train.select(rows_of(photos_of_train(train)[-HELD_BACK:]))
+
+
+def load_labelled(arguments: argparse.Namespace, count: int, seed: int) -> Dataset:
+    """The rows of `count` photos, of which each seed has others; of all there are in the same order for each seed."""
+    train = load_split(arguments, "train")
+    photos = photos_of_train(train)[:-HELD_BACK]
+    if count < len(photos):
+        photos = [photos[index] for index in np.random.default_rng(seed).permutation(len(photos))[:count]]
+    return train.select(rows_of(photos))
+
+
+def load_captions(arguments: argparse.Namespace) -> Dataset:
+    """Phrases and sentences of all photos, whose boxes are `None`."""
+    train = load_split(arguments, "train")
+    phrases = train.select(rows_of(photos_of_train(train)[:-HELD_BACK]))
+    phrases = phrases.select_columns(["image", "image_id", "expression", "sentence"])
+    seen: set[tuple[str, str]] = set()
+    first_rows = []
+    for row, key in enumerate(zip(phrases["image_id"][:], phrases["sentence"][:], strict=True)):
+        if key not in seen:
+            seen.add(key)
+            first_rows.append(row)
+    sentences = phrases.select(first_rows).remove_columns("expression").rename_column("sentence", "expression")
+    captions = concatenate_datasets([phrases.remove_columns("sentence"), sentences])
+    return captions.add_column("box", [None] * len(captions), feature=train.features["box"])
+
+
+if __name__ == "__main__":
+    main()
