@@ -68,6 +68,13 @@ class TeacherArguments:
         default=None,
         metadata={"help": "Do not train parameters in whose name one of these regular expressions is found."},
     )
+    used_image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels at which a finished teacher of pretrained towers sees images, by default that of "
+            "its training. A larger one gives smaller patches (FixRes, Touvron et al. 2019)."
+        },
+    )
     phrases_per_image: int = field(
         default=1, metadata={"help": "How many phrases of an image are compared with its patches in a step."}
     )
@@ -356,6 +363,9 @@ def main() -> None:
     )
     if training_arguments.world_size > 1:
         raise ValueError("train_teacher.py runs in one process only: its loss compares the pairs within one batch")
+    vision, text = teacher_arguments.vision_name_or_path, teacher_arguments.text_name_or_path
+    if vision is None and teacher_arguments.used_image_size is not None:
+        raise ValueError("used_image_size is for teachers of pretrained towers, which take images of any size")
     show_own_messages(logger.name)
     use_hardware(training_arguments)
     set_seed(training_arguments.seed)
@@ -375,7 +385,6 @@ def main() -> None:
     if teacher_arguments.dataset_name == "shapes":
         options = {"seed": teacher_arguments.scenes_seed, "num_images": teacher_arguments.num_train_images}
     images = CaptionedImages(load("train", **options), canvas_size, teacher_arguments.phrases_per_image)
-    vision, text = teacher_arguments.vision_name_or_path, teacher_arguments.text_name_or_path
     if text is None:
         tokenizer = train_tokenizer(images.all_captions(), model_config["text_cfg"]["vocab_size"])
         model_config["text_cfg"] |= {"vocab_size": len(tokenizer), "eos_id": tokenizer.sep_token_id}
@@ -393,6 +402,8 @@ def main() -> None:
         optimizers=(make_optimizer(model, training_arguments, teacher_arguments), None),
     )
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
+    if teacher_arguments.used_image_size is not None:
+        model_config["vision_cfg"]["image_size"] = teacher_arguments.used_image_size
     save_teacher(model.clip, model_config, settings, tokenizer, folder / "teacher")
 
     validation = load("validation")

@@ -58,6 +58,7 @@ class Setting:
         terms: weights of the teacher's terms while boxes are learned; without any there is no teacher.
         captions: whether other photos without boxes take part.
         first: weights of the teacher's terms in a stage before, which has all captions and no boxes.
+        keeps_first: whether what stands before fusion stays after that stage as it is.
         teacher_towers: whether the towers are those of the teacher.
     """
 
@@ -66,6 +67,7 @@ class Setting:
     terms: dict[str, float] = field(default_factory=dict)
     captions: bool = False
     first: dict[str, float] = field(default_factory=dict)
+    keeps_first: bool = False
     teacher_towers: bool = False
 
 
@@ -87,6 +89,10 @@ SETTINGS = {
         terms=TEACHER_MAP,
         captions=True,
     ),
+    "first_kept": Setting(
+        "teacher's map first, then boxes with that part frozen", first=TEACHER_MAP, keeps_first=True
+    ),
+    "first_then_map": Setting("teacher's map first, boxes after with its map", first=TEACHER_MAP, terms=TEACHER_MAP),
     "teacher_towers": Setting("no teacher, the towers are the teacher's own (the rival)", teacher_towers=True),
 }
 
@@ -108,6 +114,10 @@ HALVES: dict[str, dict[str, Any]] = {
         "text_learning_rate": 1e-4,
     },
 }
+
+
+# What of the student stands between its towers and fusion.
+BEFORE_FUSION = [r"^model\.(input|visual|text)_projection", r"^model\.encoder\."]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -217,6 +227,7 @@ def train_boxes(run: Run) -> None:
     teacher = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}") if setting.terms else None
     test = load_test(run.arguments)
     before = measure_gap(model, processor, test)
+    frozen = HALVES[run.arguments.half]["frozen_parameters"] + (BEFORE_FUSION if setting.keeps_first else [])
     trainer = make_trainer(
         run,
         model,
@@ -225,9 +236,10 @@ def train_boxes(run: Run) -> None:
         teacher=teacher,
         terms=setting.terms,
         max_steps=run.steps,
+        frozen_parameters=frozen,
         caption_dataset=load_captions(run.arguments) if setting.captions else None,
         eval_dataset=test.select(range(min(800, len(test)))),
-        eval_strategy="steps",
+        eval_strategy="steps" if run.seed == 0 else "no",  # one seed is enough for a curve
         eval_steps=run.steps // 4,
         per_device_train_batch_size=8 * (2 if setting.captions else 1),
     )

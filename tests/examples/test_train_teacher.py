@@ -144,6 +144,7 @@ def test_a_teacher_of_pretrained_towers(tmp_path, scenes, monkeypatch):
         monkeypatch.setattr(sys, "argv", [
             "train_teacher.py", "--config_name", str(tmp_path / "towers.json"), "--vision_name_or_path", str(vision),
             "--text_name_or_path", text, "--tower_learning_rate", rate, "--phrases_per_image", "2",
+            "--used_image_size", "96",
             "--num_train_images", "8", "--per_device_train_batch_size", "4", "--max_steps", "2", "--canvas_size", "64",
             "--output_dir", str(tmp_path / rate), "--save_strategy", "no", "--use_cpu", "true", "--bf16", "false",
         ])  # fmt: skip
@@ -156,7 +157,9 @@ def test_a_teacher_of_pretrained_towers(tmp_path, scenes, monkeypatch):
     original = load_file(vision / "model.safetensors")[stem].half().float()
     words = load_file(Path(text) / "model.safetensors")["bert.embeddings.word_embeddings.weight"].half().float()
     for rate, same in (("0", True), ("1e-2", False)):
-        clip = train(rate).clip
+        teacher = train(rate)
+        assert teacher.encode_images(torch.zeros(1, 3, 64, 64))[1].shape == (1, 3, 3, 16)  # 96 / 32 patches each way
+        clip = teacher.clip
         assert torch.equal(clip.visual.trunk.get_parameter(stem), original) == same
         assert torch.equal(clip.text.transformer.embeddings.word_embeddings.weight, words) == same
 
