@@ -18,7 +18,7 @@ class GroundingAugmentation:
     """
     Random crop, mirroring and colour jitter of an image with all its expressions and boxes, and a random scale and
     position of the image on the canvas. All draws come from the global random states of Python and PyTorch, which the
-    Trainer seeds.
+    collator of [`EpmVGTrainer`] sets for each image.
 
     TransVG (djiajunustc/TransVG, datasets/transforms.py) may also crop an object away, replaces `left` within words
     such as `bleft`, and crops and mirrors images whose expressions then become false. This class does none of these.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from ..data.captioned_groups import CaptionedGroups
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
+from .row_draws import RowDraws
 
 # The file of a checkpoint that holds the weights in training, where the checkpoint's model is their average.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -38,15 +39,26 @@ class EpochCallback(TrainerCallback):
         raise NotImplementedError
 
 
-class CaptionTurnsCallback(EpochCallback):
-    """Sets the epoch of the captioned images, so that all of them get their turn."""
+class DataEpochCallback(EpochCallback):
+    """
+    Tells the data which epoch it is: from it follow the random draws about each image and, where images with captions
+    alone are mixed in, which of them have their turn.
 
-    def __init__(self) -> None:
-        self.groups: CaptionedGroups | None = None
+    Args:
+        draws ([`RowDraws`]): the draws.
+
+    Attributes:
+        captioned ([`CaptionedGroups`] or `None`): the images with captions; the trainer sets it with each data loader.
+    """
+
+    def __init__(self, draws: RowDraws):
+        self.draws = draws
+        self.captioned: CaptionedGroups | None = None
 
     def begin_epoch(self, epoch: int) -> None:
-        assert self.groups is not None  # the trainer sets it when it makes the data loader
-        self.groups.set_epoch(epoch)
+        self.draws.set_epoch(epoch)
+        if self.captioned is not None:
+            self.captioned.set_epoch(epoch)
 
 
 class FreezeBackbonesCallback(EpochCallback):

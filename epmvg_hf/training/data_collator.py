@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..model.losses import is_absent
 from ..model.nested_inputs import flatten
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
+from .row_draws import RowDraws
 
 
 @dataclass
@@ -39,6 +41,9 @@ class EpmVGDataCollator:
         as_bytes (`bool`, *optional*, defaults to `False`):
             Whether `pixel_values` stay bytes until [`~EpmVGImageProcessor.from_bytes`] normalises them. The workers
             of a data loader then send 5 times less.
+        draws (`RowDraws`, *optional*):
+            Gives each image whose rows are numbered random states of its own, see [`~row_draws.RowDraws`]. Without it,
+            and for rows without numbers, augmentation and the choice of expressions draw from the global ones.
 
     Example:
 
@@ -59,6 +64,7 @@ class EpmVGDataCollator:
     teacher_columns: Callable[..., dict[str, Any]] | None = None
     tower_outputs: Callable[..., dict[str, torch.Tensor]] | None = None
     as_bytes: bool = False
+    draws: RowDraws | None = None
 
     def __call__(self, examples: list[ImageGroup] | list[dict[str, Any]]) -> BatchFeature:
         """
@@ -80,7 +86,9 @@ class EpmVGDataCollator:
                 processor refuses a text.
         """
         groups = merge_groups(examples) if isinstance(examples[0], ImageGroup) else group_rows(examples)
-        groups = [self._choose_expressions(group) for group in groups]
+        drawn = [self._draw(group) for group in groups]
+        groups = [group for group, _ in drawn]
+        placements = None if self.augmentation is None else [placement for _, placement in drawn]
         numbers = [group.index for group in groups]
         known: dict[str, torch.Tensor] = {}
         if self.tower_outputs is not None:
@@ -91,12 +99,6 @@ class EpmVGDataCollator:
                     f"image {group.image_id!r} is missing: rows loaded with missing_images='keep' cannot be batched"
                 )
         has_boxes = groups[0].boxes is not None
-        placements = None
-        if self.augmentation is not None:
-            groups = [self._augment(group, self.augmentation) for group in groups]
-            canvas = self.processor.image_processor.size["height"]
-            placements = [self.augmentation.placement(canvas) for _ in groups]
-
         text = [group.expressions for group in groups]
         boxes = [_without_absent(group.boxes) for group in groups if group.boxes is not None] if has_boxes else None
         if "backbone_features" in known:
@@ -126,6 +128,16 @@ class EpmVGDataCollator:
         if self.teacher_columns is not None:
             batch.update(self.teacher_columns(numbers, flatten([group.expressions for group in groups])))
         return batch
+
+    def _draw(self, group: ImageGroup) -> tuple[ImageGroup, tuple[int, float, float] | None]:
+        """A group with what is left to chance: which expressions there are, its augmentation, its placement."""
+        numbered = self.draws is not None and group.row_indices
+        with self.draws.of(group.row_indices[0]) if numbered else nullcontext():
+            group = self._choose_expressions(group)
+            if self.augmentation is None or group.image is None:
+                return group, None
+            canvas = self.processor.image_processor.size["height"]
+            return self._augment(group, self.augmentation), self.augmentation.placement(canvas)
 
     def _choose_expressions(self, group: ImageGroup) -> ImageGroup:
         limit = self.max_expressions_per_image

@@ -33,11 +33,12 @@ from ..model.modeling_epmvg import MODEL_INPUTS, EpmVGForVisualGrounding
 from ..model.outputs_epmvg import EpmVGGroundingOutput
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
-from .callbacks import CaptionTurnsCallback
+from .callbacks import DataEpochCallback
 from .data_collator import EpmVGDataCollator
 from .frozen_towers import TowerImageGroups
 from .loss_terms import LossTerms
 from .model_card import strip_private_paths
+from .row_draws import RowDraws
 from .score_calibration import calibrate_across, calibrate_scores
 from .student_trainer import StudentTrainer
 from .trainer_checks import check_dataset, check_student, check_trainer
@@ -69,8 +70,8 @@ class EpmVGTrainer(StudentTrainer):
     augmented (`args.cache_teacher`). Rows whose `box` is `None`, and all of `caption_dataset`, take part in these
     terms alone.
 
-    A run that is resumed at the end of an epoch is bit-equal to one that was not interrupted. Within an epoch, it
-    continues with other random augmentation.
+    A run that is resumed is bit-equal to one that was not interrupted, also within an epoch: what is drawn for an
+    image, its augmentation and the choice of its expressions, depends on seed, epoch and row alone.
 
     Args:
         model ([`EpmVGForVisualGrounding`] or `peft.PeftModel`, *optional*):
@@ -131,6 +132,7 @@ class EpmVGTrainer(StudentTrainer):
         self._evaluated: list[dict[str, Any]] = []
         self.scores: np.ndarray | None = None
         kwargs.setdefault("compute_metrics", self._compute_accuracy)
+        self._draws = RowDraws(args.seed)
         super().__init__(
             model=model,
             args=args,
@@ -139,9 +141,8 @@ class EpmVGTrainer(StudentTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if caption_dataset is not None:
-            self._caption_turns = CaptionTurnsCallback()
-            self.add_callback(self._caption_turns)
+        self._data_epoch = DataEpochCallback(self._draws)
+        self.add_callback(self._data_epoch)
         self._prepare_run()
 
     def _prepare_run(self) -> None:
@@ -170,6 +171,7 @@ class EpmVGTrainer(StudentTrainer):
             args.max_expressions_per_image,
             tower_outputs=None if self._frozen_towers is None else self._frozen_towers.outputs,
             as_bytes=has_workers,
+            draws=self._draws,
         )
 
     # Data ------------------------------------------------------------------------------------------------------
@@ -229,7 +231,7 @@ class EpmVGTrainer(StudentTrainer):
         if is_training and self.caption_dataset is not None:
             captioned = self._group_images(self.caption_dataset, is_training)
             by_image = CaptionedGroups(by_image, captioned, self.args.caption_ratio, self.args.seed)
-            self._caption_turns.groups = by_image
+            self._data_epoch.captioned = by_image
         return super()._get_dataloader(by_image, *args, is_training=is_training, **kwargs)
 
     def _group_images(self, dataset: Dataset, is_training: bool) -> ImageGroups:

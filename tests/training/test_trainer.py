@@ -449,12 +449,20 @@ def test_best_checkpoint_is_kept_and_loads(tmp_path, processor, dataset):
     assert EpmVGProcessor.from_pretrained(best).max_text_length == processor.max_text_length
 
 
-def test_resumed_training_is_bit_equal(tmp_path, processor, dataset):
-    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "augment": True, "num_train_epochs": 2}
+@pytest.mark.parametrize(("step", "workers"), [(2, 0), (3, 0), (3, 2)], ids=["end of epoch", "within", "workers"])
+def test_resumed_training_is_bit_equal(tmp_path, processor, dataset, step, workers):
+    arguments = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+        "augment": True,
+        "max_expressions_per_image": 3,
+        "dataloader_num_workers": workers,
+    }
     straight = _trainer(tmp_path / "a", processor, dataset, **arguments)
     straight.train()
     resumed = _trainer(tmp_path / "b", processor, dataset, model=tiny_model(seed=1, box_head="map"), **arguments)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
