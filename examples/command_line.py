@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from epmvg_hf.training.checkpoint_files import find_checkpoint
 from epmvg_hf.training.hardware import ComputeChoice, choose_compute, choose_threads
 
 logger = logging.getLogger("command_line")
@@ -93,13 +93,10 @@ def use_hardware(arguments: TrainingArguments) -> str | None:
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """The folder that `--resume_from_checkpoint` means, which with "true" is the last checkpoint in `--output_dir`."""
+    """The folder that `--resume_from_checkpoint` means; "true" is the newest whole checkpoint in `--output_dir`."""
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint in ("true", "True"):
-        folder = Path(arguments.output_dir)
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"there is no checkpoint in {folder} to resume from")
+        checkpoint = str(find_checkpoint(arguments.output_dir))
     return checkpoint
 
 

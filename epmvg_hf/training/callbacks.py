@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.captioned_groups import CaptionedGroups
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
@@ -87,6 +88,21 @@ class FreezeBackbonesCallback(EpochCallback):
     def _set_trained(self, trained: bool) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(trained)
+
+
+class BestCheckpointCallback(TrainerCallback):
+    """
+    Finds the best checkpoint of a run that is resumed by its step. transformers looks where it once was, and forgets
+    it where the folder of the run was moved: it would then be neither loaded at the end nor spared from deletion.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.best_global_step and not state.is_hyper_param_search:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if folder.is_dir():
+                state.best_model_checkpoint = str(folder)
 
 
 class WeightAverage(TrainerCallback):

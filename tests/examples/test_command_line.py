@@ -57,7 +57,9 @@ def test_resuming_finds_the_last_checkpoint_or_says_that_there_is_none(tmp_path)
     assert resume(None) is None and resume("folder") == "folder"
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         resume("true")
-    (tmp_path / "checkpoint-5").mkdir()
+    for name in ("checkpoint-5", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")  # the other one was not written to its end
     assert resume("true") == str(tmp_path / "checkpoint-5")
 
 

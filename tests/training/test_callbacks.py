@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 from epmvg_hf.training.callbacks import TRAINED_WEIGHTS
+from epmvg_hf.training.checkpoint_files import CHECKSUMS
 from tests.fixtures.models import ONE_STEP, tiny_model
 
 DECAY = 0.7
@@ -106,7 +107,8 @@ def test_resumed_training_keeps_both_weights(tmp_path, processor, dataset):
         assert first.read_bytes() == second.read_bytes()
 
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "without")
-    (tmp_path / "without" / TRAINED_WEIGHTS).unlink()
+    for name in (TRAINED_WEIGHTS, CHECKSUMS):
+        (tmp_path / "without" / name).unlink()
     trainer, _ = _trainer(tmp_path / "c", processor, dataset)
     with pytest.raises(ValueError, match="cannot be resumed with ema_decay: it has no average"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "without"))
