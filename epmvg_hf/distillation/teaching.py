@@ -95,6 +95,7 @@ class Teaching:
     def loss(
         self,
         outputs: EpmVGGroundingOutput,
+        taught: TeacherOutput,
         batch: dict[str, Any],
         num_boxes: torch.Tensor,
         num_absent: torch.Tensor,
@@ -105,14 +106,14 @@ class Teaching:
 
         Args:
             outputs ([`EpmVGGroundingOutput`]): the student's outputs.
-            batch (`dict`): the collator's batch, with `image_index`, `labels` and the teacher's columns.
+            taught ([`TeacherOutput`]): those of the teacher for the same batch.
+            batch (`dict`): the collator's batch, of which `image_index` and `labels` are read.
             num_boxes, num_absent, num_expressions (`torch.LongTensor` of shape `()`): the counts of the whole
                 optimiser step, on all processes.
 
         Returns:
             `tuple`: the weighted sum of the terms, and each term with the number of expressions that it is a mean of.
         """
-        taught = self.outputs(batch)
         return self.distillation_loss(
             outputs, taught, batch["image_index"], batch["labels"], num_boxes, num_absent, num_expressions
         )

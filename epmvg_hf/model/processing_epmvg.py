@@ -267,7 +267,8 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
 
         Raises:
             ValueError: not exactly one of `inputs` and `target_sizes` is given, or it does not match `pred_boxes`, or
-                `inputs` is not what the processor returned, or there is a `threshold` but no score.
+                `inputs` is not what the processor returned, or there is a `threshold` but no score, or a predicted
+                box is not made of finite numbers.
 
         Example:
 
@@ -306,6 +307,12 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
                 raise ValueError(
                     f"{len(pred_boxes)} boxes were predicted, but `inputs` has {len(letterbox)} expressions."
                 )
+        if not pred_boxes.isfinite().all():
+            row = int((~pred_boxes.isfinite().all(-1)).nonzero()[0])
+            raise ValueError(
+                f"The box of expression {row} is {pred_boxes[row].tolist()}: the weights of the model, or its inputs, "
+                "have NaN or infinity."
+            )
         boxes: list[torch.Tensor | None] = list(letterbox.to_pixels(pred_boxes))
         scores = outputs.get("scores")
         if scores is None:

@@ -19,6 +19,7 @@ from .adapters import has_own_adapter, load_adapter_weights
 from .callbacks import BestCheckpointCallback, WeightAverage
 from .card_trainer import CardTrainer
 from .checkpoint_files import describe_damage, find_checkpoint, write_checksums
+from .finite_steps import NonFiniteError
 
 # The folder within the output folder in which a checkpoint is written. What a killed run leaves there is never read.
 UNFINISHED = ".unfinished_checkpoint"
@@ -116,6 +117,13 @@ class CheckpointTrainer(CardTrainer):
             self.model = trained
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        saved = self.model.state_dict() if state_dict is None else state_dict
+        wrong = [name for name, value in saved.items() if value.is_floating_point() and not value.isfinite().all()]
+        if wrong:
+            raise NonFiniteError(
+                f"the model is not saved: NaN or infinity in {len(wrong)} of its {len(saved)} tensors, such as "
+                f"{wrong[0]}"
+            )
         with self._averaged_weights():
             super()._save(output_dir, state_dict)
         if self._average is not None and self._average.model is not None:

@@ -35,6 +35,7 @@ from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
 from .callbacks import DataEpochCallback
 from .data_collator import EpmVGDataCollator
+from .finite_steps import FiniteSteps
 from .frozen_towers import TowerImageGroups
 from .loss_terms import LossTerms
 from .model_card import strip_private_paths
@@ -141,6 +142,9 @@ class EpmVGTrainer(StudentTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        has_scaler = self.accelerator.scaler is not None
+        self._finite_steps = FiniteSteps(skips=args.nonfinite_steps == "skip", has_scaler=has_scaler)
+        self.add_callback(self._finite_steps)
         self._data_epoch = DataEpochCallback(self._draws)
         self.add_callback(self._data_epoch)
         self._prepare_run()
@@ -335,7 +339,7 @@ class EpmVGTrainer(StudentTrainer):
                 scored = boxes + is_absent(inputs["labels"]).sum()
                 loss = loss + weighted_score * (scored * processes / (total_boxes + total_absent).clamp(min=1))
                 terms["loss_score"] = (score, scored)
-            self._loss_terms.add(terms)
+            self._add_terms(terms, inputs)
             if self.teaching is not None:
                 loss = loss + self._distillation_loss(outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -344,9 +348,20 @@ class EpmVGTrainer(StudentTrainer):
         self, outputs: EpmVGGroundingOutput, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor
     ) -> torch.Tensor:
         assert self.teaching is not None
-        loss, terms = self.teaching.loss(outputs, inputs, *num_items_in_batch.unbind())
-        self._loss_terms.add(terms)
+        taught = self.teaching.outputs(inputs)
+        loss, terms = self.teaching.loss(outputs, taught, inputs, *num_items_in_batch.unbind())
+        self._add_terms(terms, {**inputs, **{f"teacher_{name}": value for name, value in vars(taught).items()}})
         return loss
+
+    def _add_terms(self, terms: dict[str, tuple[torch.Tensor, torch.Tensor]], inputs: dict[str, Any]) -> None:
+        """Adds terms of the loss, each with its number of expressions, to the log and to what must be finite."""
+        self._loss_terms.add(terms)
+        self._finite_steps.watch_terms({name: term.detach() for name, (term, _) in terms.items()}, inputs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._finite_steps.watch_gradient(norm)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Logs of training carry "loss". Those of an evaluation carry "eval_loss", with terms of their own.

@@ -106,6 +106,9 @@ class EpmVGTrainingArguments(TrainingArguments):
         tower_cache_dtype (`str`, *optional*, defaults to `"float32"`):
             Type of the numbers in that cache: `"float32"`, which keeps them exactly, or `"float16"`, which takes half
             the space.
+        nonfinite_steps (`str`, *optional*, defaults to `"stop"`):
+            What happens at an optimiser step in which a loss term or the gradient is NaN or infinite: `"stop"` ends
+            the training with an error that names terms and rows, `"skip"` warns of it and goes on with the next step.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
             Whether to leave losses that are not finite out of the log, for which a GPU is waited for in every step.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
@@ -209,6 +212,9 @@ class EpmVGTrainingArguments(TrainingArguments):
     tower_cache_dtype: str = field(
         default="float32", metadata={"help": "Type of the towers' outputs on disk: float32 or float16."}
     )
+    nonfinite_steps: str = field(
+        default="stop", metadata={"help": "At a step that is NaN or infinite: stop the training, or skip the step."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Leave losses that are not finite out of the log. A GPU is then waited for in every step."},
@@ -297,6 +303,8 @@ class EpmVGTrainingArguments(TrainingArguments):
             )
         if self.max_expressions_per_image is not None and self.max_expressions_per_image < 1:
             raise ValueError(f"max_expressions_per_image must be at least 1, got {self.max_expressions_per_image}")
+        if self.nonfinite_steps not in ("stop", "skip"):
+            raise ValueError(f'nonfinite_steps must be "stop" or "skip", got {self.nonfinite_steps!r}')
         not_negative = (
             "vision_learning_rate",
             "encoder_learning_rate",

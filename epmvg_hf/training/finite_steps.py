@@ -1,0 +1,162 @@
+"""Watches that an optimiser step is made of finite numbers, and keeps one that is not away from the weights."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+_MAX_ROWS = 8  # named in a message
+
+
+class NonFiniteError(ArithmeticError):
+    """A training step in which a loss term, a gradient or an input is NaN or infinite."""
+
+
+class FiniteSteps(TrainerCallback):
+    """
+    Stops at, or skips, an optimiser step in which a loss term or the gradient is NaN or infinite, and says which terms
+    and inputs these are, and of which rows. A GPU is not waited for: what it computed is looked at in the next step,
+    by when it is there. A step that is skipped changes no weight; on a GPU its gradient is zero instead, so that the
+    optimiser's averages of earlier gradients still act.
+
+    With a scaler for float16, gradients that are too large are part of its work, so that only the loss is watched.
+
+    Args:
+        skips (`bool`): whether to skip such steps instead of stopping the training.
+        has_scaler (`bool`): whether a scaler for float16 is in use.
+    """
+
+    def __init__(self, skips: bool, has_scaler: bool):
+        self.skips, self.has_scaler = skips, has_scaler
+        self._step: _Step = _Step()
+        self._previous: _Step | None = None
+
+    def watch_terms(self, terms: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]) -> None:
+        """
+        Adds the loss terms of a batch of the present step, scalars, and the inputs that they were computed from, among
+        them `row_index` `(N,)` and `image_index` `(N,)`.
+        """
+        self._step.batches.append((dict(terms), inputs))
+
+    def watch_gradient(self, norm: torch.Tensor | float) -> None:
+        """Adds the norm of the gradient of the present step, over all processes."""
+        self._step.gradient_norm = norm
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step, self._previous = _Step(), None
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        step, self._step = self._step, _Step()
+        step.number = state.global_step + 1
+        is_finite = step.is_finite(with_gradient=not self.has_scaler)
+        if is_finite.device.type == "cpu":
+            if not is_finite:
+                for parameter in model.parameters():
+                    parameter.grad = None
+                self._report(step)
+            return
+        if self._previous is not None and not self._previous.is_finite_on_host():
+            self._report(self._previous)
+        step.copy_to_host(is_finite)
+        self._previous = step
+        if self.skips:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(~is_finite, 0)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        previous, self._previous, self._step = self._previous, None, _Step()
+        if previous is not None and not previous.is_finite_on_host():
+            self._report(previous)
+
+    def _report(self, step: "_Step") -> None:
+        if not self.skips:
+            raise NonFiniteError(f"{step.describe()}. No checkpoint was written after it.")
+        logger.warning("%s. The step was skipped.", step.describe())
+
+
+class _Step:
+    """What is known of one optimiser step."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.batches: list[tuple[dict[str, torch.Tensor], Mapping[str, Any]]] = []
+        self.gradient_norm: torch.Tensor | float = 0.0
+
+    def is_finite(self, with_gradient: bool) -> torch.Tensor:
+        """A boolean scalar on the device of the loss."""
+        values = [term.detach().float() for terms, _ in self.batches for term in terms.values()]
+        norm = self.gradient_norm
+        if with_gradient:
+            device = values[0].device if values else torch.device("cpu")
+            values.append(torch.as_tensor(norm, dtype=torch.float32, device=device))
+        return torch.stack(values).isfinite().all() if values else torch.tensor(True)
+
+    def copy_to_host(self, is_finite: torch.Tensor) -> None:
+        self._on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._on_host.copy_(is_finite, non_blocking=True)
+        self._copied = torch.Event(is_finite.device.type)
+        self._copied.record()
+
+    def is_finite_on_host(self) -> bool:
+        self._copied.synchronize()  # the device is a whole step ahead by now
+        return bool(self._on_host)
+
+    def describe(self) -> str:
+        """A sentence on what is not finite. Only here a device is waited for."""
+        terms = {
+            f"{name} is {value.item()}": None
+            for parts, _ in self.batches
+            for name, value in parts.items()
+            if not value.isfinite()
+        }
+        norm = float(self.gradient_norm)
+        wrong = [*terms, *([] if torch.tensor(norm).isfinite() else [f"the norm of the gradient is {norm}"])]
+        sentence = f"step {self.number}: {', '.join(wrong)}"
+        causes = [cause for _, inputs in self.batches for cause in _find_causes(inputs)]
+        if causes:
+            return f"{sentence}, because {'; '.join(causes)}"
+        if not terms:
+            return f"{sentence}, while all loss terms of this process are numbers"
+        rows = [row for _, inputs in self.batches if "row_index" in inputs for row in inputs["row_index"].tolist()]
+        shown = f" (rows {_listed(rows)})" if rows else ""
+        return f"{sentence}, and all inputs of the batch{shown} are numbers: a lower learning rate may help"
+
+
+def _find_causes(inputs: Mapping[str, Any]) -> list[str]:
+    """Which inputs of a batch are not finite, and to which rows of the dataset they belong."""
+    causes = []
+    for name, values in inputs.items():
+        # Boxes and labels are NaN for expressions without a box.
+        if not isinstance(values, torch.Tensor) or not values.is_floating_point() or name in ("labels", "boxes"):
+            continue
+        faulty = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
+        if not faulty.any():
+            continue
+        rows: list[int] = []
+        if "row_index" in inputs:
+            of_image = inputs["image_index"] if len(faulty) != len(inputs["row_index"]) else slice(None)
+            rows = inputs["row_index"][faulty[of_image]].tolist()
+        causes.append(f"{name} has NaN or infinity" + (f" in rows {_listed(rows)}" if rows else ""))
+    return causes
+
+
+def _listed(rows: list[int]) -> str:
+    others = f" and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
+    return ", ".join(map(str, rows[:_MAX_ROWS])) + others
