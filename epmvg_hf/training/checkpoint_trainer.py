@@ -20,6 +20,7 @@ from .callbacks import BestCheckpointCallback, WeightAverage
 from .card_trainer import CardTrainer
 from .checkpoint_files import describe_damage, find_checkpoint, write_checksums
 from .finite_steps import NonFiniteError
+from .termination import TerminationCallback
 
 # The folder within the output folder in which a checkpoint is written. What a killed run leaves there is never read.
 UNFINISHED = ".unfinished_checkpoint"
@@ -37,6 +38,7 @@ class CheckpointTrainer(CardTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.add_callback(BestCheckpointCallback)
+        self.add_callback(TerminationCallback(self.accelerator))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:

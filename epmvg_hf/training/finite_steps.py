@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .late_flag import LateFlag
+
 logger = logging.getLogger(__name__)
 
 _MAX_ROWS = 8  # named in a message
@@ -34,7 +36,7 @@ class FiniteSteps(TrainerCallback):
     def __init__(self, skips: bool, has_scaler: bool):
         self.skips, self.has_scaler = skips, has_scaler
         self._step: _Step = _Step()
-        self._previous: _Step | None = None
+        self._previous: tuple[_Step, LateFlag] | None = None
 
     def watch_terms(self, terms: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]) -> None:
         """
@@ -69,10 +71,8 @@ class FiniteSteps(TrainerCallback):
                     parameter.grad = None
                 self._report(step)
             return
-        if self._previous is not None and not self._previous.is_finite_on_host():
-            self._report(self._previous)
-        step.copy_to_host(is_finite)
-        self._previous = step
+        self._report_previous()
+        self._previous = step, LateFlag(is_finite)
         if self.skips:
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -81,9 +81,12 @@ class FiniteSteps(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        previous, self._previous, self._step = self._previous, None, _Step()
-        if previous is not None and not previous.is_finite_on_host():
-            self._report(previous)
+        self._report_previous()
+
+    def _report_previous(self) -> None:
+        previous, self._previous = self._previous, None
+        if previous is not None and not previous[1].read():
+            self._report(previous[0])
 
     def _report(self, step: "_Step") -> None:
         if not self.skips:
@@ -107,16 +110,6 @@ class _Step:
             device = values[0].device if values else torch.device("cpu")
             values.append(torch.as_tensor(norm, dtype=torch.float32, device=device))
         return torch.stack(values).isfinite().all() if values else torch.tensor(True)
-
-    def copy_to_host(self, is_finite: torch.Tensor) -> None:
-        self._on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        self._on_host.copy_(is_finite, non_blocking=True)
-        self._copied = torch.Event(is_finite.device.type)
-        self._copied.record()
-
-    def is_finite_on_host(self) -> bool:
-        self._copied.synchronize()  # the device is a whole step ahead by now
-        return bool(self._on_host)
 
     def describe(self) -> str:
         """A sentence on what is not finite. Only here a device is waited for."""
