@@ -1,0 +1,28 @@
+"""Trainings that are killed and resumed end as if nothing had happened. interruptions.py kills at random moments."""
+
+import pytest
+
+from tests.training.interruptions import KINDS, KillAt, count_writes_and_kill, train_with_kills
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_trainings_end_bit_equal(tmp_path, kind):
+    expected, _ = train_with_kills(kind, tmp_path / "straight", [])
+    moments = (3, 11, 14)  # within the second of four epochs, a checkpoint's saving, an evaluation
+    in_steps = [lambda folder, moment=moment: [KillAt(moment)] for moment in moments]
+    in_writes = [lambda folder, moment=moment: count_writes_and_kill(moment, folder) for moment in (2, 9, 16)]
+    ended, killed = train_with_kills(kind, tmp_path / "killed", [*in_writes, *in_steps])
+    assert ended == expected and killed >= 4
+
+
+def test_each_change_of_a_file_may_be_the_last(tmp_path):
+    """Whichever file is about to be written, renamed or deleted: what is there afterwards can be resumed from."""
+    kind = "best model, accumulation"
+    expected, _ = train_with_kills(kind, tmp_path / "straight", [])
+    for moment in range(1, 100):
+        folder = tmp_path / str(moment)
+        ended, killed = train_with_kills(kind, folder, [lambda folder, n=moment: count_writes_and_kill(n, folder)])
+        assert ended == expected, moment
+        if killed == 0:
+            break
+    assert 20 < moment < 99
