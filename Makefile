@@ -27,7 +27,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What the teacher is worth, on the photos in DATA_DIR: about HOURS hours on 2 cores. Stopped, it goes on where it was.
+# What the teacher is worth, on the photos in DATA_DIR. It takes hours (model_cards/distillation-study/README.md says how
+# many of them); stopped, it goes on where it was.
 study: $(VENV)/.train
 	test -d outputs/towers || $(BIN)/python examples/prepare_towers.py outputs/towers
 	test -d outputs/teacher_flickr30k_towers/teacher || $(BIN)/python examples/train_teacher.py \

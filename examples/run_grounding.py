@@ -334,6 +334,10 @@ def main(command_line: list[str] | None = None) -> None:
         limit = data_arguments.max_eval_rows
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
+    if data_arguments.calibrate_scores and training_arguments.do_train and not training_arguments.do_eval:
+        raise ValueError(
+            "calibrate_scores needs do_eval, which gives the rows for it: set it to true, or calibrate_scores to false"
+        )
     # All training expressions give a new model its vocabulary, also those whose boxes are not used.
     train_dataset = load(data_arguments.train_split)
     expressions = train_dataset["expression"]

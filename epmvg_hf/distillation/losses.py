@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from ..model.feature_grid import only_on_picture
+
 
 @torch.no_grad()
 def teacher_map_target(
@@ -54,8 +56,7 @@ def teacher_map_target(
             scores, size=visual_mask.shape[1:], mode="bilinear", align_corners=False, antialias=True
         )
     mask = visual_mask.flatten(1)
-    scores = (scores.flatten(1) / temperature).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1) * mask
+    return only_on_picture(scores.flatten(1) / temperature, mask).softmax(-1) * mask
 
 
 def relation_loss(

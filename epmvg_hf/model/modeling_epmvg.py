@@ -238,10 +238,13 @@ class EpmVGModel(FromTowersMixin, EpmVGPreTrainedModel):
         ```
         """
         states = self._run_text_tower(input_ids, attention_mask, inputs_embeds, text_hidden_states, **kwargs)
-        text_tokens = self._project_text(states.last_hidden_state)
+        text_embeds = None
+        if self.config.teacher_projection_dim is not None:
+            text_tokens = self._project_text(states.last_hidden_state)
+            text_embeds = self._text_embeds(text_tokens, _token_mask(text_tokens, attention_mask))
         return BaseModelOutputWithPooling(
             last_hidden_state=states.last_hidden_state,
-            pooler_output=self._text_embeds(text_tokens, _token_mask(text_tokens, attention_mask)),
+            pooler_output=text_embeds,
             hidden_states=states.hidden_states,
             attentions=states.attentions,
         )

@@ -180,6 +180,8 @@ class FrozenTowers(EpochCallback):
 
     def _image_shards(self, groups: ImageGroups, dataset: datasets.Dataset) -> list[Path]:
         image_processor = self.processor.image_processor
+        # A batch that is larger than a shard would be filled up with images that are thrown away.
+        images_per_shard = max(_IMAGES_PER_SHARD, self.batch_size)
         folder = make_folder(
             self.cache_dir,
             "epmvg_towers",
@@ -188,7 +190,7 @@ class FrozenTowers(EpochCallback):
                 "image_processor": settings_of(image_processor),
                 "images": len(groups),
                 "files": fingerprint_files(groups.images),
-                "images_per_shard": _IMAGES_PER_SHARD,
+                "images_per_shard": images_per_shard,
             },
         )
 
@@ -206,7 +208,7 @@ class FrozenTowers(EpochCallback):
             }
 
         columns = ("backbone_features", "visual_mask", "letterbox", "original_sizes")
-        shards = split(folder, "images", len(groups), _IMAGES_PER_SHARD, columns)
+        shards = split(folder, "images", len(groups), images_per_shard, columns)
         return complete(shards, encode, self.batch_size, "Vision backbone: images", self.disable_tqdm)
 
     def _cache_expressions(self) -> CachedExpressions:

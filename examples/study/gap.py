@@ -28,7 +28,7 @@ def measure_gap(
     outputs = model.eval().model(**inputs, skip_fusion=True)
     model.train(training)
     image_means, text_means = (
-        torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
+        (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         for states, mask in (
             (outputs.visual_tokens, outputs.visual_mask.flatten(1)),
             (outputs.text_tokens, batch["attention_mask"]),

@@ -115,6 +115,8 @@ HALVES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Photos in a step of the stage without boxes, where the relation term compares each expression with all of them.
+FIRST_BATCH_SIZE = 128
 
 # What of the student stands between its towers and fusion.
 BEFORE_FUSION = [r"^model\.(input|visual|text)_projection", r"^model\.encoder\."]
@@ -180,14 +182,19 @@ class Run:
 
     @property
     def first_folder(self) -> Path:
-        """Where the student is kept that a teacher alone has taught; runs with other labels start from the same."""
+        """
+        Where the student is kept that a teacher alone has taught.
+
+        Runs with other labels start from the same, and so do both halves: batches of 128 photos take seconds where the
+        features of the towers are kept, and a minute each where the towers are tuned.
+        """
         terms = "-".join(name.removesuffix("_loss_coefficient") for name in self.setting.first)
-        name = f"{self.arguments.half}-{terms}-{self.arguments.first_steps}-{self.seed}"
+        name = f"{terms}-{self.arguments.first_steps}-{self.seed}"
         return self.arguments.output_dir / "first" / name
 
 
 def distil_first(run: Run) -> None:
-    """The stage without boxes: all captions in large batches, up to what stands before fusion."""
+    """The stage without boxes: all captions in large batches, up to what stands before fusion, with frozen towers."""
     start = time.time()
     torch.set_num_threads(1)
     set_seed(run.seed)
@@ -201,8 +208,10 @@ def distil_first(run: Run) -> None:
         captions,
         teacher=teacher,
         terms=run.setting.first,
+        half="frozen",
         max_steps=run.arguments.first_steps,
-        per_device_train_batch_size=128,
+        per_device_train_batch_size=FIRST_BATCH_SIZE,
+        dataloader_drop_last=True,
         distil_only=True,
     )
     trainer.train()
@@ -235,6 +244,7 @@ def train_boxes(run: Run) -> None:
         load_labelled(run.arguments, run.labelled, run.seed),
         teacher=teacher,
         terms=setting.terms,
+        half=run.arguments.half,
         max_steps=run.steps,
         frozen_parameters=frozen,
         caption_dataset=load_captions(run.arguments) if setting.captions else None,
@@ -275,8 +285,11 @@ def make_student(run: Run) -> tuple[EpmVGForVisualGrounding, EpmVGProcessor]:
     processor = EpmVGProcessor.from_vision_text_pretrained(*towers, model.config)
     if run.setting.teacher_towers:
         clip = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}").clip
-        model.model.vision_model._backbone.load_state_dict(clip.visual.trunk.state_dict(), strict=False)
-        model.model.text_model.load_state_dict(clip.text.transformer.state_dict(), strict=False)
+        # The student's vision tower ends where the last convolution of a classifier would begin.
+        trunk = clip.visual.trunk.state_dict()
+        trunk = {name: value for name, value in trunk.items() if not name.startswith(("conv_head.", "bn2."))}
+        model.model.vision_model._backbone.load_state_dict(trunk)
+        model.model.text_model.load_state_dict(clip.text.transformer.state_dict())
     return model.train(), processor
 
 
@@ -287,12 +300,13 @@ def make_trainer(
     train: Dataset,
     teacher: ClipTeacher | None,
     terms: dict[str, float],
+    half: str,
     eval_dataset: Dataset | None = None,
     caption_dataset: Dataset | None = None,
     **changes: Any,
 ) -> EpmVGTrainer:
     args = {
-        "output_dir": str(run.arguments.output_dir / "scratch" / f"{run.arguments.half}-{run.name}-{run.seed}"),
+        "output_dir": str(run.arguments.output_dir / "scratch" / f"{half}-{run.name}-{run.seed}"),
         "seed": run.seed,
         "per_device_eval_batch_size": 32,
         "max_expressions_per_image": 6,
@@ -309,11 +323,10 @@ def make_trainer(
         "logging_steps": 50,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "dataloader_drop_last": len(ImageGroups(train)) >= 128,
     }
     return EpmVGTrainer(
         model=model,
-        args=EpmVGTrainingArguments(**{**args, **NO_TERM, **terms, **HALVES[run.arguments.half], **changes}),
+        args=EpmVGTrainingArguments(**{**args, **NO_TERM, **terms, **HALVES[half], **changes}),
         train_dataset=train,
         eval_dataset=eval_dataset,
         processing_class=processor,

@@ -227,11 +227,15 @@ def test_an_adapter_needs_a_saved_base_model(tmp_path, processor):
         example.make_model(arguments, [], None)
 
 
-def test_scores_that_a_model_does_not_have_are_an_error_before_it_is_trained(tmp_path, processor):
+def test_scores_that_cannot_be_calibrated_are_an_error_before_a_model_is_trained(tmp_path, processor):
     tiny_model(box_head="map").save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    command = ["--model_name_or_path", str(tmp_path), "--num_train_images", "4", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="calibrate_scores is true, but the model has no score_head"):
-        example.main(["--model_name_or_path", str(tmp_path), "--num_train_images", "4", "--output_dir", str(tmp_path)])
+        example.main(command)
+    without = ["--do_eval", "false", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    with pytest.raises(ValueError, match="calibrate_scores needs do_eval, which gives the rows for it"):
+        example.main([*command, *without])
 
 
 def test_a_saved_model_gets_another_canvas_and_new_parts(tmp_path, processor):
