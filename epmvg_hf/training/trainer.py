@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast, gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -35,6 +36,7 @@ from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
 from .callbacks import DataEpochCallback
 from .data_collator import EpmVGDataCollator
+from .even_shares import EvenShares
 from .finite_steps import FiniteSteps
 from .frozen_towers import TowerImageGroups
 from .loss_terms import LossTerms
@@ -199,9 +201,16 @@ class EpmVGTrainer(StudentTrainer):
             self._frozen_towers.obstacles = self._obstacles_to_tower_outputs(is_fixed)
         evaluation_collator, self.data_collator = self.data_collator, self.train_collator
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = evaluation_collator
+        if isinstance(self.train_dataset, Dataset) and len(loader) == 0:
+            images = len(ImageGroups(self.train_dataset))
+            raise ValueError(
+                f"dataloader_drop_last leaves no batch: train_dataset has {images} images, and a batch takes "
+                f"{self._train_batch_size}"
+            )
+        return loader
 
     def _obstacles_to_tower_outputs(self, is_fixed: bool) -> dict[str, str]:
         """Why the outputs of each tower cannot be computed once, if it is not for parameters that are trained."""
@@ -236,7 +245,15 @@ class EpmVGTrainer(StudentTrainer):
             captioned = self._group_images(self.caption_dataset, is_training)
             by_image = CaptionedGroups(by_image, captioned, self.args.caption_ratio, self.args.seed)
             self._data_epoch.captioned = by_image
-        return super()._get_dataloader(by_image, *args, is_training=is_training, **kwargs)
+        loader = super()._get_dataloader(by_image, *args, is_training=is_training, **kwargs)
+        shard = loader.batch_sampler
+        processes = self.accelerator.num_processes
+        shares_batches = isinstance(shard, BatchSamplerShard) and not shard.split_batches and not shard.drop_last
+        # An evaluation of fewer images than there are processes repeats some, whose results are then left out.
+        if shares_batches and (is_training or len(by_image) >= processes):
+            shard.batch_sampler = EvenShares(shard.batch_sampler, processes)
+            shard.batch_size = None  # the sizes differ
+        return loader
 
     def _group_images(self, dataset: Dataset, is_training: bool) -> ImageGroups:
         if is_training and self._frozen_towers is not None:
@@ -284,13 +301,14 @@ class EpmVGTrainer(StudentTrainer):
         self._check_rows()
         self._count_anew()
         output = super().train(*args, **kwargs)
-        if output.global_step > 0 and self.teaching is None and self._boxes_seen == 0:  # only a stream comes so far
+        # Only a stream comes so far, and a training that had ended before it was resumed sees no boxes either.
+        if self.teaching is None and self._boxes_seen is not None and self._boxes_seen == 0:
             raise ValueError("nothing was trained: no row of the stream had a box, and there is no teacher")
         return output
 
     def _count_anew(self) -> None:
         self._loss_terms = LossTerms(self.accelerator)
-        self._boxes_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._boxes_seen: torch.Tensor | None = None  # until the first step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -307,7 +325,7 @@ class EpmVGTrainer(StudentTrainer):
         boxes = has_box(labels).sum()
         expressions = torch.full_like(boxes, len(labels))
         counts = self.accelerator.reduce(torch.stack([boxes, is_absent(labels).sum(), expressions]), reduction="sum")
-        self._boxes_seen += counts[0]
+        self._boxes_seen = counts[0] if self._boxes_seen is None else self._boxes_seen + counts[0]
         return batches, counts
 
     def compute_loss(

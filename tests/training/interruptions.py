@@ -76,10 +76,12 @@ def count_writes_and_kill(moment: int, folder: Path) -> None:
     sys.addaudithook(hook)
 
 
-def make_trainer(kind: str, folder: Path, callbacks: list[TrainerCallback] | None = None) -> EpmVGTrainer:
+def make_trainer(
+    kind: str, folder: Path, callbacks: list[TrainerCallback] | None = None, max_steps: int = 8
+) -> EpmVGTrainer:
     arguments, parts = KINDS[kind]
     dataset = load_grounding_dataset("shapes", split="train", num_images=8)
-    settings = {**ONE_STEP, "save_strategy": "steps", "save_steps": 2, "max_steps": 8, "learning_rate": 1e-2}
+    settings = {**ONE_STEP, "save_strategy": "steps", "save_steps": 2, "max_steps": max_steps, "learning_rate": 1e-2}
     caches = {"teacher_cache_dir": str(folder / "teacher"), "tower_cache_dir": str(folder / "towers")}
     return EpmVGTrainer(
         model=tiny_model(box_head="map", frozen_batch_norm=True, dropout=0.1),
@@ -95,12 +97,10 @@ def make_trainer(kind: str, folder: Path, callbacks: list[TrainerCallback] | Non
     )
 
 
-def train(
-    kind: str, folder: Path, prepare: Callable[[Path], list[TrainerCallback] | None] = lambda folder: None
-) -> None:
+def train(kind: str, folder: Path, prepare: Preparation = lambda folder: None, max_steps: int = 8) -> None:
     """Trains to the end, from the newest checkpoint if there is one."""
     torch.set_num_threads(1)
-    trainer = make_trainer(kind, folder, prepare(folder))
+    trainer = make_trainer(kind, folder, prepare(folder), max_steps)
     has_checkpoint = any((folder / "run").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=True if has_checkpoint else None)
     trainer.save_model(str(folder / "final"))

@@ -1,8 +1,11 @@
 """Trainings that are killed and resumed end as if nothing had happened. interruptions.py kills at random moments."""
 
+import signal
+
 import pytest
 
-from tests.training.interruptions import KINDS, KillAt, count_writes_and_kill, train_with_kills
+from epmvg_hf.training.checkpoint_files import describe_damage, find_checkpoint
+from tests.training.interruptions import KINDS, KillAt, count_writes_and_kill, start, train, train_with_kills
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -16,13 +19,19 @@ def test_killed_trainings_end_bit_equal(tmp_path, kind):
 
 
 def test_each_change_of_a_file_may_be_the_last(tmp_path):
-    """Whichever file is about to be written, renamed or deleted: what is there afterwards can be resumed from."""
-    kind = "best model, accumulation"
-    expected, _ = train_with_kills(kind, tmp_path / "straight", [])
+    """Whichever file is about to be written, renamed or deleted: the newest checkpoint is whole, if there is one."""
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
-        ended, killed = train_with_kills(kind, folder, [lambda folder, n=moment: count_writes_and_kill(n, folder)])
-        assert ended == expected, moment
-        if killed == 0:
+        process = start("best model, accumulation", folder, lambda folder, n=moment: count_writes_and_kill(n, folder), 4)
+        process.join()
+        if any((folder / "run").glob("checkpoint-*")):
+            assert describe_damage(find_checkpoint(folder / "run")) is None
+        if process.exitcode == 0:
             break
+        assert process.exitcode == -signal.SIGKILL
     assert 20 < moment < 99
+
+
+def test_a_training_that_had_ended_is_resumed(tmp_path):
+    train("best model, accumulation", tmp_path, max_steps=2)
+    train("best model, accumulation", tmp_path, max_steps=2)

@@ -547,6 +547,13 @@ def test_two_processes_equal_one(tmp_path):
         assert double["metrics"][name] == pytest.approx(single["metrics"][name], rel=1e-5)
     # What is evaluated is what is saved, also of statistics that each process has of its own.
     np.testing.assert_allclose(double["evaluated"], double["saved"], atol=1e-3)
+    # Twenty steps, with the teacher, of 37 and of 39 images: an epoch's last step counts each of its images once.
+    for one_long, two_long in zip(single["long"], double["long"], strict=True):
+        assert len(one_long["logs"]) == 20
+        for one_step, two_steps in zip(one_long["logs"], two_long["logs"], strict=True):
+            assert two_steps == pytest.approx(one_step, rel=1e-5)
+        np.testing.assert_allclose(two_long["gradients"], one_long["gradients"], rtol=1e-5, atol=1e-5)
+        assert two_long["metrics"] == pytest.approx(one_long["metrics"], rel=1e-5)
 
 
 def test_two_processes_read_shards_of_a_stream_each(tmp_path):

@@ -31,8 +31,8 @@ MAX_ANNOTATION_BYTES = 2**20  # a bound on files of unknown origin; real ones ha
 
 _MENTION = re.compile(r"\[/EN#([0-9]+)((?:/[a-z]+)+) +([^\[\] ][^\[\]]*)\]")
 _POSITIVE = re.compile(r"\s*[1-9][0-9]{0,8}\s*")
-# A zip raises RuntimeError if it is encrypted or compressed in an unknown way.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+# A zip raises RuntimeError if it is encrypted, OSError if it points behind its end.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError)
 
 
 class Flickr30kEntities(GroundingSource):
@@ -139,14 +139,30 @@ class AnnotationFiles:
 
     def read(self, name: str) -> str:
         """The text of one file, such as `"Annotations/36979.xml"`."""
-        path, archive = self.path / name, self._open_zip() if self.is_zip else None
-        size = archive.getinfo(name).file_size if archive else path.stat().st_size
-        if size > MAX_ANNOTATION_BYTES:
-            raise ValueError(f"{path} has {size:,} bytes, expected at most {MAX_ANNOTATION_BYTES:,}.")
+        path = self.path / name
         try:
-            return (archive.read(name) if archive else path.read_bytes()).decode()
-        except (*_ZIP_ERRORS, UnicodeDecodeError) as error:
+            if self.is_zip:
+                content = self._read_member(name)
+            else:
+                with path.open("rb") as file:
+                    content = file.read(MAX_ANNOTATION_BYTES + 1)
+            if len(content) > MAX_ANNOTATION_BYTES:
+                raise ValueError(f"it has more than the {MAX_ANNOTATION_BYTES:,} bytes accepted")
+            return content.decode()
+        except (*_ZIP_ERRORS, ValueError) as error:
             raise ValueError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+
+    def _read_member(self, name: str) -> bytes:
+        """
+        Up to a byte more than is accepted of a file in the zip, whose own word on its size may be wrong. Of other
+        methods than these, Python decompresses everything at once.
+        """
+        archive = self._open_zip()
+        member = archive.getinfo(name)
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"it is compressed by method {member.compress_type}, expected 0 (none) or 8 (deflate)")
+        with archive.open(member) as file:
+            return file.read(MAX_ANNOTATION_BYTES + 1)
 
     def check_complete(self, image_ids: Iterable[str]) -> None:
         """Raises a `FileNotFoundError` if one of the photos lacks one of its two files."""

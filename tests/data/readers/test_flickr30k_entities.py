@@ -4,7 +4,9 @@ import logging
 import os
 import pickle
 import re
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -261,7 +263,7 @@ def test_huge_annotation(folder, packed):
     (folder / "Annotations" / "11.xml").write_text(XML_11 + " " * 2**20)
     if packed:
         pack(folder)
-    with pytest.raises(ValueError, match=r"11\.xml has 1,04.,... bytes, expected at most 1,048,576"):
+    with pytest.raises(ValueError, match=r"11\.xml cannot be read .*: it has more than the 1,048,576 bytes accepted"):
         load_flickr30k_entities(folder, "train")
 
 
@@ -277,6 +279,26 @@ def test_damaged_zip(folder):
     path.write_bytes(b"no zip at all")
     with pytest.raises(ValueError, match=r"annotations\.zip is not a readable zip file"):
         load_flickr30k_entities(folder, "train")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_does_not_take_more_memory_than_it_says(folder, tmp_path, method):
+    """A file that is small on the disk, and says that it is small, would fill half a gigabyte."""
+    small, large = b"<annotation/>", bytes(1 << 29)
+    with zipfile.ZipFile(tmp_path / "large.zip", "w", method) as archive:
+        archive.writestr("Annotations/11.xml", large)
+        member = archive.getinfo("Annotations/11.xml")
+        member.file_size, member.CRC = len(small), zlib.crc32(small)
+    del large
+    path = pack(folder) / "annotations.zip"
+    (tmp_path / "large.zip").replace(path)
+    annotations = AnnotationFiles(folder)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"annotations\.zip/Annotations/11\.xml cannot be read as UTF-8 text: "):
+        annotations.read("Annotations/11.xml")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
 
 
 @pytest.mark.parametrize("image_id", ["../11", "/etc/passwd", "11.jpg", "a", "..", "\uff11\uff11", "1" * 21])
