@@ -14,7 +14,8 @@ A pickle is a program: instructions for a small machine with a stack. There are 
   deep, overflows the stack of C. So keys of dicts and members of sets are checked before they are hashed.
 * It can take all memory with few bytes. Storing one value under the number 150 million makes the standard library's
   unpickler in C allocate a list of that length, and one string of bytes can be made into many arrays. So the
-  unpickler below keeps stored values in a dict, and what its stand-ins make is bounded by the size of the file.
+  unpickler below keeps stored values in a dict, and what its stand-ins make is bounded by the size of the file. So is
+  what a file would be if each value was written out wherever it stands, since that is what rows are made of.
 
 The last two need a say in single instructions, which only the standard library's unpickler in Python allows,
 `pickle._Unpickler`. Its name has an underscore, but the alternative is no better: to go through a file with
@@ -154,7 +155,31 @@ def _load_torch(file: io.BytesIO) -> Any:
 
 
 def _load(file: io.BytesIO) -> Any:
-    return _PlainUnpickler(file).load()
+    unpickler = _PlainUnpickler(file)
+    value = unpickler.load()
+    unpickler.spend(_written_out(value, {}))
+    return value
+
+
+def _written_out(value: Any, known: dict[int, int | None], depth: int = 0) -> int:
+    """
+    How many values there are in a value, and characters in its texts, where what stands in several places counts each
+    time: a list of a thousand references to a list of a thousand references takes few bytes, and as rows a million.
+    """
+    if isinstance(value, str | bytes):
+        return 1 + len(value)
+    if not isinstance(value, list | tuple | dict | set | frozenset):
+        return 1
+    if id(value) not in known:
+        if depth > 100:
+            raise _RefusedError("has values that lie more than 100 deep in others, expected rows")
+        known[id(value)] = None  # until its members are counted
+        members = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_written_out(member, known, depth + 1) for member in members)
+    count = known[id(value)]
+    if count is None:
+        raise _RefusedError("has a value that contains itself, expected plain data")
+    return count
 
 
 def _decode_latin1(error: UnicodeError) -> tuple[str, int]:

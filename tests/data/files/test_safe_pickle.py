@@ -372,10 +372,24 @@ def test_only_flat_values_are_hashed(tmp_path, how, key):
 
 @pytest.mark.parametrize("content", [DEEP, b"]" * 200_000 + b"a" * 199_999], ids=["tuples", "lists"])
 def test_deep_values(tmp_path, content):
-    value, depth = read_pickle(write(tmp_path, b"\x80\x02" + content + b".")), 0
-    while value:
-        value, depth = value[0], depth + 1
-    assert depth >= 199_999
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p has values that lie more than 100 deep in others"):
+        read_pickle(write(tmp_path, b"\x80\x02" + content + b"."))
+
+
+def test_a_value_that_contains_itself(tmp_path):
+    rows: list = []
+    rows.append(rows)
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p has a value that contains itself, expected plain data"):
+        read_pickle(write(tmp_path, pickle.dumps(rows, 2)))
+
+
+@pytest.mark.parametrize("shared", [["an expression"] * 300, "a" * 10_000, {"sents": tuple(range(300))}])
+def test_what_stands_in_many_places_counts_each_time(tmp_path, shared):
+    """A row for each place would take all memory."""
+    few, many = pickle.dumps([shared] * 2, 2), pickle.dumps([shared] * 10_000, 2)
+    assert read_pickle(write(tmp_path, few)) == [shared] * 2
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p unpacks to far more than its own size"):
+        read_pickle(write(tmp_path, many))
 
 
 @pytest.mark.parametrize(
