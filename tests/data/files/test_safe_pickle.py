@@ -383,7 +383,9 @@ def test_a_value_that_contains_itself(tmp_path):
         read_pickle(write(tmp_path, pickle.dumps(rows, 2)))
 
 
-@pytest.mark.parametrize("shared", [["an expression"] * 300, "a" * 10_000, {"sents": tuple(range(300))}])
+@pytest.mark.parametrize(
+    "shared", [[f"expression {number}" for number in range(300)], "a" * 10_000, {"sents": tuple(range(300))}]
+)
 def test_what_stands_in_many_places_counts_each_time(tmp_path, shared):
     """A row for each place would take all memory."""
     few, many = pickle.dumps([shared] * 2, 2), pickle.dumps([shared] * 10_000, 2)
