@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, RandomSampler
@@ -16,10 +18,9 @@ def test_each_image_once_and_each_process_has_some_in_each_step(processes, batch
         assert {len(process) for process in dealt} == {len(shares) / processes}
         assert all(0 < len(batch) <= batch_size + 1 for process in dealt for batch in process)
         # All steps but the last are those of one process with as many images in a batch.
-        steps = [sum(step, []) for step in zip(*dealt, strict=True)]
-        assert (
-            steps[:-1] == list(BatchSampler(range(count), batch_size * processes, drop_last=False))[: len(steps) - 1]
-        )
+        steps = [list(chain.from_iterable(step)) for step in zip(*dealt, strict=True)]
+        whole = list(BatchSampler(range(count), batch_size * processes, drop_last=False))
+        assert steps[:-1] == whole[: len(steps) - 1]
 
 
 def test_each_epoch_has_its_order():

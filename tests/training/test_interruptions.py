@@ -1,6 +1,7 @@
 """Trainings that are killed and resumed end as if nothing had happened. interruptions.py kills at random moments."""
 
 import signal
+from functools import partial
 
 import pytest
 
@@ -22,9 +23,7 @@ def test_each_change_of_a_file_may_be_the_last(tmp_path):
     """Whichever file is about to be written, renamed or deleted: the newest checkpoint is whole, if there is one."""
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
-        process = start(
-            "best model, accumulation", folder, lambda folder, n=moment: count_writes_and_kill(n, folder), 4
-        )
+        process = start("best model, accumulation", folder, partial(count_writes_and_kill, moment), 4)
         process.join()
         if any((folder / "run").glob("checkpoint-*")):
             assert describe_damage(find_checkpoint(folder / "run")) is None

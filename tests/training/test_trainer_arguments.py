@@ -182,9 +182,7 @@ def test_evaluation_drops_no_rows(make_trainer, dataset):
 
 def test_a_batch_that_is_larger_than_the_data_is_an_error_where_it_would_be_dropped(make_trainer):
     trainer = make_trainer({"dataloader_drop_last": True, "per_device_train_batch_size": 9})
-    with pytest.raises(
-        ValueError, match="dataloader_drop_last leaves no batch: train_dataset has 8 images, .* takes 9"
-    ):
+    with pytest.raises(ValueError, match="leaves no batch: train_dataset has 8 images, and a batch takes 9"):
         trainer.train()
 
 
