@@ -79,7 +79,14 @@ def list_files(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
-        return {entry.name: entry.path for entry in entries if entry.is_file()}
+        return {entry.name: entry.path for entry in entries if _is_file(entry)}
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def file_statuses(paths: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from epmvg_hf.data.files import image_files
-from epmvg_hf.data.files.image_files import ImageFolders, ImageRoot, file_statuses, measure_image
+from epmvg_hf.data.files.image_files import ImageFolders, ImageRoot, file_statuses, list_files, measure_image
 
 FORMATS = ["jpeg", "png", "webp", "gif", "bmp", "tiff", "ppm"]
 
@@ -269,3 +269,12 @@ def test_exif_behind_the_pixels_of_a_png(tmp_path):
 def test_orientations_without_meaning(tmp_path, orientation):
     path = str(draw_oriented(tmp_path / "a.jpg", orientation))
     assert measure_image(path) == measure_image(path, exif_oriented=True) == (40, 20)
+
+
+def test_links_that_lead_nowhere_are_no_files(tmp_path):
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "gone.jpg").symlink_to("elsewhere.jpg")
+    (tmp_path / "there.jpg").touch()
+    (tmp_path / "link.jpg").symlink_to("there.jpg")
+    assert sorted(list_files(tmp_path)) == ["link.jpg", "there.jpg"]
+    assert ImageRoot(tmp_path).find("loop.jpg") is None
