@@ -19,6 +19,7 @@ from open_clip.factory import _MODEL_CONFIGS, _find_checkpoint_in_dir
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from transformers import PreTrainedConfig
 
+from ..model.weight_files import check_unpacked_size
 from ..utils import in_short
 from .convert_clip import load_transformers_clip
 
@@ -167,6 +168,7 @@ def _check_weights(path: Path) -> None:
         raise FileNotFoundError(f"there is no file of weights {path}.")
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise ValueError(f"weights must be a file .safetensors, .pt, .pth or .bin, not {path}.")
+    check_unpacked_size(path)
     try:
         if path.suffix != ".safetensors":
             # Mapping the file, which only an archive allows, avoids reading the weights twice.

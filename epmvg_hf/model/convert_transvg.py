@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 from .configuration_epmvg import EpmVGConfig
 from .modeling_epmvg import EpmVGForVisualGrounding
 from .pretrained_towers import list_first
+from .weight_files import check_unpacked_size
 
 _RESNET = "visumodel.backbone.0.body"
 _BERT = "textmodel.bert"
@@ -99,6 +100,7 @@ def read_transvg_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"{path} is not a checkpoint of TransVG: those are .pth files.")
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
+    check_unpacked_size(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
