@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .data.image_groups import ImageGroups
     from .data.loading import load_grounding_dataset
     from .distillation.clip_teacher import ClipTeacher, TeacherOutput
+    from .distillation.teacher_boxes import add_teacher_boxes
     from .evaluation.accuracy import GroundingAccuracy
     from .training.augmentation import GroundingAugmentation
     from .training.data_collator import EpmVGDataCollator
@@ -52,6 +53,7 @@ _LAZY = {
     "GroundingAugmentation": "training.augmentation",
     "ImageGroups": "data.image_groups",
     "TeacherOutput": "distillation.clip_teacher",
+    "add_teacher_boxes": "distillation.teacher_boxes",
     "as_grounding_dataset": "data.hf_dataset",
     "load_grounding_dataset": "data.loading",
 }
@@ -73,6 +75,7 @@ __all__ = [
     "ImageGroups",
     "TeacherOutput",
     "VisualGroundingPipeline",
+    "add_teacher_boxes",
     "as_grounding_dataset",
     "load_grounding_dataset",
     "register_for_hub",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from command_line import checkpoint_to_resume, config_file, parse_arguments, show_own_messages, use_hardware
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from trained_tokenizer import train_tokenizer
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedConfig, set_seed
 from transformers.trainer_utils import PredictionOutput
@@ -31,6 +31,7 @@ from epmvg_hf import (
     EpmVGProcessor,
     EpmVGTrainer,
     EpmVGTrainingArguments,
+    add_teacher_boxes,
     load_grounding_dataset,
     register_for_hub,
 )
@@ -155,6 +156,13 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Keep the boxes of this many training images; the teacher learns from the others without boxes."
+        },
+    )
+    teacher_boxes: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on a box that the teacher draws wherever the data has none. With num_labelled_images 0 it "
+            "draws all: a first stage, which needs no box of yours."
         },
     )
     num_train_images: int | None = field(
@@ -283,14 +291,17 @@ def with_lora(model: EpmVGForVisualGrounding, rank: int, target_modules: str) ->
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules))
 
 
-def split_labelled(dataset: Dataset, num_images: int | None) -> tuple[Dataset, Dataset | None]:
+def split_labelled(
+    dataset: Dataset, num_images: int | None, teacher_boxes: bool = False
+) -> tuple[Dataset, Dataset | None]:
     """The rows of the first `num_images` images, and the rows of all others without the column `box`."""
     if num_images is None:
         return dataset, None
     images = dict.fromkeys(dataset["image_id"])
-    if not 0 < num_images < len(images):
+    least = 0 if teacher_boxes else 1
+    if not least <= num_images < len(images):
         raise ValueError(
-            f"num_labelled_images is {num_images}, expected 1 to {len(images) - 1} of the {len(images)} images"
+            f"num_labelled_images is {num_images}, expected {least} to {len(images) - 1} of the {len(images)} images"
         )
     labelled = set(list(images)[:num_images])
     chosen = [image_id in labelled for image_id in dataset["image_id"]]
@@ -341,14 +352,24 @@ def main(command_line: list[str] | None = None) -> None:
     # All training expressions give a new model its vocabulary, also those whose boxes are not used.
     train_dataset = load(data_arguments.train_split)
     expressions = train_dataset["expression"]
-    train_dataset, caption_dataset = split_labelled(train_dataset, data_arguments.num_labelled_images)
+    train_dataset, caption_dataset = split_labelled(
+        train_dataset, data_arguments.num_labelled_images, data_arguments.teacher_boxes
+    )
     teacher = None
     has_teacher = model_arguments.teacher_name not in (None, "none")
-    if has_teacher and training_arguments.do_train and training_arguments.distils:
+    draws_boxes = data_arguments.teacher_boxes and training_arguments.do_train
+    if has_teacher and training_arguments.do_train and (training_arguments.distils or draws_boxes):
         pretrained = model_arguments.teacher_pretrained
         teacher = ClipTeacher.from_pretrained(
             model_arguments.teacher_name, None if pretrained == "none" else pretrained
         )
+    if draws_boxes:
+        if teacher is None:
+            raise ValueError("teacher_boxes is true, but there is no teacher: name one with teacher_name")
+        teacher.to(training_arguments.device)
+        parts = [part for part in (train_dataset, caption_dataset) if part is not None and len(part) > 0]
+        train_dataset = concatenate_datasets([add_teacher_boxes(part, teacher) for part in parts])
+        caption_dataset = None
     projected = teacher.embed_dim if teacher is not None and training_arguments.distils_embeddings else None
     model, processor = make_model(model_arguments, expressions, projected)
     if data_arguments.calibrate_scores and not model.config.score_head:
@@ -366,7 +387,7 @@ def main(command_line: list[str] | None = None) -> None:
         train_dataset=train_dataset,
         eval_dataset=load_evaluation(data_arguments.eval_split) if training_arguments.do_eval else None,
         processing_class=processor,
-        teacher=teacher,
+        teacher=teacher if training_arguments.distils else None,
         caption_dataset=caption_dataset if teacher is not None else None,
     )
     if caption_dataset is not None and teacher is None:

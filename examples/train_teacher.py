@@ -32,6 +32,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from epmvg_hf import ClipTeacher, EpmVGImageProcessor, ImageGroups, load_grounding_dataset
 from epmvg_hf.data.shapes import GENERIC_NOUNS
 from epmvg_hf.distillation.patch_embeddings import pooled_and_patches
+from epmvg_hf.distillation.teacher_boxes import boxes_of_maps
+from epmvg_hf.evaluation.accuracy import paired_iou
 from epmvg_hf.training.optimization import freeze_parameters
 
 CONFIGS = Path(__file__).parent / "configs" / "teachers"
@@ -333,7 +335,10 @@ def evaluate_teacher(teacher: ClipTeacher, images: CaptionedImages, dataset: Dat
 def pointing_accuracy(
     teacher: ClipTeacher, patch_embeds: torch.Tensor, images: CaptionedImages, dataset: Dataset
 ) -> dict[str, float]:
-    """How many expressions have their best patch's centre in the box, and how many would with a random patch."""
+    """
+    How many expressions have their best patch's centre in the box, how many would with a random patch, and how many of
+    the boxes that the teacher draws are right.
+    """
     image_processor = EpmVGImageProcessor(size={"height": (side := images.canvases.shape[-1]), "width": side})
     groups = ImageGroups(dataset)
     index = torch.empty(len(dataset), dtype=torch.long)
@@ -341,15 +346,21 @@ def pointing_accuracy(
         index[group] = position
     sizes = torch.tensor([groups.images[group[0]]["image"].size[::-1] for group in groups.groups])
     letterbox = image_processor.letterbox(sizes).select(index)
-    cx, cy, width, height = letterbox.to_labels(torch.tensor(groups.rows[:]["box"])).unbind(-1)
+    boxes = torch.tensor(groups.rows[:]["box"])
+    cx, cy, width, height = letterbox.to_labels(boxes).unbind(-1)
     rows, columns = patch_embeds.shape[1:3]
     x = ((torch.arange(columns) + 0.5) / columns).repeat(rows)
     y = ((torch.arange(rows) + 0.5) / rows).repeat_interleave(columns)
     inside = ((x - cx[:, None]).abs() * 2 <= width[:, None]) & ((y - cy[:, None]).abs() * 2 <= height[:, None])
     text_embeds = teacher.encode_texts(groups.rows[:]["expression"])
-    best = torch.einsum("nhwe,ne->nhw", patch_embeds[index], text_embeds).flatten(1).argmax(1)
-    hit = inside.gather(1, best[:, None])[:, 0].float()
-    metrics = {"pointing": hit.mean().item(), "pointing_at_random": inside.float().mean().item()}
+    maps = torch.einsum("nhwe,ne->nhw", patch_embeds[index], text_embeds)
+    hit = inside.gather(1, maps.flatten(1).argmax(1)[:, None])[:, 0].float()
+    drawn = boxes_of_maps(maps, letterbox)
+    metrics = {
+        "pointing": hit.mean().item(),
+        "pointing_at_random": inside.float().mean().item(),
+        "drawn_acc@0.5": float((paired_iou(drawn.numpy(), boxes.numpy()) >= 0.5).mean()),
+    }
     if "kind" in dataset.column_names:
         kinds = list(dataset["kind"])
         for kind in sorted(set(kinds)):

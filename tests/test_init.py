@@ -307,6 +307,7 @@ print(json.dumps({
         "GroundingAccuracy": f"GroundingAccuracy needs datasets: {train}",
         "GroundingAugmentation": f"GroundingAugmentation needs torchvision: {train}",
         "ImageGroups": f"ImageGroups needs datasets: {train}",
+        "add_teacher_boxes": f"add_teacher_boxes needs datasets: {train}",
         "as_grounding_dataset": f"as_grounding_dataset needs datasets: {train}",
     }
     assert found["plots"] == f"draw_grid needs matplotlib: {train}"

@@ -18,7 +18,7 @@ import numpy as np
 from photos import HALVES, SETTINGS
 from report import Results, accuracy_table, gap_table, markdown, plot_accuracy, table_of_runs
 
-CONTROL, BEST = "box_map", "first_map"
+CONTROL, BEST = "box_map", "first_boxes"
 
 # What is measured of the two modalities before fusion.
 MEASURES: dict[str, Callable[[Mapping[str, float]], float]] = {
@@ -133,7 +133,8 @@ def correlation(pairs: np.ndarray) -> str:
 def plot_both_halves(file: Path, halves: Mapping[str, Results]) -> None:
     figure, axes = plt.subplots(1, len(halves), figsize=(6 * len(halves) + 3, 5), sharey=True, squeeze=False)
     for axis, (half, results) in zip(axes[0], halves.items(), strict=True):
-        plot_accuracy(axis, descriptions_of(results), labels_of(results), results, "photos")
+        labelled = [count for count in labels_of(results) if count > 0]
+        plot_accuracy(axis, descriptions_of(results), labelled, results, "photos")
         axis.set_title(f"towers {half}")
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110, bbox_inches="tight")
@@ -172,7 +173,7 @@ def plot_curves(file: Path, halves: Mapping[str, Results]) -> None:
         for style, name in (("--", CONTROL), ("-", BEST)):
             for color, count in zip(matplotlib.color_sequences["tab10"], labels_of(results), strict=False):
                 runs: Sequence[Mapping[str, Any]] = results.get((name, count), [])
-                if runs:
+                if runs and count > 0:
                     log = [entry for entry in runs[0]["log"] if "eval_acc@0.5" in entry]
                     label = f"{SETTINGS[name].description}, {count:,} photos"
                     steps, accuracies = [e["step"] for e in log], [e["eval_acc@0.5"] for e in log]

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, List, Value, concatenate_datasets
 from gap import measure_gap
 from report import write_result
 from transformers import set_seed
@@ -33,6 +33,7 @@ from epmvg_hf import (
     EpmVGTrainer,
     EpmVGTrainingArguments,
     ImageGroups,
+    add_teacher_boxes,
     load_grounding_dataset,
 )
 from epmvg_hf.training.hardware import choose_compute
@@ -58,8 +59,11 @@ class Setting:
         terms: weights of the teacher's terms while boxes are learned; without any there is no teacher.
         captions: whether other photos without boxes take part.
         first: weights of the teacher's terms in a stage before, which has all captions and no boxes.
+        teacher_boxes: whether a second stage before has boxes that the teacher draws for the phrases of all photos.
         keeps_first: whether what stands before fusion stays after that stage as it is.
         teacher_towers: whether the towers are those of the teacher.
+        extra_steps: whether the boxes have as many steps as all three stages together.
+        learning_rate: of the stage with labelled boxes.
     """
 
     description: str
@@ -67,13 +71,17 @@ class Setting:
     terms: dict[str, float] = field(default_factory=dict)
     captions: bool = False
     first: dict[str, float] = field(default_factory=dict)
+    teacher_boxes: bool = False
     keeps_first: bool = False
     teacher_towers: bool = False
+    extra_steps: bool = False
+    learning_rate: float = 1e-3
 
 
 SETTINGS = {
     "none": Setting("no teacher, no map loss", box_map=0.0),
     "box_map": Setting("no teacher (map from the box: the control)"),
+    "longer": Setting("no teacher, as many steps as all stages have together", extra_steps=True),
     "teacher_map": Setting("teacher's map", terms=TEACHER_MAP),
     "relation": Setting("relation", terms=RELATION),
     "feature": Setting("feature", terms=FEATURE),
@@ -93,6 +101,20 @@ SETTINGS = {
         "teacher's map first, then boxes with that part frozen", first=TEACHER_MAP, keeps_first=True
     ),
     "first_then_map": Setting("teacher's map first, boxes after with its map", first=TEACHER_MAP, terms=TEACHER_MAP),
+    "first_boxes": Setting("teacher's map and boxes first, boxes after", first=TEACHER_MAP, teacher_boxes=True),
+    "first_boxes_then_map": Setting(
+        "teacher's map and boxes first, boxes after with its map",
+        first=TEACHER_MAP,
+        teacher_boxes=True,
+        terms=TEACHER_MAP,
+    ),
+    "first_boxes_slow": Setting(
+        "teacher's map and boxes first, boxes after at a third of the rate",
+        first=TEACHER_MAP,
+        teacher_boxes=True,
+        learning_rate=3e-4,
+    ),
+    "slow": Setting("no teacher, at a third of the rate", learning_rate=3e-4),
     "teacher_towers": Setting("no teacher, the towers are the teacher's own (the rival)", teacher_towers=True),
 }
 
@@ -130,12 +152,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", default="outputs/teacher_flickr30k_towers/teacher", help="folder of the teacher")
     parser.add_argument("--half", choices=list(HALVES), default="frozen")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--labelled", nargs="+", type=int, default=[50, 200, 1_000, 7_331], help="labelled photos")
+    parser.add_argument(
+        "--labelled", nargs="+", type=int, default=[50, 200, 1_000, 7_331], help="labelled photos, or 0"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--steps", nargs="+", type=int, default=[800, 800, 1_600, 3_200], help="for each of --labelled"
     )
     parser.add_argument("--first_steps", type=int, default=800, help="steps of the stage without boxes")
+    parser.add_argument(
+        "--teacher_box_steps", type=int, default=2_400, help="steps of the stage with the teacher's boxes"
+    )
     parser.add_argument("--evaluate_on", choices=["validation", "held_back"], default="validation")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/photo_study"))
@@ -156,8 +183,12 @@ def main() -> None:
     ]
     missing = [run for run in runs if not run.result_file.exists()]
     first = {run.first_folder: run for run in missing if run.setting.first and not run.first_folder.exists()}
+    second = {
+        run.second_folder: run for run in missing if run.setting.teacher_boxes and not run.second_folder.exists()
+    }
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
         pool.map(distil_first, list(first.values()), chunksize=1)
+        pool.map(learn_teacher_boxes, list(second.values()), chunksize=1)
         pool.map(train_boxes, missing, chunksize=1)
 
 
@@ -176,6 +207,12 @@ class Run:
         return SETTINGS[self.name]
 
     @property
+    def total_steps(self) -> int:
+        """The steps with labelled boxes."""
+        extra = self.arguments.first_steps + self.arguments.teacher_box_steps if self.setting.extra_steps else 0
+        return self.steps + extra
+
+    @property
     def result_file(self) -> Path:
         folder = self.arguments.output_dir / f"{self.arguments.half}-{self.arguments.evaluate_on}"
         return folder / f"{self.name}-{self.labelled}-{self.seed}.json"
@@ -191,6 +228,11 @@ class Run:
         terms = "-".join(name.removesuffix("_loss_coefficient") for name in self.setting.first)
         name = f"{terms}-{self.arguments.first_steps}-{self.seed}"
         return self.arguments.output_dir / "first" / name
+
+    @property
+    def second_folder(self) -> Path:
+        """Where the student is kept that has then learned the teacher's boxes."""
+        return self.first_folder.with_name(f"{self.first_folder.name}-boxes-{self.arguments.teacher_box_steps}")
 
 
 def distil_first(run: Run) -> None:
@@ -215,13 +257,41 @@ def distil_first(run: Run) -> None:
         distil_only=True,
     )
     trainer.train()
-    folder = run.first_folder.with_name(run.first_folder.name + ".part")
-    model.save_pretrained(folder)
-    (folder / "log.json").write_text(
-        json.dumps({"seconds": round(time.time() - start), "log": trainer.state.log_history}, indent=1) + "\n"
+    save_stage(run.first_folder, model, trainer, start)
+
+
+def learn_teacher_boxes(run: Run) -> None:
+    """The stage that teaches the whole student with the boxes that the teacher draws, of which a person drew none."""
+    start = time.time()
+    torch.set_num_threads(1)
+    set_seed(run.seed)
+    model, processor = make_student(run)
+    model.load_state_dict(EpmVGForVisualGrounding.from_pretrained(run.first_folder).state_dict())
+    teacher = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}")
+    phrases = load_phrases(run.arguments).remove_columns("sentence")
+    trainer = make_trainer(
+        run,
+        model,
+        processor,
+        add_teacher_boxes(phrases, teacher, disable_tqdm=True),
+        teacher=None,
+        terms={},
+        half="frozen",
+        max_steps=run.arguments.teacher_box_steps,
+        per_device_train_batch_size=8,
     )
-    folder.replace(run.first_folder)  # so that a killed run leaves no partial result
-    print(f"{run.first_folder.name}: {time.time() - start:.0f} s", flush=True)
+    trainer.train()
+    save_stage(run.second_folder, model, trainer, start)
+
+
+def save_stage(folder: Path, model: EpmVGForVisualGrounding, trainer: EpmVGTrainer, start: float) -> None:
+    """Saves under another name first, so that a killed run leaves no part of a stage that looks finished."""
+    part = folder.with_name(folder.name + ".part")
+    model.save_pretrained(part)
+    log = {"seconds": round(time.time() - start), "log": trainer.state.log_history}
+    (part / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+    part.replace(folder)
+    print(f"{folder.name}: {log['seconds']} s", flush=True)
 
 
 def train_boxes(run: Run) -> None:
@@ -232,7 +302,8 @@ def train_boxes(run: Run) -> None:
     setting = run.setting
     model, processor = make_student(run)
     if setting.first:
-        model.load_state_dict(EpmVGForVisualGrounding.from_pretrained(run.first_folder).state_dict())
+        stage = run.second_folder if setting.teacher_boxes else run.first_folder
+        model.load_state_dict(EpmVGForVisualGrounding.from_pretrained(stage).state_dict())
     teacher = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}") if setting.terms else None
     test = load_test(run.arguments)
     before = measure_gap(model, processor, test)
@@ -241,26 +312,28 @@ def train_boxes(run: Run) -> None:
         run,
         model,
         processor,
-        load_labelled(run.arguments, run.labelled, run.seed),
+        load_labelled(run.arguments, run.labelled, run.seed) if run.labelled else None,
         teacher=teacher,
         terms=setting.terms,
         half=run.arguments.half,
-        max_steps=run.steps,
+        learning_rate=setting.learning_rate,
+        max_steps=run.total_steps,
         frozen_parameters=frozen,
         caption_dataset=load_captions(run.arguments) if setting.captions else None,
         eval_dataset=test.select(range(min(800, len(test)))),
         eval_strategy="steps" if run.seed == 0 else "no",  # one seed is enough for a curve
-        eval_steps=run.steps // 4,
+        eval_steps=run.total_steps // 4,
         per_device_train_batch_size=8 * (2 if setting.captions else 1),
     )
-    trainer.train()
+    if run.labelled:
+        trainer.train()
     output = trainer.predict(test)
     result = {
         "half": run.arguments.half,
         "setting": run.name,
         "labelled": run.labelled,
         "seed": run.seed,
-        "steps": run.steps,
+        "steps": run.total_steps,
         "eval_rows": len(test),
         "acc@0.5": output.metrics["test_acc@0.5"],
         "mean_iou": output.metrics["test_mean_iou"],
@@ -297,7 +370,7 @@ def make_trainer(
     run: Run,
     model: EpmVGForVisualGrounding,
     processor: EpmVGProcessor,
-    train: Dataset,
+    train: Dataset | None,
     teacher: ClipTeacher | None,
     terms: dict[str, float],
     half: str,
@@ -365,11 +438,16 @@ def load_labelled(arguments: argparse.Namespace, count: int, seed: int) -> Datas
     return train.select(rows_of(photos))
 
 
-def load_captions(arguments: argparse.Namespace) -> Dataset:
-    """Phrases and sentences of all photos, whose boxes are `None`."""
+def load_phrases(arguments: argparse.Namespace) -> Dataset:
+    """The phrases of all photos that may be trained on, without boxes."""
     train = load_split(arguments, "train")
     phrases = train.select(rows_of(photos_of_train(train)[:-HELD_BACK]))
-    phrases = phrases.select_columns(["image", "image_id", "expression", "sentence"])
+    return phrases.select_columns(["image", "image_id", "expression", "sentence"])
+
+
+def load_captions(arguments: argparse.Namespace) -> Dataset:
+    """Phrases and sentences of all photos, whose boxes are `None`."""
+    phrases = load_phrases(arguments)
     seen: set[tuple[str, str]] = set()
     first_rows = []
     for row, key in enumerate(zip(phrases["image_id"][:], phrases["sentence"][:], strict=True)):
@@ -378,7 +456,7 @@ def load_captions(arguments: argparse.Namespace) -> Dataset:
             first_rows.append(row)
     sentences = phrases.select(first_rows).remove_columns("expression").rename_column("sentence", "expression")
     captions = concatenate_datasets([phrases.remove_columns("sentence"), sentences])
-    return captions.add_column("box", [None] * len(captions), feature=train.features["box"])
+    return captions.add_column("box", [None] * len(captions), feature=List(Value("float32"), length=4))
 
 
 if __name__ == "__main__":

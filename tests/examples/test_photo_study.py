@@ -50,6 +50,7 @@ def arguments(tmp_path, monkeypatch) -> Namespace:
         teacher=str(tmp_path / "teacher"),
         half="frozen",
         first_steps=2,
+        teacher_box_steps=3,
         evaluate_on="validation",
         output_dir=tmp_path / "study",
     )
@@ -87,10 +88,12 @@ def towers(arguments, tmp_path, monkeypatch) -> Namespace:
 def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monkeypatch):
     for half in ("frozen", "tuned"):
         towers.half = half
-        for name in ("box_map", "all_captions", "first_all", "teacher_towers"):
+        for name in ("box_map", "all_captions", "first_all", "first_boxes", "teacher_towers"):
             run = Run(towers, name, labelled=3, steps=4, seed=0)
             if run.setting.first and half == "frozen":  # both halves start from it
                 photos.distil_first(run)
+            if run.setting.teacher_boxes and half == "frozen":
+                photos.learn_teacher_boxes(run)
             photos.train_boxes(run)
             result = json.loads(run.result_file.read_text())
             assert result["setting"] == name and 0 <= result["acc@0.5"] <= 1
@@ -98,6 +101,11 @@ def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monk
             if not run.setting.first and not run.setting.teacher_towers:
                 same = {key: round(value, 4) for key, value in result["gap_before"]["tokens"].items()}
                 assert same == towers.__dict__.setdefault("before", same)  # all begin with the same student
+
+    towers.half = "frozen"
+    without_labels = Run(towers, "first_boxes", labelled=0, steps=4, seed=0)
+    photos.train_boxes(without_labels)
+    assert json.loads(without_labels.result_file.read_text())["log"] == []
 
     monkeypatch.setattr("sys.argv", ["photo_report.py", str(towers.output_dir), str(tmp_path / "report")])
     photo_report.main()

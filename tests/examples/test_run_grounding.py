@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from transformers import pipeline
 from transformers.trainer_utils import PredictionOutput
 
-from epmvg_hf import EpmVGForVisualGrounding, load_grounding_dataset
+from epmvg_hf import EpmVGForVisualGrounding, EpmVGTrainer, load_grounding_dataset
 from epmvg_hf.evaluation.accuracy_by_group import GroupAccuracy
 from tests.fixtures.models import tiny_model
 from tests.fixtures.paths import EXAMPLES
+from tests.fixtures.tiny_teacher import TinyTeacher
 from tests.fixtures.towers import save_text_tower, save_vision_tower
 
 
@@ -117,6 +118,34 @@ def test_the_first_images_keep_their_boxes_and_the_others_lose_them():
     assert example.split_labelled(dataset, None) == (dataset, None)
     with pytest.raises(ValueError, match="expected 1 to 4 of the 5 images"):
         example.split_labelled(dataset, 5)
+
+
+def test_a_teacher_draws_the_boxes_of_a_first_stage(tmp_path, monkeypatch):
+    """No box of the data is read, and those that the teacher draws are trained on."""
+    seen = []
+
+    class Trainer(EpmVGTrainer):
+        def train(self, *args, **kwargs):
+            seen.append(self.train_dataset)
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(example, "EpmVGTrainer", Trainer)
+    monkeypatch.setattr(example.ClipTeacher, "from_pretrained", lambda *args: TinyTeacher())
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    command = [
+        "--output_dir", str(tmp_path / "out"), "--num_train_images", "8", "--max_steps", "2", "--do_eval", "false",
+        "--do_predict", "false", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--use_cpu", "true",
+        "--num_labelled_images", "0", "--teacher_boxes", "true", "--teacher_map_loss_coefficient", "0", *UNCALIBRATED,
+    ]  # fmt: skip
+    example.main(command)
+    (train,) = seen
+    true = load_grounding_dataset("shapes", split="train", num_images=8, absent_per_image=2)
+    true = {(row["image_id"], row["expression"]): row["box"] for row in true if row["box"] is not None}
+    assert len(train) == len(true)
+    assert sum(true[row["image_id"], row["expression"]] == row["box"] for row in train) == 0
+    assert EpmVGForVisualGrounding.from_pretrained(tmp_path / "out").config.box_head == "map"
+    with pytest.raises(ValueError, match="teacher_boxes is true, but there is no teacher"):
+        example.main([*command, "--teacher_name", "none"])
 
 
 def test_expressions_that_describe_nothing_are_no_captions():
