@@ -10,6 +10,8 @@ dimensions this takes about 1 ms, where the format "torch" of `datasets` takes 9
 
 import hashlib
 import json
+import logging
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 from datasets.table import MemoryMappedTable, concat_tables
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -29,6 +32,10 @@ from ..data.image_groups import ImageGroups
 
 if TYPE_CHECKING:
     from ..model.image_processing_epmvg import EpmVGImageProcessor
+
+logger = logging.getLogger(__name__)
+
+_DIGEST_BYTES = 16
 
 # What a cache stores of some items: for each column an array with one entry for each item, or one array `(n, ...)` for
 # each item, whose n differ.
@@ -57,11 +64,13 @@ class Shard:
         return FileLock(self.path.with_suffix(".lock"))
 
     def is_complete(self) -> bool:
-        """Whether the file is there and whole, and has the expected columns and number of rows."""
-        try:
-            table = MemoryMappedTable.from_file(str(self.path))
-        except (OSError, ValueError, pa.ArrowException):
+        """Whether the file is there, as it was written, and has the expected columns and number of rows."""
+        if not self.path.is_file():
             return False
+        if not _has_its_digest(self.path):
+            logger.warning("%s has changed since it was written, and is computed again", self.path)
+            return False
+        table = MemoryMappedTable.from_file(str(self.path))
         return tuple(table.column_names) == self.columns and len(table) == len(self)
 
     def write(self, columns: Columns) -> None:
@@ -71,7 +80,23 @@ class Shard:
         temporary = self.path.with_suffix(".tmp")
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
             stream.write_batch(batch)
+        # Arrow reads no further than the end of its stream.
+        with temporary.open("ab") as file:
+            file.write(_digest(temporary.read_bytes()))
         temporary.replace(self.path)
+
+
+def _digest(content: bytes | memoryview) -> bytes:
+    return xxhash.xxh3_128(content).digest()
+
+
+def _has_its_digest(path: Path) -> bool:
+    """Whether a file ends with the digest of all that stands before."""
+    with path.open("rb") as file:
+        if path.stat().st_size <= _DIGEST_BYTES:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
+            return _digest(content[:-_DIGEST_BYTES]) == content[-_DIGEST_BYTES:].tobytes()
 
 
 def split(folder: Path, name: str, count: int, size: int, columns: tuple[str, ...]) -> list[Shard]:
@@ -113,7 +138,7 @@ def complete(
                     if shard.is_complete():
                         progress.update(len(shard))
                     else:
-                        shard.write(_encode_shard(shard, encode, batch_size, progress))
+                        shard.write(_encode_shard(shard, encode, batch_size, description, progress))
             missing = locked_elsewhere
     return files
 
@@ -242,11 +267,18 @@ def autocast_dtype(device: torch.device) -> str:
     return str(torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None)
 
 
-def _encode_shard(shard: Shard, encode: Callable[[int, int], Columns], batch_size: int, progress: tqdm) -> Columns:
+def _encode_shard(
+    shard: Shard, encode: Callable[[int, int], Columns], batch_size: int, description: str, progress: tqdm
+) -> Columns:
     batches = []
     for start in range(shard.start, shard.stop, batch_size):
         stop = min(start + batch_size, shard.stop)
-        batches.append(encode(start, stop))
+        batch = encode(start, stop)
+        for name, values in batch.items():
+            for item, value in enumerate(values):
+                if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
+                    raise ValueError(f"{description}: {name} of number {start + item} has NaN or infinity")
+        batches.append(batch)
         progress.update(stop - start)
     return {name: _join([batch[name] for batch in batches]) for name in shard.columns}
 

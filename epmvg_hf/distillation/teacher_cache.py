@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .clip_teacher import ClipTeacher
 
 # Part of every key. Raise it when a change of the code changes the files, or the pixels that the teacher sees.
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 # A shard is the unit in which processes share the work, and all that is lost when one of them is killed.
 _IMAGES_PER_SHARD = 256

@@ -35,7 +35,7 @@ from .callbacks import EpochCallback
 logger = logging.getLogger(__name__)
 
 # Part of every key. Raise it when a change of the code changes the files, or what the towers are given.
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 # A shard is the unit in which processes share the work, and all that is lost when one of them is killed. The features
 # of an image take up to some megabytes.

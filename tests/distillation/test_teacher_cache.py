@@ -333,14 +333,34 @@ def test_broken_shards_are_computed_anew(build, teacher, image_processor):
     shard, other = cache.image_shards[1], cache.image_shards[2]
     content = shard.read_bytes()
     half = content[: len(content) // 2]
-    # Not a shard at all, truncated shards, and a shard with another number of rows.
-    for broken in (b"", b"PK\x03\x04", content[:10], half, content[:-100], other.read_bytes()):
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    # Not a shard at all, truncated shards, one with another number of rows, and one in which a bit has flipped.
+    for broken in (b"", b"PK\x03\x04", content[:10], half, content[:-100], other.read_bytes(), bytes(flipped)):
         shard.write_bytes(broken)
         teacher.seen()
         assert_right(build(), teacher, image_processor)
         assert shard.read_bytes() == content
     shard.write_bytes(cache.expression_shards[0].read_bytes())
     assert_right(build(), teacher, image_processor)
+
+
+@pytest.mark.parametrize("method", ["encode_images", "encode_texts"])
+def test_a_teacher_that_gives_nan_is_an_error(build, teacher, monkeypatch, method):
+    encode = getattr(teacher, method)
+
+    def with_nan(inputs, **options):
+        outputs = encode(inputs, **options)
+        (outputs if isinstance(outputs, torch.Tensor) else outputs[1])[-1] = torch.nan
+        return outputs
+
+    monkeypatch.setattr(teacher, method, with_nan)
+    name = {
+        "encode_images": "images: patch_embeds of number 1",
+        "encode_texts": "expressions: text_embeds of number [0-9]",
+    }
+    with pytest.raises(ValueError, match=f"Teacher: {name[method]} has NaN or infinity"):
+        build()
 
 
 def test_two_processes_share_the_work(build, teacher, image_processor):
