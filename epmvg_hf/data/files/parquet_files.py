@@ -13,7 +13,9 @@ from pyarrow import types
 
 from .image_files import list_files
 
-ROWS_AT_ONCE = 64  # in memory; a row may hold a whole photo
+# In memory. A row may hold a whole photo, and a crafted file may repeat one large value from its dictionary in each.
+ROWS_AT_ONCE = 8
+MAX_BATCH_BYTES = 2**30
 LISTING = "images.txt"  # beside the images, for [`has_all_images`]
 
 
@@ -94,6 +96,11 @@ def read_parquet(path: Path, columns: pa.Schema) -> Iterator[ParquetRow]:
     number = 0
     with _reading(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
+            if batch.nbytes > MAX_BATCH_BYTES:
+                raise ValueError(
+                    f"{path}: the {len(batch)} rows from row {number} have {batch.nbytes:,} bytes, expected at most "
+                    f"{MAX_BATCH_BYTES:,}."
+                )
             for position in range(len(batch)):
                 yield ParquetRow(f"{path}, row {number}", batch, position)
                 number += 1
