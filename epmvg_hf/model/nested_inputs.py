@@ -18,6 +18,7 @@ per expression.
 Errors name the place in the user's own nesting, such as `boxes[1][0]`.
 """
 
+import reprlib
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, cast
@@ -61,6 +62,9 @@ def group_expressions(text: str | list[str] | list[list[str]], single_image: boo
     for index, expression in enumerate(flat):
         if not has_words(expression):
             raise ValueError(f"`text{position(text, index)}` is {expression!r}, expected an expression with words.")
+        if any("\ud800" <= character <= "\udfff" for character in expression):
+            problem = "has half of a surrogate pair, which is no character: decode the text as UTF-16 or UTF-8"
+            raise ValueError(f"`text{position(text, index)}` = {reprlib.repr(expression)} {problem}.")
     return groups
 
 
@@ -96,11 +100,12 @@ def flatten_boxes(
                 _check_count(group_boxes, group, f"[{index}]")
             items = flatten(items)
 
-    rows = [np.full(4, np.nan) if box is None else np.asarray(box, dtype=np.float64) for box in items]
+    rows = [np.full(4, np.nan) if box is None else _four_numbers(box) for box in items]
     for index, row in enumerate(rows):
-        if row.shape != (4,):
+        if row is None:
             raise ValueError(
-                f"`boxes{position(text, index)}` must be four numbers (x0, y0, x1, y1), but it has shape {row.shape}."
+                f"`boxes{position(text, index)}` must be four numbers (x0, y0, x1, y1), but it is "
+                f"{reprlib.repr(items[index])}."
             )
     flat = torch.from_numpy(np.stack(rows))
     faulty = has_box(flat) & ~flat.isfinite().all(dim=1)
@@ -111,6 +116,15 @@ def flatten_boxes(
             "(or, for an expression without a box, None or four times NaN)."
         )
     return flat
+
+
+def _four_numbers(box: Any) -> np.ndarray | None:
+    try:
+        row = np.asarray(box.detach().cpu() if isinstance(box, torch.Tensor) else box)
+        # Text and truth values would become numbers, too.
+        return row.astype(np.float64) if row.shape == (4,) and row.dtype.kind in "iuf" else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
 
 
 def check_boxes(boxes: torch.Tensor, image_sizes: torch.Tensor, text: str | list[str] | list[list[str]]) -> None:

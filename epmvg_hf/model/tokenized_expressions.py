@@ -20,6 +20,7 @@ inside, and the rest is done on its lists.
 """
 
 import copy
+import reprlib
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -56,12 +57,18 @@ return_tensors:
         was cut, or 0 if none was cut.
 
     Raises:
-        ValueError: `max_length` leaves no room for the special tokens, or parts that are cut off are asked for.
+        ValueError: `max_length` leaves no room for the special tokens, an expression has no token but these, or parts
+            that are cut off are asked for.
     """
     if kwargs.pop("return_overflowing_tokens", False):
         raise ValueError("`return_overflowing_tokens` must be False: each expression has one row of tokens.")
     kwargs.pop("stride", None)  # is about those parts
     rows = dict(_whole(tokenizer, expressions, return_attention_mask=True, return_special_tokens_mask=True, **kwargs))
+    for expression, special in zip(expressions, rows["special_tokens_mask"], strict=True):
+        if all(special):
+            raise ValueError(
+                f"the expression {reprlib.repr(expression)} has no token: the tokenizer removes all of its characters."
+            )
     longest = max(map(len, rows["input_ids"]))
     if longest <= max_length or truncation in (False, "do_not_truncate"):
         longest = 0
