@@ -21,7 +21,7 @@ _CELLS_PER_PATCH = 4
 def add_teacher_boxes(
     dataset: datasets.Dataset,
     teacher: ClipTeacher,
-    fraction: float = 0.6,
+    fraction: float = 0.65,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 16,
     disable_tqdm: bool = False,
@@ -37,7 +37,7 @@ def add_teacher_boxes(
             Rows with image, image_id and expression, and optionally `box` and `absent`. Rows with a box, and those
             that are absent, stay as they are.
         teacher ([`ClipTeacher`]): has patches. It sees the images at its `image_size`, where its parameters are.
-        fraction (`float`, *optional*, defaults to 0.6): see [`boxes_of_maps`].
+        fraction (`float`, *optional*, defaults to 0.65): see [`boxes_of_maps`].
         cache_dir (`str` or `os.PathLike`, *optional*):
             Folder for the teacher's embeddings, see [`~teacher_cache.TeacherCache.build`], which goes on where it was
             interrupted. Defaults to a folder in the cache of `datasets`.
@@ -85,7 +85,7 @@ def add_teacher_boxes(
     return others.add_column("box", boxes, feature=feature)
 
 
-def boxes_of_maps(maps: torch.Tensor, letterbox: Letterbox, fraction: float = 0.6) -> torch.Tensor:
+def boxes_of_maps(maps: torch.Tensor, letterbox: Letterbox, fraction: float = 0.65) -> torch.Tensor:
     """
     Draws the box around all that is at least `lowest + fraction * (highest - lowest)` in a map, where lowest and
     highest are over the picture, without its padding. The maps are first made finer by bilinear interpolation.
@@ -93,8 +93,8 @@ def boxes_of_maps(maps: torch.Tensor, letterbox: Letterbox, fraction: float = 0.
     Args:
         maps (`torch.FloatTensor` of shape `(N, h, w)`): similarities of N expressions with the patches of a canvas.
         letterbox ([`~letterbox.Letterbox`]): where the N pictures lie on their canvases.
-        fraction (`float`, *optional*, defaults to 0.6):
-            The greater, the smaller the box. 0.6 was best, of 0.3 to 0.8, for a teacher of photos.
+        fraction (`float`, *optional*, defaults to 0.65):
+            The greater, the smaller the box.
 
     Returns:
         `torch.FloatTensor` of shape `(N, 4)`: boxes (x0, y0, x1, y1) in pixels of the original images.
