@@ -14,11 +14,17 @@ sys.path.insert(2, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 import pytest
 import torch
 from huggingface_hub import HfApi
+from hypothesis import HealthCheck, settings
 from transformers import BertTokenizer
 
 from epmvg_hf import EpmVGProcessor
 from tests.fixtures.hub import FakeHub
 from tests.fixtures.models import tiny_processor, tiny_tokenizer
+
+# The same cases each time. `--hypothesis-profile long` looks for new ones.
+settings.register_profile("quick", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("long", settings.get_profile("quick"), derandomize=False, max_examples=5_000)
+settings.load_profile("quick")
 
 # transformers' own tests, which `make conformance` runs in a process of their own.
 collect_ignore = ["conformance"]

@@ -16,7 +16,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .patch_backbone import PatchBackboneConfig
@@ -157,6 +157,10 @@ class EpmVGConfig(PreTrainedConfig):
             # AutoConfig looks classes up by name. If two folders with shared code were loaded, one would get the class
             # of the other.
             self.backbone_config = PatchBackboneConfig(**backbone)
+        for name, settings in (("backbone_config", self.backbone_config), ("text_config", self.text_config)):
+            kind = settings.get("model_type") if isinstance(settings, dict) else None
+            if isinstance(settings, dict) and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+                raise ValueError(f"the model_type of {name} is {kind!r:.80}, which transformers does not know")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from types import GeneratorType
 from typing import Any, cast
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -294,7 +296,7 @@ def _make_rows(image: Any, text: Any) -> Mapping | list | Iterator | Dataset:
             return list(image)
         if isinstance(image, Mapping | GeneratorType | Dataset):
             return image
-        if isinstance(image, Iterable) and not isinstance(image, str):
+        if isinstance(image, Iterable) and not isinstance(image, str | bytes | np.ndarray | torch.Tensor):
             # `Pipeline` would take a dataset of 🤗 datasets for a single input, but not a generator.
             return (row for row in image)
         raise ValueError(f"`text` is missing: expected what to look for in `image`, which is {_type_name(image)}.")

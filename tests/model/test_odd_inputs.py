@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -13,7 +13,6 @@ from tests.fixtures.mutations import VALUES
 MODES = ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F", "HSV"]
 DTYPES = ["uint8", "uint16", "int16", "int64", "float16", "float32", "float64", "bool", "complex64"]
 TEXTS = st.text(st.characters(codec=None), max_size=30) | st.sampled_from(["left dog", "\ud800", "\0", "a" * 5_000])
-QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @st.composite
@@ -37,7 +36,6 @@ def pipeline() -> VisualGroundingPipeline:
     return VisualGroundingPipeline(tiny_model(box_head="map", score_head=True), processor=tiny_processor())
 
 
-@QUICK
 @given(image=pictures() | arrays() | VALUES, text=TEXTS | VALUES)
 def test_pipeline(pipeline, image, text):
     try:
@@ -61,7 +59,6 @@ NUMBERS = st.floats() | st.integers(-5, 70) | st.sampled_from([10**400, None, "3
 BOXES = st.lists(NUMBERS, max_size=5) | st.none() | st.lists(st.integers(0, 60), min_size=4, max_size=4)
 
 
-@QUICK
 @given(image=pictures(), boxes=BOXES | st.lists(BOXES, max_size=3) | VALUES)
 def test_boxes_become_labels_on_the_canvas(shared_processor, image, boxes):
     nested = isinstance(boxes, list) and boxes and isinstance(boxes[0], list)
@@ -76,11 +73,16 @@ def test_boxes_become_labels_on_the_canvas(shared_processor, image, boxes):
         if box is None or np.isnan(box).all():
             assert label.isnan().all()
         else:
-            assert (label[:2] >= 0).all() and (label <= 1).all() and (label[2:] > 0).all()
+            # A box may stick out by a pixel of the image, which a tiny image enlarges to much of the canvas.
+            beyond = 2 / max(image.size)
+            assert (label >= -beyond).all() and (label <= 1 + beyond).all() and (label[2:] > 0).all()
 
 
-@QUICK
-@given(name=st.sampled_from(sorted(tiny_config().to_dict())), value=VALUES)
+# What transformers does with its own fields is left to it.
+OWN_FIELDS = sorted(name for name in EpmVGConfig.__annotations__ if name in tiny_config().to_dict())
+
+
+@given(name=st.sampled_from(OWN_FIELDS), value=VALUES)
 def test_configurations(tmp_path_factory, name, value):
     folder = tmp_path_factory.mktemp("config")
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from epmvg_hf.data.benchmarks import BENCHMARKS, SplitRequest
@@ -72,7 +72,6 @@ KINDS = {
     "coco": (_write_own("json"), _own, ["train.json"]),
 }
 FILES = [(kind, name) for kind, (*_, names) in KINDS.items() for name in names]
-REQUIRED = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def _read(open_source: Callable[[Path], GroundingSource], root: Path) -> int:
@@ -112,7 +111,6 @@ def changed(request, tmp_path_factory):
     return root, open_source, file, file.read_bytes()
 
 
-@REQUIRED
 @given(data=st.data())
 def test_changed_bytes(changed, data):
     root, open_source, file, content = changed
@@ -120,7 +118,6 @@ def test_changed_bytes(changed, data):
     _read(open_source, root)
 
 
-@REQUIRED
 @given(data=st.data())
 def test_changed_json(changed, data):
     root, open_source, file, content = changed
