@@ -100,13 +100,14 @@ def flatten_boxes(
                 _check_count(group_boxes, group, f"[{index}]")
             items = flatten(items)
 
-    rows = [np.full(4, np.nan) if box is None else _four_numbers(box) for box in items]
-    for index, row in enumerate(rows):
+    rows = []
+    for index, box in enumerate(items):
+        row = np.full(4, np.nan) if box is None else _four_numbers(box)
         if row is None:
             raise ValueError(
-                f"`boxes{position(text, index)}` must be four numbers (x0, y0, x1, y1), but it is "
-                f"{reprlib.repr(items[index])}."
+                f"`boxes{position(text, index)}` must be four numbers (x0, y0, x1, y1), but it is {reprlib.repr(box)}."
             )
+        rows.append(row)
     flat = torch.from_numpy(np.stack(rows))
     faulty = has_box(flat) & ~flat.isfinite().all(dim=1)
     if faulty.any():

@@ -85,16 +85,16 @@ def find_checkpoint(output_dir: str | os.PathLike) -> Path:
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if path.is_dir() and step.isdecimal():
             steps[int(step)] = path
-    damaged = []
-    for step in sorted(steps, reverse=True):
-        problem = describe_damage(steps[step])
+    damaged: list[str] = []
+    for number in sorted(steps, reverse=True):
+        problem = describe_damage(steps[number])
         if problem is None:
             if damaged:
                 logger.warning(
-                    "resuming from %s, because what came after it is damaged: %s", steps[step], ", ".join(damaged)
+                    "resuming from %s, because what came after it is damaged: %s", steps[number], ", ".join(damaged)
                 )
-            return steps[step]
-        damaged.append(f"{steps[step].name} ({problem})")
+            return steps[number]
+        damaged.append(f"{steps[number].name} ({problem})")
     if damaged:
         raise ValueError(f"no checkpoint in {output_dir} can be resumed from: {', '.join(damaged)}")
     raise ValueError(f"there is no checkpoint in {output_dir} to resume from")

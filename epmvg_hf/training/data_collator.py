@@ -131,8 +131,7 @@ class EpmVGDataCollator:
 
     def _draw(self, group: ImageGroup) -> tuple[ImageGroup, tuple[int, float, float] | None]:
         """A group with what is left to chance: which expressions there are, its augmentation, its placement."""
-        numbered = self.draws is not None and group.row_indices
-        with self.draws.of(group.row_indices[0]) if numbered else nullcontext():
+        with nullcontext() if self.draws is None or not group.row_indices else self.draws.of(group.row_indices[0]):
             group = self._choose_expressions(group)
             if self.augmentation is None or group.image is None:
                 return group, None

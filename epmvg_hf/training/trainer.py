@@ -129,6 +129,7 @@ class EpmVGTrainer(StudentTrainer):
     ):
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "caption_dataset": caption_dataset}
         check_trainer(model, args, processing_class, data, kwargs)
+        assert args is not None  # it has just been checked
         self.caption_dataset = caption_dataset
         self._given_teacher, self._given_augmentation = teacher, augmentation
         self._metric = GroundingAccuracy(keep_in_memory=True)
