@@ -63,7 +63,6 @@ class Setting:
         keeps_first: whether what stands before fusion stays after that stage as it is.
         teacher_towers: whether the towers are those of the teacher.
         extra_steps: whether the boxes have as many steps as all three stages together.
-        learning_rate: of the stage with labelled boxes.
     """
 
     description: str
@@ -75,7 +74,6 @@ class Setting:
     keeps_first: bool = False
     teacher_towers: bool = False
     extra_steps: bool = False
-    learning_rate: float = 1e-3
 
 
 SETTINGS = {
@@ -108,13 +106,6 @@ SETTINGS = {
         teacher_boxes=True,
         terms=TEACHER_MAP,
     ),
-    "first_boxes_slow": Setting(
-        "teacher's map and boxes first, boxes after at a third of the rate",
-        first=TEACHER_MAP,
-        teacher_boxes=True,
-        learning_rate=3e-4,
-    ),
-    "slow": Setting("no teacher, at a third of the rate", learning_rate=3e-4),
     "teacher_towers": Setting("no teacher, the towers are the teacher's own (the rival)", teacher_towers=True),
 }
 
@@ -316,7 +307,6 @@ def train_boxes(run: Run) -> None:
         teacher=teacher,
         terms=setting.terms,
         half=run.arguments.half,
-        learning_rate=setting.learning_rate,
         max_steps=run.total_steps,
         frozen_parameters=frozen,
         caption_dataset=load_captions(run.arguments) if setting.captions else None,
