@@ -45,8 +45,8 @@ def add_teacher_boxes(
         disable_tqdm (`bool`, *optional*, defaults to `False`): whether to hide the progress bars.
 
     Returns:
-        `datasets.Dataset`: the same rows in the same order, each with a box that is not absent: xyxy float pixels of
-        the original image.
+        `datasets.Dataset`: the same rows in the same order, without a format. Each that is not absent has a box: xyxy
+        float pixels of the original image.
 
     Raises:
         ValueError: the teacher has no patches or gives NaN or infinity, `fraction` is not between 0 and 1, or a row
@@ -67,6 +67,7 @@ def add_teacher_boxes(
         raise ValueError("the teacher has no patches, so it cannot say where in an image something is")
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}, expected a number between 0 and 1")
+    dataset = dataset.with_format(None)
     names = dataset.column_names
     boxes = list(dataset["box"][:]) if "box" in names else [None] * len(dataset)
     absent = dataset["absent"][:] if "absent" in names else [False] * len(dataset)
@@ -81,7 +82,8 @@ def add_teacher_boxes(
         for row, box in zip(without, drawn, strict=True):
             boxes[row] = box
     others = dataset.remove_columns("box") if "box" in names else dataset
-    feature = dataset.features["box"] if "box" in names else datasets.List(datasets.Value("float32"), length=4)
+    # A column of nothing, or of whole numbers, could not hold what was drawn.
+    feature = datasets.List(datasets.Value("float32"), length=4)
     return others.add_column("box", boxes, feature=feature)
 
 
@@ -156,9 +158,9 @@ def _draw(
 
 
 def _on_picture(start: torch.Tensor, length: torch.Tensor, canvas: int, cells: int) -> torch.Tensor:
-    """Whether the middle of each of the cells along one side of the canvas lies on the picture, `(N, cells)`."""
-    middles = (torch.arange(cells) + 0.5) * canvas / cells
-    return (start[:, None] <= middles) & (middles < (start + length)[:, None])
+    """Whether each of the cells along one side of the canvas overlaps the picture, `(N, cells)`."""
+    edges = torch.arange(cells + 1) * canvas / cells
+    return (start[:, None] < edges[1:]) & (edges[:-1] < (start + length)[:, None])
 
 
 def _span(used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

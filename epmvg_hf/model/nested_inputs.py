@@ -20,7 +20,9 @@ Errors name the place in the user's own nesting, such as `boxes[1][0]`.
 
 import reprlib
 from collections.abc import Sequence
+from decimal import Decimal
 from itertools import chain
+from numbers import Real
 from typing import Any, cast
 
 import numpy as np
@@ -120,12 +122,17 @@ def flatten_boxes(
 
 
 def _four_numbers(box: Any) -> np.ndarray | None:
+    """A box as an array of four numbers, all NaN if it is four times `None`; `None` if it is something else."""
     try:
-        row = np.asarray(box.detach().cpu() if isinstance(box, torch.Tensor) else box)
+        values = (box.detach().cpu() if isinstance(box, torch.Tensor) else np.asarray(box)).tolist()
+        if values == [None] * 4:
+            return np.full(4, np.nan)
         # Text and truth values would become numbers, too.
-        return row.astype(np.float64) if row.shape == (4,) and row.dtype.kind in "iuf" else None
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
+        if len(values) == 4 and all(isinstance(v, Real | Decimal) and not isinstance(v, bool) for v in values):
+            return np.array([float(value) for value in values])
+    except (TypeError, ValueError, OverflowError):
+        pass
+    return None
 
 
 def check_boxes(boxes: torch.Tensor, image_sizes: torch.Tensor, text: str | list[str] | list[list[str]]) -> None:

@@ -38,7 +38,9 @@ class CheckpointTrainer(CardTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.add_callback(BestCheckpointCallback)
-        self.add_callback(TerminationCallback(self.accelerator))
+        self._termination = TerminationCallback(self.accelerator)
+        if not self.args.enable_jit_checkpoint:  # which is transformers' own answer to the signal
+            self.add_callback(self._termination)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
@@ -47,7 +49,10 @@ class CheckpointTrainer(CardTrainer):
             problem = describe_damage(resume_from_checkpoint)
             if problem is not None:
                 raise ValueError(f"{resume_from_checkpoint} cannot be resumed from: {problem}")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._termination.end()
 
     # Writing ---------------------------------------------------------------------------------------------------
 

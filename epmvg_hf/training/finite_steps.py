@@ -43,7 +43,7 @@ class FiniteSteps(TrainerCallback):
         Adds the loss terms of a batch of the present step, scalars, and the inputs that they were computed from, among
         them `row_index` `(N,)` and `image_index` `(N,)`.
         """
-        self._step.batches.append((dict(terms), inputs))
+        self._step.batches.append(_Batch(terms, inputs))
 
     def watch_gradient(self, norm: torch.Tensor | float) -> None:
         """Adds the norm of the gradient of the present step, over all processes."""
@@ -99,12 +99,12 @@ class _Step:
 
     def __init__(self) -> None:
         self.number = 0
-        self.batches: list[tuple[dict[str, torch.Tensor], Mapping[str, Any]]] = []
+        self.batches: list[_Batch] = []
         self.gradient_norm: torch.Tensor | float = 0.0
 
     def is_finite(self, with_gradient: bool) -> torch.Tensor:
         """A boolean scalar on the device of the loss."""
-        values = [term.detach().float() for terms, _ in self.batches for term in terms.values()]
+        values = [term.float() for batch in self.batches for term in batch.terms.values()]
         norm = self.gradient_norm
         if with_gradient:
             device = values[0].device if values else torch.device("cpu")
@@ -115,39 +115,49 @@ class _Step:
         """A sentence on what is not finite. Only here a device is waited for."""
         terms = {
             f"{name} is {value.item()}": None
-            for parts, _ in self.batches
-            for name, value in parts.items()
+            for batch in self.batches
+            for name, value in batch.terms.items()
             if not value.isfinite()
         }
         norm = float(self.gradient_norm)
         wrong = [*terms, *([] if torch.tensor(norm).isfinite() else [f"the norm of the gradient is {norm}"])]
         sentence = f"step {self.number}: {', '.join(wrong)}"
-        causes = [cause for _, inputs in self.batches for cause in _find_causes(inputs)]
+        causes = [cause for batch in self.batches for cause in batch.find_causes()]
         if causes:
             return f"{sentence}, because {'; '.join(causes)}"
         if not terms:
             return f"{sentence}, while all loss terms of this process are numbers"
-        rows = [row for _, inputs in self.batches if "row_index" in inputs for row in inputs["row_index"].tolist()]
+        rows = [row for batch in self.batches if batch.rows is not None for row in batch.rows.tolist()]
         shown = f" (rows {_listed(rows)})" if rows else ""
         return f"{sentence}, and all inputs of the batch{shown} are numbers: a lower learning rate may help"
 
 
-def _find_causes(inputs: Mapping[str, Any]) -> list[str]:
-    """Which inputs of a batch are not finite, and to which rows of the dataset they belong."""
-    causes = []
-    for name, values in inputs.items():
-        # Boxes and labels are NaN for expressions without a box.
-        if not isinstance(values, torch.Tensor) or not values.is_floating_point() or name in ("labels", "boxes"):
-            continue
-        faulty = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
-        if not faulty.any():
-            continue
-        rows: list[int] = []
-        if "row_index" in inputs:
-            of_image = inputs["image_index"] if len(faulty) != len(inputs["row_index"]) else slice(None)
-            rows = inputs["row_index"][faulty[of_image]].tolist()
-        causes.append(f"{name} has NaN or infinity" + (f" in rows {_listed(rows)}" if rows else ""))
-    return causes
+class _Batch:
+    """What is kept of a batch: its loss terms, and which of its inputs are not finite. The inputs can be freed."""
+
+    def __init__(self, terms: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]):
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        self.rows: torch.Tensor | None = inputs.get("row_index")
+        self.image_index: torch.Tensor | None = inputs.get("image_index")
+        self.faulty = {
+            name: ~values.isfinite().flatten(1).all(1) if values.ndim > 1 else ~values.isfinite()
+            for name, values in inputs.items()
+            # Boxes and labels are NaN for expressions without a box.
+            if isinstance(values, torch.Tensor) and values.is_floating_point() and name not in ("labels", "boxes")
+        }
+
+    def find_causes(self) -> list[str]:
+        """Which inputs are not finite, and to which rows of the dataset they belong."""
+        causes = []
+        for name, faulty in self.faulty.items():
+            if not faulty.any():
+                continue
+            rows: list[int] = []
+            if self.rows is not None:
+                of_expressions = faulty if len(faulty) == len(self.rows) else faulty[self.image_index]
+                rows = self.rows[of_expressions].tolist()
+            causes.append(f"{name} has NaN or infinity" + (f" in rows {_listed(rows)}" if rows else ""))
+        return causes
 
 
 def _listed(rows: list[int]) -> str:

@@ -44,7 +44,8 @@ class TerminationCallback(TrainerCallback):
     ) -> None:
         self._requested = self._is_ending = False
         self._of_all = None
-        if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread
+        # Python allows it in the main thread alone. A training may begin several times, to find its batch size.
+        if self._handler_before is None and threading.current_thread() is threading.main_thread():
             self._handler_before = signal.signal(signal.SIGTERM, self._request)
 
     def on_step_end(
@@ -56,14 +57,20 @@ class TerminationCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._is_ending:
-            self._restore_handler()
+            self._requested = False
             logger.warning("SIGTERM: step %d is saved, and the training ends here", state.global_step)
             raise SystemExit(EXIT_CODE)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._restore_handler()
+    def end(self) -> None:
+        """
+        Gives the signal back to whom it belonged before the training, however that ended. If it came after the last
+        step, it is sent again, so that it ends what would follow.
+        """
+        if self._handler_before is not None:
+            signal.signal(signal.SIGTERM, self._handler_before)
+            self._handler_before = None
+            if self._requested:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
@@ -75,8 +82,3 @@ class TerminationCallback(TrainerCallback):
         requests = torch.tensor(float(self._requested), device=self.accelerator.device)
         previous, self._of_all = self._of_all, LateFlag(self.accelerator.reduce(requests, reduction="sum") > 0)
         return previous is not None and previous.read()
-
-    def _restore_handler(self) -> None:
-        if self._handler_before is not None:
-            signal.signal(signal.SIGTERM, self._handler_before)
-            self._handler_before = None

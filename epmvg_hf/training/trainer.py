@@ -1,6 +1,7 @@
 """`transformers.Trainer` for B images and N expressions: its data, its loss, its optimiser and its evaluation."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -154,6 +155,8 @@ class EpmVGTrainer(StudentTrainer):
 
     def _prepare_run(self) -> None:
         args, processor, weights = self.args, self.processing_class, self.args.distillation_weights
+        # A search of hyperparameters changes the arguments from trial to trial.
+        self._draws.seed, self._finite_steps.skips = args.seed, args.nonfinite_steps == "skip"
         self._augmentation = self._given_augmentation or GroundingAugmentation(**(args.augmentation_kwargs or {}))
         check_student(self.model)
         student = unwrap_peft_model(self.model)
@@ -271,10 +274,22 @@ class EpmVGTrainer(StudentTrainer):
         for name, dataset in (named if self.args.eval_strategy == "no" else {**named, **evaluated}).items():
             if isinstance(dataset, Dataset):
                 ImageGroups(dataset).check_rows(name, needs_boxes=name == "train_dataset" and self.teaching is None)
+                self._check_tokens(name, dataset)
         if self.args.augment and isinstance(self.train_dataset, Dataset) and not is_transformed(self.train_dataset):
             some = self.train_dataset.select(range(0, len(self.train_dataset), len(self.train_dataset) // 1000 + 1))
             if (problem := self._augmentation.words.describe_unknown(some["expression"][:])) is not None:
                 logger.warning(problem)
+
+    def _check_tokens(self, name: str, dataset: Dataset) -> None:
+        """Raises a `ValueError` for an expression of which the tokenizer leaves nothing."""
+        if is_transformed(dataset):
+            return
+        for row, expression in enumerate(dataset.with_format(None)["expression"][:]):
+            if re.search(r"\w", expression) is None:  # no tokenizer removes all of a word
+                try:
+                    self.processing_class(text=expression)
+                except ValueError as error:
+                    raise ValueError(f"{name}, row {row}: {error}") from error
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.processing_class.image_processor.from_bytes(super()._prepare_inputs(inputs))

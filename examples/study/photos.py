@@ -199,7 +199,9 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """The steps with labelled boxes."""
+        """The steps with labelled boxes; without any there are none."""
+        if self.labelled == 0:
+            return 0
         extra = self.arguments.first_steps + self.arguments.teacher_box_steps if self.setting.extra_steps else 0
         return self.steps + extra
 
@@ -311,8 +313,8 @@ def train_boxes(run: Run) -> None:
         frozen_parameters=frozen,
         caption_dataset=load_captions(run.arguments) if setting.captions else None,
         eval_dataset=test.select(range(min(800, len(test)))),
-        eval_strategy="steps" if run.seed == 0 else "no",  # one seed is enough for a curve
-        eval_steps=run.total_steps // 4,
+        eval_strategy="steps" if run.seed == 0 and run.labelled else "no",  # one seed is enough for a curve
+        eval_steps=max(1, run.total_steps // 4),
         per_device_train_batch_size=8 * (2 if setting.captions else 1),
     )
     if run.labelled:

@@ -88,7 +88,7 @@ def test_boxes_of_maps_equal_a_loop_over_cells(size):
                 (row, column): cells[row, column].item()
                 for row in range(16)
                 for column in range(16)
-                if top <= 8 * row + 4 < top + height and left <= 8 * column + 4 < left + width
+                if top < 8 * row + 8 and 8 * row < top + height and left < 8 * column + 8 and 8 * column < left + width
             }
             lowest, highest = min(values.values()), max(values.values())
             inside = [cell for cell, value in values.items() if value >= lowest + fraction * (highest - lowest)]
@@ -108,3 +108,17 @@ def test_what_no_box_can_be_drawn_from_is_an_error(rows, tmp_path, monkeypatch):
     teacher.has_patches = False
     with pytest.raises(ValueError, match="the teacher has no patches"):
         add_teacher_boxes(rows, teacher)
+
+
+def test_a_strip_has_a_box_within_it(tmp_path):
+    strip = Dataset.from_list([{"image": _picture((2000, 6), red=(0, 0, 900, 6)), "expression": "red", "box": None}])
+    ((x0, y0, x1, y1),) = add_teacher_boxes(strip, ColourTeacher(), cache_dir=tmp_path, disable_tqdm=True)["box"][:]
+    assert 0 <= x0 < x1 <= 2000 and 0 <= y0 < y1 <= 6
+
+
+@pytest.mark.parametrize("kind", ["int64", "float64"])
+def test_drawn_boxes_keep_their_fractions(rows, tmp_path, kind):
+    others = rows.select([0, 2]).cast_column("box", List(Value(kind), length=4)).with_format("torch")
+    drawn = add_teacher_boxes(others, ColourTeacher(), cache_dir=tmp_path, disable_tqdm=True)
+    expected = add_teacher_boxes(rows.select([0, 2]), ColourTeacher(), cache_dir=tmp_path, disable_tqdm=True)
+    assert drawn["box"][:] == expected["box"][:] and drawn["box"][1] == [1.0, 2.0, 3.0, 4.0]

@@ -59,6 +59,38 @@ def test_a_notice_saves_the_step_and_ends_with_a_code_to_try_again(tmp_path):
     assert resumed.state.global_step == 4 and signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.fixture
+def notices():
+    """The notices that arrive outside of the training."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGTERM, before)
+
+
+class Fail(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        raise RuntimeError("out of memory")
+
+
+def test_a_training_that_fails_gives_the_signal_back(tmp_path, notices):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _trainer(tmp_path, [Fail()]).train()
+    assert signal.getsignal(signal.SIGTERM) is handler and notices == []
+
+
+class TerminateAtTheEnd(TrainerCallback):
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_notice_after_the_last_step_ends_what_would_follow(tmp_path, notices):
+    trainer = _trainer(tmp_path, [TerminateAtTheEnd()])
+    trainer.train()
+    assert trainer.state.global_step == 4 and notices == [signal.SIGTERM]
+
+
 SCRIPT = """
 import os, signal, sys
 from tests.training.test_termination import Terminate, _trainer

@@ -180,6 +180,15 @@ def test_evaluation_drops_no_rows(make_trainer, dataset):
     assert len(trainer.get_train_dataloader()) == 2 and trainer.args.dataloader_drop_last
 
 
+def test_an_expression_without_a_token_is_named_before_the_training(make_trainer, dataset):
+    texts = dataset["expression"][:]
+    texts[3] = "\u200b"
+    trainer = make_trainer()
+    trainer.train_dataset = dataset.remove_columns("expression").add_column("expression", texts)
+    with pytest.raises(ValueError, match=r"train_dataset, row 3: the expression .* has no token"):
+        trainer.train()
+
+
 def test_a_batch_that_is_larger_than_the_data_is_an_error_where_it_would_be_dropped(make_trainer):
     trainer = make_trainer({"dataloader_drop_last": True, "per_device_train_batch_size": 9})
     with pytest.raises(ValueError, match="leaves no batch: train_dataset has 8 images, and a batch takes 9"):

@@ -42,6 +42,8 @@ import numpy as np
 MAX_BYTES = 2**30
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch.save's older format
+_UNPACKS_TO_MORE = "unpacks to far more than its own size, as only files made to exhaust the memory do"
+_ALWAYS_ALLOWED = 1 << 22  # values and characters, whatever the size of the file
 _EXPECTED = "expected only lists, tuples, dicts, sets, strings, bytes, None and numbers"
 
 
@@ -157,7 +159,8 @@ def _load_torch(file: io.BytesIO) -> Any:
 def _load(file: io.BytesIO) -> Any:
     unpickler = _PlainUnpickler(file)
     value = unpickler.load()
-    unpickler.spend(_written_out(value, {}))
+    if _written_out(value, {}) > max(_ALWAYS_ALLOWED, 8 * len(file.getvalue())):
+        raise _RefusedError(_UNPACKS_TO_MORE)
     return value
 
 
@@ -174,8 +177,8 @@ def _written_out(value: Any, known: dict[int, int | None], depth: int = 0) -> in
         if depth > 100:
             raise _RefusedError("has values that lie more than 100 deep in others, expected rows")
         known[id(value)] = None  # until its members are counted
-        members = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_written_out(member, known, depth + 1) for member in members)
+        members, keys = (value.values(), len(value)) if isinstance(value, dict) else (value, 0)
+        known[id(value)] = 1 + keys + sum(_written_out(member, known, depth + 1) for member in members)
     count = known[id(value)]
     if count is None:
         raise _RefusedError("has a value that contains itself, expected plain data")
@@ -264,7 +267,8 @@ def _with_plain_keys(load: Callable, where: slice) -> Callable:
                     "has a dict or set of more than plain data, expected only strings, bytes, numbers, None and "
                     "tuples of these as its keys or members"
                 )
-            unpickler.spend(len(parts))  # a long tuple takes long to hash, and is hashed anew at each use
+            # Long tuples and long numbers take long to hash, and are hashed anew at each use.
+            unpickler.spend(len(parts) + sum(part.bit_length() // 64 for part in parts if type(part) is int))
         load(unpickler)
 
     return load_with_plain_keys
@@ -282,7 +286,7 @@ class _PlainUnpickler(pickle._Unpickler):
         """Takes an amount of memory from what this file may still use, and refuses the file when nothing is left."""
         self.budget -= amount
         if self.budget < 0:
-            raise _RefusedError("unpacks to far more than its own size, as only files made to exhaust the memory do")
+            raise _RefusedError(_UNPACKS_TO_MORE)
 
     def find_class(self, module: str, name: str) -> Any:
         # The name is only compared, never resolved, even if it has dots, such as "system.__call__".

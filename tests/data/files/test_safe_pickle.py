@@ -376,6 +376,18 @@ def test_deep_values(tmp_path, content):
         read_pickle(write(tmp_path, b"\x80\x02" + content + b"."))
 
 
+def test_rows_of_small_values_under_long_names_are_read(tmp_path):
+    rows = [{f"a name of a column that is long {column}": True for column in range(20)} for _ in range(2_000)]
+    assert read_pickle(write(tmp_path, pickle.dumps(rows, 4))) == rows
+
+
+def test_long_numbers_as_keys_take_no_time(tmp_path):
+    number, places = 1 << 800_000, 20_000
+    content = b"\x80\x02\x8b" + struct.pack("<I", 100_001) + number.to_bytes(100_001, "little") + b"q\x00}("
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p unpacks to far more than its own size"):
+        read_pickle(write(tmp_path, content + b"h\x00N" * places + b"u."))
+
+
 def test_a_value_that_contains_itself(tmp_path):
     rows: list = []
     rows.append(rows)
@@ -388,7 +400,7 @@ def test_a_value_that_contains_itself(tmp_path):
 )
 def test_what_stands_in_many_places_counts_each_time(tmp_path, shared):
     """A row for each place would take all memory."""
-    few, many = pickle.dumps([shared] * 2, 2), pickle.dumps([shared] * 10_000, 2)
+    few, many = pickle.dumps([shared] * 2, 2), pickle.dumps([shared] * 100_000, 2)
     assert read_pickle(write(tmp_path, few)) == [shared] * 2
     with pytest.raises(ValueError, match=r"refs\(unc\)\.p unpacks to far more than its own size"):
         read_pickle(write(tmp_path, many))
