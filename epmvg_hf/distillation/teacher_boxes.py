@@ -111,7 +111,7 @@ def boxes_of_maps(maps: torch.Tensor, letterbox: Letterbox, fraction: float = 0.
     >>> maps = torch.zeros(1, 4, 4)
     >>> maps[0, 1:3, 2] = 1.0
     >>> boxes_of_maps(maps, Letterbox.place([(640, 640)], canvas=512))
-    tensor([[320., 160., 480., 480.]])
+    tensor([[320., 200., 480., 440.]])
     ```
     """
     fine = nn.functional.interpolate(maps[:, None].float(), scale_factor=_CELLS_PER_PATCH, mode="bilinear")[:, 0]

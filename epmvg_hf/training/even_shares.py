@@ -26,6 +26,7 @@ class EvenShares:
 
     ```python
     >>> from torch.utils.data import BatchSampler
+    >>> from epmvg_hf.training.even_shares import EvenShares
 
     >>> list(EvenShares(BatchSampler(range(11), batch_size=2, drop_last=False), num_processes=2))
     [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
