@@ -22,7 +22,9 @@ from tests.fixtures.hub import FakeHub
 from tests.fixtures.models import tiny_processor, tiny_tokenizer
 
 # The same cases each time. `--hypothesis-profile long` looks for new ones.
-settings.register_profile("quick", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "quick", max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
 settings.register_profile("long", settings.get_profile("quick"), derandomize=False, max_examples=5_000)
 settings.load_profile("quick")
 
