@@ -64,9 +64,11 @@ def group_expressions(text: str | list[str] | list[list[str]], single_image: boo
     for index, expression in enumerate(flat):
         if not has_words(expression):
             raise ValueError(f"`text{position(text, index)}` is {expression!r}, expected an expression with words.")
-        if any("\ud800" <= character <= "\udfff" for character in expression):
+        try:
+            expression.encode()
+        except UnicodeEncodeError:
             problem = "has half of a surrogate pair, which is no character: decode the text as UTF-16 or UTF-8"
-            raise ValueError(f"`text{position(text, index)}` = {reprlib.repr(expression)} {problem}.")
+            raise ValueError(f"`text{position(text, index)}` = {reprlib.repr(expression)} {problem}.") from None
     return groups
 
 

@@ -384,13 +384,16 @@ class EpmVGTrainer(StudentTrainer):
         assert self.teaching is not None
         taught = self.teaching.outputs(inputs)
         loss, terms = self.teaching.loss(outputs, taught, inputs, *num_items_in_batch.unbind())
-        self._add_terms(terms, {**inputs, **{f"teacher_{name}": value for name, value in vars(taught).items()}})
+        # What the student sees is looked at once, with the loss of its boxes where there is one.
+        places = ("row_index", "image_index")
+        seen = {n: value for n, value in inputs.items() if self.args.distil_only or n in places}
+        self._add_terms(terms, {**seen, **{f"teacher_{name}": value for name, value in vars(taught).items()}})
         return loss
 
     def _add_terms(self, terms: dict[str, tuple[torch.Tensor, torch.Tensor]], inputs: dict[str, Any]) -> None:
         """Adds terms of the loss, each with its number of expressions, to the log and to what must be finite."""
         self._loss_terms.add(terms)
-        self._finite_steps.watch_terms({name: term.detach() for name, (term, _) in terms.items()}, inputs)
+        self._finite_steps.watch_terms({name: term for name, (term, _) in terms.items()}, inputs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm)
