@@ -1,7 +1,7 @@
 """Rows of expressions grouped by the image that they are about, so that each image needs one visual pass."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -231,9 +231,8 @@ class ImageGroups(Dataset):
             raise ValueError(f"no row of {name} has a box, and without a teacher nothing else can be learned")
         sizes = np.full((len(self.rows), 2), np.inf)
         if boxes is not None and len(self) <= MAX_MEASURED:
-            encoded = self.images.cast_column("image", datasets.Image(decode=False))
-            for row_indices in self.groups:
-                sizes[row_indices] = self._measure(encoded[row_indices[0]]["image"], row_indices[0], name)
+            for row_indices, size in zip(self.groups, self.measure(name), strict=True):
+                sizes[row_indices] = size
         absent = rows.column("absent").to_numpy() if "absent" in rows.column_names else np.zeros(len(self.rows))
         for row in find_doubtful_rows(rows.column("expression"), boxes, sizes, absent.astype(bool)):
             values, (width, height) = self.rows[row], sizes[row].tolist()
@@ -241,13 +240,37 @@ class ImageGroups(Dataset):
             where = f"{name}, {place_of(row, values.get('image_id'))}"
             check_row(where, values["expression"], values.get("box"), values.get("absent"), size)
 
-    def _measure(self, encoded: dict[str, Any] | None, row: int, name: str) -> tuple[float, float]:
-        """Width and height of a stored image, infinite if they are unknown."""
-        try:
-            return (None if encoded is None else measure_stored(encoded)) or (np.inf, np.inf)
-        except ValueError as error:
-            values = self.rows[row]
-            raise ValueError(f"{name}, {place_of(row, values.get('image_id'))}: {error}") from None
+    def measure(self, name: str) -> Iterator[tuple[float, float]]:
+        """
+        Reads how large the stored images are, without decoding them. What a transform makes of them is not measured.
+
+        Args:
+            name (`str`): what errors call the dataset.
+
+        Returns:
+            `Iterator[tuple[float, float]]`: for each image its width and height in pixels, infinite if there is none
+            or if it is stored on another machine.
+
+        Raises:
+            ValueError: an image cannot be read.
+
+        Example:
+
+        ```python
+        >>> from epmvg_hf import ImageGroups
+
+        >>> list(ImageGroups(dataset).measure("dataset"))[3]
+        (160, 160)
+        ```
+        """
+        encoded = self.images.cast_column("image", datasets.Image(decode=False))
+        for row, *_ in self.groups:
+            image = encoded[row]["image"]
+            try:
+                yield (None if image is None else measure_stored(image)) or (np.inf, np.inf)
+            except ValueError as error:
+                values = self.rows[row]
+                raise ValueError(f"{name}, {place_of(row, values.get('image_id'))}: {error}") from None
 
 
 def is_transformed(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:

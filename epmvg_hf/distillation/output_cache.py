@@ -65,10 +65,7 @@ class Shard:
 
     def is_complete(self) -> bool:
         """Whether the file is there, as it was written, and has the expected columns and number of rows."""
-        if not self.path.is_file():
-            return False
-        if not _has_its_digest(self.path):
-            logger.warning("%s has changed since it was written, and is computed again", self.path)
+        if not self.path.is_file() or not _has_its_digest(self.path):
             return False
         table = MemoryMappedTable.from_file(str(self.path))
         return tuple(table.column_names) == self.columns and len(table) == len(self)
@@ -120,6 +117,9 @@ def complete(
     missing = [shard for shard in shards if not shard.is_complete()]
     if not missing:
         return files
+    for shard in missing:
+        if shard.path.exists():
+            logger.warning("%s has changed since it was written, and is computed again", shard.path)
     total = shards[-1].stop
     done = total - sum(map(len, missing))
     # `None` shows the bar on a terminal only.

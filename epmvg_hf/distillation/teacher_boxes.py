@@ -1,14 +1,17 @@
 """Boxes for expressions that have none, read off a teacher's map of the image."""
 
+import math
 import os
 from collections.abc import Sequence
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
 from ..data.image_groups import ImageGroups
+from ..data.row_checks import check_features, read_boxes
 from ..model.image_processing_epmvg import EpmVGImageProcessor
 from ..model.letterbox import Letterbox
 from .clip_teacher import ClipTeacher
@@ -69,14 +72,14 @@ def add_teacher_boxes(
         raise ValueError(f"fraction is {fraction}, expected a number between 0 and 1")
     dataset = dataset.with_format(None)
     names = dataset.column_names
-    boxes = list(dataset["box"][:]) if "box" in names else [None] * len(dataset)
-    absent = dataset["absent"][:] if "absent" in names else [False] * len(dataset)
-    without = [
-        row
-        for row, (box, is_absent) in enumerate(zip(boxes, absent, strict=True))
-        if not is_absent and (box is None or np.isnan(box).all())
-    ]
-    if without:
+    check_features(dataset.features)
+    absent = np.array(dataset["absent"][:] if "absent" in names else [False] * len(dataset), dtype=bool)
+    column = pa.chunked_array([pa.nulls(len(dataset))])
+    if "box" in names:
+        column = dataset.select_columns(["box"]).with_format("arrow")[:].column("box")
+    boxes = column.to_pylist()
+    without = np.flatnonzero(np.isnan(read_boxes(column)).all(axis=1) & ~absent)
+    if len(without):
         rows = dataset.select(without).remove_columns(set(names) & {"box", "absent"})
         drawn = _draw(rows, teacher, fraction, cache_dir, batch_size, disable_tqdm)
         for row, box in zip(without, drawn, strict=True):
@@ -144,13 +147,12 @@ def _draw(
     groups = ImageGroups(dataset)
     expressions: Sequence[str] = groups.rows.select_columns(["expression"])[:]["expression"]
     drawn: list[list[float]] = [[]] * len(dataset)
-    for number, rows in enumerate(groups.groups):
+    for number, (rows, (width, height)) in enumerate(zip(groups.groups, groups.measure("the dataset"), strict=True)):
         teacher_outputs = cache.lookup([number], [expressions[row] for row in rows])
         (patches,), texts = teacher_outputs["teacher_patch_embeds"], teacher_outputs["teacher_text_embeds"]
         maps = torch.einsum("hwe,ne->nhw", patches, texts)
-        image = groups.group(number).image
-        assert image is not None  # the cache has seen it
-        width, height = image.size
+        if math.isinf(width):  # it is stored elsewhere
+            width, height = groups.images[rows[0]]["image"].size
         letterbox = image_processor.letterbox(torch.tensor([[height, width]] * len(rows)))
         for row, box in zip(rows, boxes_of_maps(maps, letterbox, fraction).tolist(), strict=True):
             drawn[row] = box

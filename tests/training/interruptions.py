@@ -80,7 +80,7 @@ def make_trainer(
     kind: str, folder: Path, callbacks: list[TrainerCallback] | None = None, max_steps: int = 8
 ) -> EpmVGTrainer:
     arguments, parts = KINDS[kind]
-    dataset = load_grounding_dataset("shapes", split="train", num_images=8)
+    dataset = load_grounding_dataset("shapes", split="train", num_images=8, cache_dir=str(folder / "data"))
     settings = {**ONE_STEP, "save_strategy": "steps", "save_steps": 2, "max_steps": max_steps, "learning_rate": 1e-2}
     caches = {"teacher_cache_dir": str(folder / "teacher"), "tower_cache_dir": str(folder / "towers")}
     return EpmVGTrainer(

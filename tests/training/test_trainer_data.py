@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import ImageOps
+from transformers import TrainerCallback
 
 from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, as_grounding_dataset, load_grounding_dataset
 from tests.fixtures.models import ONE_STEP, tiny_model
+from tests.fixtures.own_rows import PLACED, write_images
 from tests.fixtures.tiny_teacher import TinyTeacher
 
 
@@ -135,6 +137,30 @@ def test_a_teacher_is_not_asked_from_its_cache_for_files_that_changed(make_train
         embeddings.append(batch["teacher_image_embeds"])
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert not np.allclose(*embeddings)
+
+
+def test_a_folder_of_images_that_vanishes_leaves_the_last_checkpoint(make_trainer, tmp_path):
+    rows = [
+        {"image": str(write_images(tmp_path / "images") / name), "expression": text, "box": box}
+        for name, text, box in PLACED
+    ]
+    dataset = as_grounding_dataset(Dataset.from_list(rows[:5]))
+
+    class Remove(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                (tmp_path / "images").rename(tmp_path / "elsewhere")
+
+    trainer = make_trainer(dataset, max_steps=8, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Remove())
+    with pytest.raises(
+        ValueError, match=r"row \d.*: the image cannot be read \(.* No such file or directory: '.*images.*'"
+    ):
+        trainer.train()
+    (tmp_path / "elsewhere").rename(tmp_path / "images")
+    resumed = make_trainer(dataset, max_steps=8, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8 and "loss" in resumed.state.log_history[1]
 
 
 def test_the_log_says_that_most_expressions_have_unknown_words(make_trainer, dataset, caplog):
