@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 .PHONY: demo test conformance quality format study clean
 
 demo: $(VENV)/.train
-	$(BIN)/python examples/predict.py model_cards/epmvg-small-flickr30k examples/images/astronaut.jpg \
-		"the woman in the orange suit" "a dog" --threshold 0.3 --output outputs/photo.png
+	mkdir -p outputs
+	$(BIN)/epmvg ground examples/images/astronaut.jpg "the woman in the orange suit" "a dog" --threshold 0.3 \
+		--save outputs/photo.png
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/run_grounding.py
 

@@ -1,32 +1,11 @@
 """Visual grounding for transformers: one image and one expression in, one box out."""
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .utils import needs_extra, without_enum_warnings
-
-with without_enum_warnings():
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForZeroShotObjectDetection,
-        AutoProcessor,
-    )
-    from transformers.pipelines import PIPELINE_REGISTRY
-    from transformers.utils import is_torchvision_available
-
-from .model.configuration_epmvg import EpmVGConfig
-from .model.image_processing_pil_epmvg import EpmVGImageProcessorPil
-from .model.modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
-from .model.pipeline_visual_grounding import VisualGroundingPipeline
-from .model.processing_epmvg import EpmVGProcessor
-
-if is_torchvision_available():
-    from .model.image_processing_epmvg import EpmVGImageProcessor
-else:
-    # Without torchvision, the name stands for the image processor that uses PIL.
-    EpmVGImageProcessor = EpmVGImageProcessorPil  # type: ignore[misc, assignment]
 
 if TYPE_CHECKING:
     from .data.hf_dataset import as_grounding_dataset
@@ -35,6 +14,12 @@ if TYPE_CHECKING:
     from .distillation.clip_teacher import ClipTeacher, TeacherOutput
     from .distillation.teacher_boxes import add_teacher_boxes
     from .evaluation.accuracy import GroundingAccuracy
+    from .model.configuration_epmvg import EpmVGConfig
+    from .model.image_processing_epmvg import EpmVGImageProcessor
+    from .model.image_processing_pil_epmvg import EpmVGImageProcessorPil
+    from .model.modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel, EpmVGPreTrainedModel
+    from .model.pipeline_visual_grounding import VisualGroundingPipeline
+    from .model.processing_epmvg import EpmVGProcessor
     from .training.augmentation import GroundingAugmentation
     from .training.data_collator import EpmVGDataCollator
     from .training.trainer import EpmVGTrainer
@@ -42,17 +27,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The modules of these names need libraries of the extra `train` and are imported at the first use of a name, so that
-# inference works without the extra.
+# The modules of the public names, which are imported at the first use of a name. Those outside of `model` need
+# libraries of the extra `train`. Inference works without it.
 _LAZY = {
     "ClipTeacher": "distillation.clip_teacher",
+    "EpmVGConfig": "model.configuration_epmvg",
     "EpmVGDataCollator": "training.data_collator",
+    "EpmVGForVisualGrounding": "model.modeling_epmvg",
+    "EpmVGImageProcessor": "model.image_processing_epmvg",
+    "EpmVGImageProcessorPil": "model.image_processing_pil_epmvg",
+    "EpmVGModel": "model.modeling_epmvg",
+    "EpmVGPreTrainedModel": "model.modeling_epmvg",
+    "EpmVGProcessor": "model.processing_epmvg",
     "EpmVGTrainer": "training.trainer",
     "EpmVGTrainingArguments": "training.training_args",
     "GroundingAccuracy": "evaluation.accuracy",
     "GroundingAugmentation": "training.augmentation",
     "ImageGroups": "data.image_groups",
     "TeacherOutput": "distillation.clip_teacher",
+    "VisualGroundingPipeline": "model.pipeline_visual_grounding",
     "add_teacher_boxes": "distillation.teacher_boxes",
     "as_grounding_dataset": "data.hf_dataset",
     "load_grounding_dataset": "data.loading",
@@ -85,9 +78,60 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with needs_extra(name, "train"):
+    if _LAZY[name].startswith("model."):
         module = import_module(f".{_LAZY[name]}", __name__)
+    else:
+        with needs_extra(name, "train"):
+            module = import_module(f".{_LAZY[name]}", __name__)
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def register() -> None:
+    """
+    Tells the Auto classes and `pipeline` of transformers about the classes of this package. Importing the package does
+    it, except in the command `epmvg`, which answers many a question before it needs what takes seconds to import.
+    """
+    with without_enum_warnings():
+        from transformers import (
+            AutoConfig,
+            AutoImageProcessor,
+            AutoModel,
+            AutoModelForZeroShotObjectDetection,
+            AutoProcessor,
+        )
+        from transformers.pipelines import PIPELINE_REGISTRY
+        from transformers.utils import is_torchvision_available
+
+    from .model.configuration_epmvg import EpmVGConfig
+    from .model.image_processing_pil_epmvg import EpmVGImageProcessorPil
+    from .model.modeling_epmvg import EpmVGForVisualGrounding, EpmVGModel
+    from .model.pipeline_visual_grounding import VisualGroundingPipeline
+    from .model.processing_epmvg import EpmVGProcessor
+
+    image_processors: dict[str, type] = {"pil": EpmVGImageProcessorPil}
+    if is_torchvision_available():
+        from .model.image_processing_epmvg import EpmVGImageProcessor
+
+        image_processors = {"torchvision": EpmVGImageProcessor, **image_processors}
+    else:
+        # Without torchvision, the name stands for the image processor that uses PIL.
+        globals()["EpmVGImageProcessor"] = EpmVGImageProcessorPil
+
+    AutoConfig.register("epmvg", EpmVGConfig)
+    AutoModel.register(EpmVGConfig, EpmVGModel)
+    AutoModelForZeroShotObjectDetection.register(EpmVGConfig, EpmVGForVisualGrounding)
+    AutoImageProcessor.register(EpmVGConfig, image_processor_classes=image_processors)
+    AutoProcessor.register(EpmVGConfig, EpmVGProcessor)
+    PIPELINE_REGISTRY.register_pipeline(
+        "visual-grounding",
+        pipeline_class=VisualGroundingPipeline,
+        pt_model=EpmVGForVisualGrounding,  # not AutoModel, which would load the bare EpmVGModel
+        type="multimodal",
+    )
 
 
 def register_for_hub() -> None:
@@ -112,6 +156,15 @@ def register_for_hub() -> None:
     CommitInfo(commit_url='.../me/my-epmvg/commit/...
     ```
     """
+    from . import (
+        EpmVGConfig,
+        EpmVGForVisualGrounding,
+        EpmVGImageProcessor,
+        EpmVGImageProcessorPil,
+        EpmVGModel,
+        EpmVGProcessor,
+    )
+
     EpmVGConfig.register_for_auto_class()
     EpmVGModel.register_for_auto_class("AutoModel")
     EpmVGForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
@@ -120,19 +173,6 @@ def register_for_hub() -> None:
     EpmVGImageProcessor.register_for_auto_class()
 
 
-AutoConfig.register("epmvg", EpmVGConfig)
-AutoModel.register(EpmVGConfig, EpmVGModel)
-AutoModelForZeroShotObjectDetection.register(EpmVGConfig, EpmVGForVisualGrounding)
-AutoImageProcessor.register(
-    EpmVGConfig,
-    image_processor_classes={"pil": EpmVGImageProcessorPil}
-    if EpmVGImageProcessor is EpmVGImageProcessorPil
-    else {"torchvision": EpmVGImageProcessor, "pil": EpmVGImageProcessorPil},
-)
-AutoProcessor.register(EpmVGConfig, EpmVGProcessor)
-PIPELINE_REGISTRY.register_pipeline(
-    "visual-grounding",
-    pipeline_class=VisualGroundingPipeline,
-    pt_model=EpmVGForVisualGrounding,  # not AutoModel, which would load the bare EpmVGModel
-    type="multimodal",
-)
+_PROGRAM = Path(sys.argv[0]).name if sys.argv else ""
+if _PROGRAM not in ("epmvg", "epmvg.exe") and sys.orig_argv[1:3] != ["-m", "epmvg_hf"]:
+    register()

@@ -83,6 +83,7 @@ def from_towers(kind: str, folder: Path) -> tuple[EpmVGForVisualGrounding, EpmVG
 def test_every_public_name_is_there():
     for name in epmvg_hf.__all__:
         assert getattr(epmvg_hf, name).__name__ == name
+    assert set(epmvg_hf.__all__) <= set(dir(epmvg_hf))  # from which shells complete
     with pytest.raises(AttributeError, match="has no attribute 'EpmVGDetector'"):
         epmvg_hf.EpmVGDetector  # noqa: B018
 
@@ -275,6 +276,8 @@ def test_the_base_install_predicts_and_says_what_more_needs(tmp_path, image):
 import json
 import epmvg_hf
 from transformers import AutoProcessor, pipeline
+from typer.testing import CliRunner
+from epmvg_hf.cli import app
 
 def error(use):
     try:
@@ -289,7 +292,8 @@ print(json.dumps({
     "results": grounder("image.png", TEXTS),
     "lazy": {name: error(lambda: getattr(epmvg_hf, name)) for name in epmvg_hf.__all__},
     "plots": error(lambda: __import__("epmvg_hf.evaluation.visualization")),
-    "command": error(lambda: __import__("epmvg_hf.cli")),
+    "ground": CliRunner().invoke(app, "ground image.png dog --model model --save x.png".split()).exit_code,
+    "check": CliRunner().invoke(app, ["check-data", "refcoco", "."]).output,
     "teacher": error(lambda: epmvg_hf.ClipTeacher.from_pretrained("ViT-B-32", "openai")),
     "data": error(lambda: epmvg_hf.load_grounding_dataset("shapes", split="test")),
     "loss": grounder.model(**inputs).loss.isfinite().item(),
@@ -311,16 +315,14 @@ print(json.dumps({
         "as_grounding_dataset": f"as_grounding_dataset needs datasets: {train}",
     }
     assert found["plots"] == f"draw_grid needs matplotlib: {train}"
-    assert found["command"] == f"The command epmvg needs datasets: {train}"
+    assert found["ground"] == 0 and found["check"] == f"Error: ImportError: epmvg check-data needs datasets: {train}\n"
     assert found["teacher"] == 'ClipTeacher needs open_clip: pip install "epmvg_hf[teacher]"'
     assert found["data"] == f"Loading a dataset needs datasets: {train}"
     assert found["loss"]
 
 
-@pytest.mark.parametrize("library", ["evaluate", "typer"])
-def test_a_missing_library_of_training_says_what_to_install(library, monkeypatch):
-    monkeypatch.setitem(sys.modules, library, None)
-    for module in ("evaluation.accuracy", "cli"):
-        monkeypatch.delitem(sys.modules, f"epmvg_hf.{module}", raising=False)
-    with pytest.raises(ImportError, match=rf'needs {library}: pip install "epmvg_hf\[train\]"'):
-        epmvg_hf.GroundingAccuracy if library == "evaluate" else __import__("epmvg_hf.cli")
+def test_a_missing_library_of_training_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    monkeypatch.delitem(sys.modules, "epmvg_hf.evaluation.accuracy", raising=False)
+    with pytest.raises(ImportError, match=r'needs evaluate: pip install "epmvg_hf\[train\]"'):
+        epmvg_hf.GroundingAccuracy  # noqa: B018

@@ -1,6 +1,6 @@
 """Compares what is in the files of a benchmark with what should be in them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 from .benchmarks import Benchmark, Counts, SplitRequest
 from .builder import read_image
 from .loading import find_reader, readers_of
+from .readers.custom import SUFFIXES, CustomData
 from .readers.source import GroundingSource
 
 COCO_BENCHMARKS = ("refcoco", "refcoco+", "refcocog", "grefcoco")
@@ -54,6 +55,7 @@ def check_splits(
     split_by: str | None = None,
     image_dir: Path | None = None,
     source: str | None = None,
+    splits: Sequence[str] | None = None,
 ) -> tuple[list[SplitReport], list[str]]:
     """
     Reads all annotations and the header of every image, and counts what is in each split.
@@ -61,6 +63,7 @@ def check_splits(
     Args:
         benchmark ([`Benchmark`]): the benchmark, see [`~benchmarks.resolve_name`].
         data_dir, split_by, image_dir, source: as in [`load_grounding_dataset`].
+        splits (`Sequence[str]`, *optional*): the names of the splits; all by default.
 
     Returns:
         `tuple[list[SplitReport], list[str]]`: A report for each split whose files are there, and for each of the
@@ -81,17 +84,61 @@ def check_splits(
     [('train', False), ('validation', False), ('testA', False), ('testB', False)]
     ```
     """
-    reports, absent = [], []
-    for split in _splits_of(benchmark, split_by):
+    kinds = {cls: kind for kind, cls in readers_of(benchmark).items()}
+
+    def check(split: str) -> SplitReport:
         request = SplitRequest.resolve(benchmark, data_dir, split, split_by, image_dir)
+        reader = find_reader(request, source)
+        return _check_split(reader, kinds[type(reader)], benchmark.counts.get((request.split_by, request.split)))
+
+    return _check_all(splits or _splits_of(benchmark, split_by), check)
+
+
+def check_own_data(
+    data_dir: Path, splits: Sequence[str] | None = None, image_dir: Path | None = None, box_format: str | None = None
+) -> tuple[list[SplitReport], list[str]]:
+    """
+    Does the same for data of your own, see [`~custom.CustomData`].
+
+    Args:
+        data_dir, image_dir, box_format: as in [`load_grounding_dataset`].
+        splits (`Sequence[str]`, *optional*): the names of the splits; by default those of all files in the folder.
+
+    Returns:
+        `tuple[list[SplitReport], list[str]]`: A report for each split, and a sentence for each that is not there.
+
+    Raises:
+        `ValueError`: There is no such `box_format`, or none where the files need one.
+        `FileNotFoundError`: The folder has no file of rows.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from epmvg_hf.data.check_data import check_own_data
+
+    >>> reports, absent = check_own_data(Path("my_data"), box_format="xyxy")
+    >>> [(report.split, report.expressions, report.missing_images, report.problems) for report in reports]
+    [('train', 2, 0, [])]
+    ```
+    """
+    found = {path.stem for path in data_dir.iterdir() if path.suffix in SUFFIXES}
+    if not splits and not found:
+        raise FileNotFoundError(f"no file of rows ({', '.join(SUFFIXES)}) is in {data_dir}.")
+    return _check_all(
+        splits or sorted(found),
+        lambda split: _check_split(CustomData(data_dir, split, image_dir, box_format), "custom", None),
+    )
+
+
+def _check_all(splits: Iterable[str], check: Callable[[str], SplitReport]) -> tuple[list[SplitReport], list[str]]:
+    """The report of each split whose files are there, and the errors of the others."""
+    reports, absent = [], []
+    for split in splits:
         try:
-            reader = find_reader(request, source)
-            report = _check_split(reader, benchmark.counts.get((request.split_by, request.split)))
+            reports.append(check(split))
         except FileNotFoundError as error:
             absent.append(str(error))
-            continue
-        report.source = next(kind for kind, cls in readers_of(benchmark).items() if type(reader) is cls)
-        reports.append(report)
     return reports, absent
 
 
@@ -99,8 +146,8 @@ def _splits_of(benchmark: Benchmark, split_by: str | None) -> tuple[str, ...]:
     return benchmark.splits[SplitRequest.resolve(benchmark, Path(), "train", split_by).split_by]
 
 
-def _check_split(reader: GroundingSource, official: Counts | None) -> SplitReport:
-    report = SplitReport(reader.split, official)
+def _check_split(reader: GroundingSource, kind: str, official: Counts | None) -> SplitReport:
+    report = SplitReport(reader.split, official, kind)
     try:
         items, report.problems = reader.list_images()
     except ValueError as error:  # none of the rows can be read

@@ -231,8 +231,8 @@ class ImageGroups(Dataset):
             raise ValueError(f"no row of {name} has a box, and without a teacher nothing else can be learned")
         sizes = np.full((len(self.rows), 2), np.inf)
         if boxes is not None and len(self) <= MAX_MEASURED:
-            for row_indices, size in zip(self.groups, self.measure(name), strict=True):
-                sizes[row_indices] = size
+            for row_indices, measured in zip(self.groups, self.measure(name), strict=True):
+                sizes[row_indices] = measured
         absent = rows.column("absent").to_numpy() if "absent" in rows.column_names else np.zeros(len(self.rows))
         for row in find_doubtful_rows(rows.column("expression"), boxes, sizes, absent.astype(bool)):
             values, (width, height) = self.rows[row], sizes[row].tolist()

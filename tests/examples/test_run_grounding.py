@@ -88,17 +88,17 @@ def test_main_job_and_prediction(tmp_path):
 
     rows[0]["image"].save(tmp_path / "scene.png")
     command = [
-        sys.executable, str(EXAMPLES / "predict.py"), str(output), str(tmp_path / "scene.png"),
-        "the circle", "the star", "--output", str(tmp_path / "prediction.png"),
+        sys.executable, "-m", "epmvg_hf", "ground", str(tmp_path / "scene.png"), "the circle", "the star",
+        "--model", str(output), "--save", str(tmp_path / "prediction.png"),
     ]  # fmt: skip
     result = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
-    printed = [line for line in result.stdout.splitlines() if line.startswith("the ")]
-    assert [line.split(":")[0] for line in printed] == ["the circle", "the star"]
-    for line in printed:
-        x1, y1, x2, y2 = json.loads(line.split(":")[1].split("(")[0])
+    printed = [line.split(": ") for line in result.stdout.splitlines()]
+    assert [text for _, text, _ in printed] == ["the circle", "the star"]
+    for _, _, box in printed:
+        x1, y1, x2, y2 = json.loads(box.split("(")[0])
         assert 0 <= x1 <= x2 <= rows[0]["image"].width and 0 <= y1 <= y2 <= rows[0]["image"].height
-    assert Image.open(tmp_path / "prediction.png").size[0] > 100
+    assert Image.open(tmp_path / "prediction.png").size == rows[0]["image"].size
 
 
 def test_a_saved_model_without_projections_can_be_distilled_into(tmp_path, processor):

@@ -1,7 +1,4 @@
 import base64
-import json
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +17,6 @@ from epmvg_hf import (
     VisualGroundingPipeline,
 )
 from tests.fixtures.models import tiny_config, tiny_model
-from tests.fixtures.paths import EXAMPLES
 
 RED, GREEN = "the red circle", "the small green star on the left"  # of different lengths
 SIZES = [(100, 50), (64, 64), (31, 90)]
@@ -364,32 +360,6 @@ def test_a_model_or_processor_that_grounds_nothing(processor):
         VisualGroundingPipeline(model=tiny_model(), processor=processor.tokenizer)
     with pytest.raises(ValueError, match="but the model is a str and"):
         VisualGroundingPipeline(model="outputs/demo", processor=processor)
-
-
-# The example that uses it
-
-
-def test_predict(grounder, folder, images, tmp_path, monkeypatch, capsys):
-    images[0].save(tmp_path / "scene.png")
-    script = EXAMPLES / "predict.py"
-    output = tmp_path / "prediction.png"
-    arguments = [str(script), str(folder), str(tmp_path / "scene.png"), RED, GREEN, "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(script))
-    printed = [line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("the ")]
-    assert [expression for expression, _ in printed] == [RED, GREEN]
-    expected = directly(grounder, images[0], [RED, GREEN])
-    assert [json.loads(box) for _, box in printed] == [pytest.approx(box, abs=0.06) for box in expected]
-    assert Image.open(output).size[0] > 100
-
-
-def test_predict_shows_what_is_transparent_as_white(folder, tmp_path, monkeypatch):
-    Image.new("RGBA", (60, 60), (0, 0, 0, 0)).save(tmp_path / "ground.png")
-    output = tmp_path / "prediction.png"
-    script = str(EXAMPLES / "predict.py")
-    monkeypatch.setattr(sys, "argv", [script, str(folder), str(tmp_path / "ground.png"), RED, "--output", str(output)])
-    runpy.run_path(script)
-    assert (np.asarray(Image.open(output).convert("L")) < 50).mean() < 0.05
 
 
 def test_detection_without_scores_says_what_to_use(processor, tmp_path):

@@ -14,6 +14,7 @@ from epmvg_hf.cli import app
 from epmvg_hf.data.benchmarks import BENCHMARKS, Counts
 from epmvg_hf.data.check_data import check_splits, held_out_images, overlaps
 from tests.fixtures import refer_files
+from tests.fixtures.own_rows import PLACED, write_images
 from tests.fixtures.paths import REAL_DATA
 
 
@@ -70,7 +71,28 @@ def test_command_prints_a_table_and_fails_on_what_is_not_official(folder, monkey
     official["unc", "testB"] = Counts(0, None, 0)
     monkeypatch.setitem(BENCHMARKS, "refcoco", replace(BENCHMARKS["refcoco"], counts=official))
     code, output = run("check-data", "refcoco", folder)
-    assert code == 0 and "NO" not in output
+    assert code == 1 and "NO" not in output  # the image of testA is missing
+    assert run("check-data", "refcoco", folder, "--without-images")[0] == 0
+    assert run("check-data", "refcoco", folder, "--split", "train", "--split", "val")[0] == 0
+    assert run("check-data", "refcoco", folder, "--split", "testA")[0] == 1
+
+
+def test_a_split_that_is_absent_is_an_error_unless_others_are_wanted(tmp_path):
+    write_images(tmp_path)
+    rows = [{"image": image, "expression": expression, "box": box} for image, expression, box in PLACED]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, output = run("check-data", "custom", tmp_path, "--box-format", "xyxy")
+    assert code == 0 and "| train | custom | 10 | - | 3 | 0 | 0 | unknown |" in output
+    code, output = run("check-data", "custom", tmp_path, "--box-format", "xyxy", "--split", "validation")
+    assert code == 1 and "not here: " in output and "validation" in output
+    code, output = run("check-data", "custom", tmp_path)
+    assert code == 2 and "box_format" in output
+    (tmp_path / "c.png").unlink()
+    code, output = run("check-data", "custom", tmp_path, "--box-format", "xyxy")
+    assert code == 1 and "| 3 | 1 | 0 | unknown |" in output
+    (tmp_path / "train.jsonl").unlink()
+    code, output = run("check-data", "custom", tmp_path, "--box-format", "xyxy")
+    assert code == 1 and "no file of rows (.jsonl, .csv, .json) is in" in output
 
 
 def test_command_says_what_is_not_here(folder, tmp_path_factory):
@@ -120,6 +142,9 @@ def test_excluded_images_are_those_of_validation_and_test(folder, tmp_path):
     ],
 )
 def test_real_files_have_the_official_counts(name, data_dir, row):
-    status, output = run("check-data", name, REAL_DATA / data_dir)
+    split = row.split()[1]
+    assert run("check-data", name, REAL_DATA / data_dir, "--without-images")[0] == 1  # other splits are not here
+    assert run("check-data", name, REAL_DATA / data_dir, "--split", split)[0] == 1  # nor are the images
+    status, output = run("check-data", name, REAL_DATA / data_dir, "--split", split, "--without-images")
     assert status == 0
     assert row in output

@@ -1,0 +1,172 @@
+"""`epmvg ground`: boxes of expressions in image files."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from PIL import Image
+
+import epmvg_hf
+
+if TYPE_CHECKING:
+    from ..model.pipeline_visual_grounding import VisualGroundingPipeline
+
+# Of a checkout of the repository. An installed package has no weights.
+SHIPPED_MODEL = Path(__file__).parents[2] / "model_cards" / "epmvg-small-flickr30k"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def ground(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE... EXPRESSION...", help="Image files, folders or URLs, then expressions."),
+    ],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of a model. [default: the shipped one]")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Lowest score of a box, from 0 to 1.", min=0, max=1)] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Picture to draw the boxes into; with several images, the folder for them.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON for each expression.")] = False,
+    device: Annotated[str | None, typer.Option(help='Such as "cuda:0" or "cpu".')] = None,
+) -> None:
+    """
+    Find the box of each expression in each image, in pixels: xmin, ymin, xmax, ymax.
+
+    Each image gets a line for each expression. Lines of --json can be read again as data of your own.
+
+    \b
+        epmvg ground photo.jpg "the woman in the orange suit" "a dog" --threshold 0.3 --save boxes.png
+        epmvg ground photos/ "the dog" --json > boxes.jsonl
+    """
+    images, expressions = _tell_apart(inputs)
+    pictures = _pictures(images, save)
+    grounder = _load(model, device)
+    for image in images:
+        _ground_image(grounder, image, expressions, threshold, as_json, pictures.get(image))
+
+
+def _tell_apart(inputs: list[str]) -> tuple[list[str], list[str]]:
+    """The images, those of folders one by one, and the expressions, which follow them."""
+    images: list[str] = []
+    for number, argument in enumerate(inputs):
+        if argument.startswith(("http://", "https://")) or Path(argument).is_file():
+            images.append(argument)
+        elif Path(argument).is_dir():
+            found = sorted(str(path) for path in Path(argument).iterdir() if path.suffix.lower() in SUFFIXES)
+            if not found:
+                raise typer.BadParameter(f"no image ({', '.join(SUFFIXES)}) is in the folder {argument}")
+            images += found
+        elif Path(argument).suffix.lower() in SUFFIXES:
+            raise typer.BadParameter(f"there is no file {argument}")
+        else:
+            expressions = inputs[number:]
+            break
+    else:
+        expressions = []
+    for image in images:
+        if Path(image).is_file():
+            try:
+                Image.open(image).close()
+            except (OSError, Image.DecompressionBombError) as error:
+                raise typer.BadParameter(f"{image} is no image that can be read ({error})") from error
+    if not images:
+        raise typer.BadParameter(f"{inputs[0]!r} is no file, folder or URL; images come first, then expressions")
+    if not expressions:
+        raise typer.BadParameter("no expression follows the images, such as: epmvg ground photo.jpg 'the dog'")
+    return images, expressions
+
+
+def _pictures(images: list[str], save: Path | None) -> dict[str, Path]:
+    """The picture of each image, checked before the work."""
+    if save is None:
+        return {}
+    pictures = dict.fromkeys(images, save)
+    if len(images) > 1 or save.is_dir():
+        save.mkdir(parents=True, exist_ok=True)
+        pictures = {image: save / f"{Path(image).stem}.png" for image in images}
+    elif save.suffix.lower() not in SUFFIXES:
+        raise typer.BadParameter(f"--save {save} must end in one of {', '.join(SUFFIXES)}")
+    if len(set(pictures.values())) < len(images):
+        raise typer.BadParameter("two of the images have the same name, and their pictures in --save would, too")
+    for image, picture in pictures.items():
+        if picture.exists() and Path(image).exists() and picture.samefile(image):
+            raise typer.BadParameter(f"--save would overwrite the image {image}")
+        if not picture.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {picture.parent} to save {picture.name} in")
+    return pictures
+
+
+def _load(model: str | None, device: str | None) -> "VisualGroundingPipeline":
+    if model is None:
+        if not SHIPPED_MODEL.is_dir():
+            raise typer.BadParameter(
+                "name a model with --model: a folder or a Hub id (a checkout of the repository has a small one)"
+            )
+        model = str(SHIPPED_MODEL)
+    _check_model(model)
+    epmvg_hf.register()
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return pipeline("visual-grounding", model=model, device=device)
+
+
+def _check_model(model: str) -> None:
+    """
+    Says in a moment that there is no such folder. Otherwise each file of a model is sought on the Hub, which takes
+    minutes where there is no network.
+    """
+    if Path(model).is_dir():
+        return
+    owner = Path(model).parts[0]
+    if model.count("/") != 1 or owner in (".", "..", "~") or Path(owner).exists():
+        raise typer.BadParameter(f"there is no folder {model}, and it is no id of the Hub (owner/name)")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(model, timeout=10)
+    except Exception as error:  # the clients of several versions raise different kinds
+        reason = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(f"{model} is no folder here, and the Hub does not give it ({reason})") from error
+
+
+def _ground_image(
+    grounder: "VisualGroundingPipeline",
+    image: str,
+    expressions: list[str],
+    threshold: float | None,
+    as_json: bool,
+    picture: Path | None,
+) -> None:
+    from ..evaluation.drawing import draw_boxes
+    from ..model.rgb_images import as_rgb, open_image
+
+    opened = as_rgb(open_image(image, upright=True))  # as the pipeline sees it, and gives the boxes
+    results = grounder(opened, expressions, threshold=threshold)
+    for line in _lines(image, results, as_json):
+        typer.echo(line)
+    if picture is not None:
+        found = [result for result in results if result["box"] is not None]
+        boxes = [list(result["box"].values()) for result in found]
+        draw_boxes(opened, boxes, [result["text"] + _score(result) for result in found]).save(picture)
+        typer.echo(f"drawn in {picture}", err=True)
+
+
+def _lines(image: str, results: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
+    for result in results:
+        box = None if result["box"] is None else [round(side, 1) for side in result["box"].values()]
+        score = result["score"]
+        if as_json:
+            row = {"image": image, "expression": result["text"], "box": box}
+            yield json.dumps(row | {"score": None if score is None else round(score, 4)}, ensure_ascii=False)
+        else:
+            yield f"{image}: {result['text']}: {'not found' if box is None else box}{_score(result)}"
+
+
+def _score(result: dict[str, Any]) -> str:
+    return "" if result["score"] is None else f" ({result['score']:.2f})"
