@@ -92,6 +92,16 @@ def use_hardware(arguments: TrainingArguments) -> str | None:
     return attention
 
 
+def check_output_dir(arguments: TrainingArguments) -> None:
+    """Refuses a folder in which checkpoints of two runs would lie side by side, and resuming would take either."""
+    has_checkpoints = any(Path(arguments.output_dir).glob("checkpoint-*"))
+    if arguments.do_train and has_checkpoints and not arguments.resume_from_checkpoint:
+        raise ValueError(
+            f"{arguments.output_dir} has checkpoints of an earlier run: go on with it (--resume_from_checkpoint "
+            "true), delete them, or give another --output_dir"
+        )
+
+
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
     """The folder that `--resume_from_checkpoint` means; "true" is the newest whole checkpoint in `--output_dir`."""
     checkpoint = arguments.resume_from_checkpoint

@@ -30,6 +30,8 @@ def main(command_line: list[str] | None = None) -> None:
         "--image_size", type=int, help="Canvas in pixels, for a checkpoint that does not say it; 640 by default."
     )
     arguments = parser.parse_args(command_line)
+    if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
+        raise ValueError(f"{arguments.output_dir} is not empty: expected a new folder")
 
     tensors, args, unused = read_transvg_checkpoint(arguments.checkpoint)
     model, unused_tensors = convert_transvg(tensors, args, arguments.image_size)
@@ -41,7 +43,6 @@ def main(command_line: list[str] | None = None) -> None:
         length = model.config.max_text_length
         processor = EpmVGProcessor(processor, tokenizer, max_text_length=length, do_lower_case=True)
 
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
     print(report(model, len(tensors) - len(unused_tensors), unused | unused_tensors))

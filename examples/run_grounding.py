@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from command_line import checkpoint_to_resume, config_file, parse_arguments, show_own_messages, use_hardware
+from command_line import (
+    check_output_dir,
+    checkpoint_to_resume,
+    config_file,
+    parse_arguments,
+    show_own_messages,
+    use_hardware,
+)
 from datasets import Dataset, concatenate_datasets
 from trained_tokenizer import train_tokenizer
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedConfig, set_seed
@@ -316,6 +323,7 @@ def main(command_line: list[str] | None = None) -> None:
     model_arguments, data_arguments, training_arguments, card_arguments = parse_arguments(
         ARGUMENTS, __doc__, default_file, sys.argv[1:] if command_line is None else command_line
     )
+    check_output_dir(training_arguments)
     if training_arguments.should_log:
         show_own_messages(logger.name)
     set_seed(training_arguments.seed)
@@ -349,6 +357,8 @@ def main(command_line: list[str] | None = None) -> None:
         raise ValueError(
             "calibrate_scores needs do_eval, which gives the rows for it: set it to true, or calibrate_scores to false"
         )
+    # Before the training, so that a name that is wrong does not end it after hours.
+    test_dataset = load_evaluation(data_arguments.test_split) if training_arguments.do_predict else None
     # All training expressions give a new model its vocabulary, also those whose boxes are not used.
     train_dataset = load(data_arguments.train_split)
     expressions = train_dataset["expression"]
@@ -412,8 +422,7 @@ def main(command_line: list[str] | None = None) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
 
-    if training_arguments.do_predict:
-        test_dataset = load_evaluation(data_arguments.test_split)
+    if test_dataset is not None:
         output = trainer.predict(test_dataset)
         metrics = dict(output.metrics)
         if trainer.is_world_process_zero():

@@ -18,7 +18,14 @@ from typing import Any
 
 import timm
 import torch
-from command_line import checkpoint_to_resume, config_file, parse_arguments, show_own_messages, use_hardware
+from command_line import (
+    check_output_dir,
+    checkpoint_to_resume,
+    config_file,
+    parse_arguments,
+    show_own_messages,
+    use_hardware,
+)
 from datasets import Dataset
 from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
@@ -372,6 +379,7 @@ def main() -> None:
     teacher_arguments, training_arguments = parse_arguments(
         (TeacherArguments, TrainingArguments), __doc__, CONFIGS / "shapes.yaml", sys.argv[1:]
     )
+    check_output_dir(training_arguments)
     if training_arguments.world_size > 1:
         raise ValueError("train_teacher.py runs in one process only: its loss compares the pairs within one batch")
     vision, text = teacher_arguments.vision_name_or_path, teacher_arguments.text_name_or_path

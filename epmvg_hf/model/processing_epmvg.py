@@ -82,6 +82,12 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         **kwargs: Any,
     ):
         super().__init__(image_processor, tokenizer, **kwargs)
+        # transformers makes such a tokenizer of a folder without the files of one, and says nothing.
+        if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no words, only the {len(tokenizer)} special tokens "
+                f"{' '.join(tokenizer.all_special_tokens)}: expected a folder or Hub id with its vocabulary"
+            )
         self.max_text_length = max_text_length
         self.do_lower_case = do_lower_case
 

@@ -8,7 +8,7 @@ import pytest
 import run_grounding
 import torch
 import yaml
-from command_line import checkpoint_to_resume, config_file, parse_arguments, use_hardware
+from command_line import check_output_dir, checkpoint_to_resume, config_file, parse_arguments, use_hardware
 from transformers import TrainingArguments
 
 from epmvg_hf.training.hardware import ComputeChoice
@@ -47,6 +47,20 @@ def test_an_unknown_argument_in_a_file_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("learnin_rate: 0.1\noutput_dir: x\n")
     with pytest.raises(ValueError, match=r"a\.yaml: unknown argument\(s\) learnin_rate"):
         _parse([str(tmp_path / "a.yaml")])
+
+
+def test_a_run_does_not_begin_beside_checkpoints_of_another(tmp_path):
+    def check(**settings):
+        check_output_dir(TrainingArguments(str(tmp_path), use_cpu=True, **settings))
+
+    check(do_train=True)
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(
+        ValueError, match=r"has checkpoints of an earlier run: go on with it \(--resume_from_checkpoint"
+    ):
+        check(do_train=True)
+    check(do_train=True, resume_from_checkpoint="true")
+    check(do_train=False)
 
 
 def test_resuming_finds_the_last_checkpoint_or_says_that_there_is_none(tmp_path):

@@ -145,7 +145,7 @@ def test_a_teacher_draws_the_boxes_of_a_first_stage(tmp_path, monkeypatch):
     assert sum(true[row["image_id"], row["expression"]] == row["box"] for row in train) == 0
     assert EpmVGForVisualGrounding.from_pretrained(tmp_path / "out").config.box_head == "map"
     with pytest.raises(ValueError, match="teacher_boxes is true, but there is no teacher"):
-        example.main([*command, "--teacher_name", "none"])
+        example.main([*command, "--teacher_name", "none", "--output_dir", str(tmp_path / "other")])
 
 
 def test_expressions_that_describe_nothing_are_no_captions():

@@ -349,4 +349,15 @@ def test_a_tokenizer_that_does_not_fit_is_named(tmp_path):
         convert(checkpoint, tmp_path / "out", "--tokenizer", str(tmp_path / "tokenizer"))
     with pytest.raises(ValueError, match="there is no tokenizer in"):
         convert(checkpoint, tmp_path / "out", "--tokenizer", str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty' has no words, only the 5 special tokens \[PAD\]|\[UNK\]"):
+        convert(checkpoint, tmp_path / "out", "--tokenizer", str(tmp_path / "empty"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path):
+    checkpoint = save(tmp_path, {"model": original().state_dict()})
+    (tmp_path / "out").mkdir()
+    convert(checkpoint, tmp_path / "out", "--tokenizer", "none")
+    with pytest.raises(ValueError, match="out is not empty: expected a new folder"):
+        convert(checkpoint, tmp_path / "out", "--tokenizer", "none")
