@@ -1,6 +1,7 @@
 # All targets need Python (3.11 or newer) and make, and nothing else: the first call installs the environment.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
 .PHONY: demo test conformance quality format study clean
@@ -43,16 +44,16 @@ clean:
 # The environment is installed again when one of the files that describe it changes.
 # The build of torch for NVIDIA GPUs takes 4 GB more. Without a driver for them, the pinned versions are first looked for as
 # builds for the CPU (torch==X+cpu), which not every package index has; otherwise pip takes the large ones below.
-$(VENV)/.venv: constraints.txt
+$(VENV)/.venv: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		$$(sed -n 's/^torch\(vision\)\{0,1\}==.*/&+cpu/p' constraints.txt) 2> /dev/null || true
+	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
+		$$(sed -n 's/^torch\(vision\)\{0,1\}==.*/&+cpu/p' $(CONSTRAINTS)) 2> /dev/null || true
 	touch $@
 
-$(VENV)/.train: $(VENV)/.venv pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,teacher]"
+$(VENV)/.train: $(VENV)/.venv pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[train,teacher]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+$(VENV)/.dev: $(VENV)/.venv pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
