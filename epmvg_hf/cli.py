@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .commands.check_data import check_data
+from .commands.demo import demo
 from .commands.exclude_images import exclude_images
 from .commands.ground import ground
 from .commands.info import info
@@ -30,7 +31,7 @@ class ShortErrors(TyperGroup):
 
 # Without rich, an error is one line, and the lines of an example stay apart.
 app = typer.Typer(cls=ShortErrors, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for command in (ground, check_data, exclude_images, info):
+for command in (ground, demo, check_data, exclude_images, info):
     app.command()(command)
 
 

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-import epmvg_hf
+from .grounder import load_grounder
 
 if TYPE_CHECKING:
     from ..model.pipeline_visual_grounding import VisualGroundingPipeline
 
-# Of a checkout of the repository. An installed package has no weights.
-SHIPPED_MODEL = Path(__file__).parents[2] / "model_cards" / "epmvg-small-flickr30k"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -42,7 +40,7 @@ def ground(
     """
     images, expressions = _tell_apart(inputs)
     pictures = _pictures(images, save)
-    grounder = _load(model, device)
+    grounder = load_grounder(model, device)
     for image in images:
         _ground_image(grounder, image, expressions, threshold, as_json, pictures.get(image))
 
@@ -96,43 +94,6 @@ def _pictures(images: list[str], save: Path | None) -> dict[str, Path]:
         if not picture.parent.is_dir():
             raise typer.BadParameter(f"there is no folder {picture.parent} to save {picture.name} in")
     return pictures
-
-
-def _load(model: str | None, device: str | None) -> "VisualGroundingPipeline":
-    if model is None:
-        if not SHIPPED_MODEL.is_dir():
-            raise typer.BadParameter(
-                "name a model with --model: a folder or a Hub id (a checkout of the repository has a small one)"
-            )
-        model = str(SHIPPED_MODEL)
-    _check_model(model)
-    epmvg_hf.register()
-    from transformers import pipeline
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return pipeline("visual-grounding", model=model, device=device)
-
-
-def _check_model(model: str) -> None:
-    """
-    Says in a moment that there is no such folder. Otherwise each file of a model is sought on the Hub, which takes
-    minutes where there is no network.
-    """
-    if Path(model).is_dir():
-        return
-    owner = Path(model).parts[0]
-    if model.count("/") != 1 or owner in (".", "..", "~") or Path(owner).exists():
-        raise typer.BadParameter(f"there is no folder {model}, and it is no id of the Hub (owner/name)")
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return
-    try:
-        HfApi().model_info(model, timeout=10)
-    except Exception as error:  # the clients of several versions raise different kinds
-        reason = str(error).strip().splitlines()[0]
-        raise typer.BadParameter(f"{model} is no folder here, and the Hub does not give it ({reason})") from error
 
 
 def _ground_image(

@@ -13,7 +13,7 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 from epmvg_hf.cli import app
-from epmvg_hf.commands import ground as module
+from epmvg_hf.commands import grounder
 from tests.fixtures.models import tiny_model
 from tests.fixtures.own_rows import write_images
 
@@ -108,9 +108,9 @@ def test_mistakes_are_named_before_a_model_is_loaded(arguments, message, tmp_pat
 
 
 def test_without_a_shipped_model_one_is_to_be_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SHIPPED_MODEL", tmp_path / "none")
+    monkeypatch.setattr(grounder, "SHIPPED_MODEL", tmp_path / "none")
     status, _, errors = run(write_images(tmp_path) / "a.png", "a dog")
-    assert status == 2 and "name a model with --model" in " ".join(errors.split())
+    assert status == 2 and "name a model: a folder or a Hub id" in " ".join(errors.split())
 
 
 def test_errors_are_one_line_unless_in_debug(folder, tmp_path):
@@ -145,4 +145,4 @@ def test_the_package_is_the_command_too(folder, tmp_path):
 
 
 def test_the_shipped_model_is_where_the_command_looks():
-    assert (Path(module.SHIPPED_MODEL) / "model.safetensors").is_file()
+    assert (Path(grounder.SHIPPED_MODEL) / "model.safetensors").is_file()
