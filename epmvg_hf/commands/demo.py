@@ -43,14 +43,14 @@ def demo(
 
 
 def ground_lines(
-    grounder: "VisualGroundingPipeline", image: Image.Image | None, text: str, threshold: float = 0.0
+    grounder: "VisualGroundingPipeline", file: str | None, text: str, threshold: float = 0.0
 ) -> tuple[Image.Image, list[list]]:
     """
     Finds the box of each line of a text.
 
     Args:
         grounder ([`VisualGroundingPipeline`]): the model.
-        image (`PIL.Image.Image`, *optional*): the image. The pipeline raises a `ValueError` if there is none.
+        file (`str`, *optional*): the path of the image.
         text (`str`): one expression per line; empty lines are skipped.
         threshold (`float`, *optional*, defaults to 0.0): the lowest score of a box.
 
@@ -59,7 +59,7 @@ def ground_lines(
         each expression a row of [`COLUMNS`], in pixels of the given image, whose box is empty if it was not found.
 
     Raises:
-        ValueError: there is no image, no expression, or more than `MAX_EXPRESSIONS`.
+        ValueError: there is no image, or it cannot be read; there is no expression, or more than `MAX_EXPRESSIONS`.
     """
     from ..evaluation.drawing import draw_boxes
     from ..model.rgb_images import as_rgb, open_image
@@ -67,8 +67,13 @@ def ground_lines(
     expressions = [line.strip() for line in text.splitlines() if line.strip()]
     if len(expressions) > MAX_EXPRESSIONS:
         raise ValueError(f"{len(expressions)} expressions are too many, expected at most {MAX_EXPRESSIONS}")
+    if file is None or not expressions:
+        raise ValueError("expected a picture and at least one expression")
+    try:
+        image = as_rgb(open_image(file, upright=True))  # as the pipeline sees it, and gives the boxes
+    except ValueError as error:  # which names a temporary file
+        raise ValueError(f"{Path(file).name} is no image that can be read") from error
     results = grounder(image, expressions, threshold=threshold or None)
-    image = as_rgb(open_image(image, upright=True))  # as the pipeline sees it, and gives the boxes
     scale = min(1.0, SHOWN_SIDE / max(image.size))
     picture = image.resize([max(1, round(side * scale)) for side in image.size]) if scale < 1 else image
     rows, boxes, labels = [], [], []
@@ -87,21 +92,25 @@ def make_page(grounder: "VisualGroundingPipeline") -> "gr.Interface":
     with needs_extra("epmvg demo", "demo"):
         import gradio as gr
 
-    def answer(image: Image.Image | None, text: str, threshold: float) -> tuple[Image.Image, list[list], str]:
+    def answer(file: str | None, text: str, threshold: float) -> tuple[Image.Image, list[list], str]:
         begin = time.perf_counter()
         try:
-            picture, rows = ground_lines(grounder, image, text, threshold)
+            picture, rows = ground_lines(grounder, file, text, threshold)
         except ValueError as error:
             # The page shows the words of a `gr.Error`, but only "Error" for any other exception.
-            raise gr.Error(str(error)) from error
+            raise gr.Error(str(error), print_exception=False) from error
         return picture, rows, f"{time.perf_counter() - begin:.2f} s"
 
+    upload = gr.Image(label="Picture")
+    # The file as it is: gradio would read it, and show no more than "Error" if it is no image. A class derived from
+    # `gr.Image` would be a component that the page does not know.
+    upload.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     images = SHIPPED_MODEL.parents[1] / "examples" / "images"
     examples = [[str(images / name), text, 0.0] for name, text in EXAMPLES if (images / name).exists()]
     return gr.Interface(
         answer,
         inputs=[
-            gr.Image(type="pil", image_mode=None, label="Picture"),  # any mode but None is what gradio converts to
+            upload,
             gr.Textbox(lines=3, label="Expressions, one per line"),
             gr.Slider(0, 1, label="Lowest score of a box", step=0.01),
         ],
