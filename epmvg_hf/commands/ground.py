@@ -46,34 +46,38 @@ def ground(
 
 
 def _tell_apart(inputs: list[str]) -> tuple[list[str], list[str]]:
-    """The images, those of folders one by one, and the expressions, which follow them."""
+    """The images, those of folders one by one, and the expressions, which begin with the first that is no image."""
     images: list[str] = []
     for number, argument in enumerate(inputs):
-        if argument.startswith(("http://", "https://")) or Path(argument).is_file():
-            images.append(argument)
-        elif Path(argument).is_dir():
-            found = sorted(str(path) for path in Path(argument).iterdir() if path.suffix.lower() in SUFFIXES)
-            if not found:
-                raise typer.BadParameter(f"no image ({', '.join(SUFFIXES)}) is in the folder {argument}")
+        path = Path(argument)
+        if path.is_dir() and (found := sorted(str(file) for file in path.iterdir() if _is_named_image(file))):
             images += found
-        elif Path(argument).suffix.lower() in SUFFIXES:
+        elif argument.startswith(("http://", "https://")):
+            images.append(argument)
+        elif path.is_file():
+            _check_image(argument)
+            images.append(argument)
+        elif _is_named_image(path):
             raise typer.BadParameter(f"there is no file {argument}")
+        elif images:
+            return images, inputs[number:]
+        elif path.is_dir():
+            raise typer.BadParameter(f"no image ({', '.join(SUFFIXES)}) is in the folder {argument}")
         else:
-            expressions = inputs[number:]
-            break
-    else:
-        expressions = []
-    for image in images:
-        if Path(image).is_file():
-            try:
-                Image.open(image).close()
-            except (OSError, Image.DecompressionBombError) as error:
-                raise typer.BadParameter(f"{image} is no image that can be read ({error})") from error
-    if not images:
-        raise typer.BadParameter(f"{inputs[0]!r} is no file, folder or URL; images come first, then expressions")
-    if not expressions:
-        raise typer.BadParameter("no expression follows the images, such as: epmvg ground photo.jpg 'the dog'")
-    return images, expressions
+            raise typer.BadParameter(f"{argument!r} is no file, folder or URL; images come first, then expressions")
+    raise typer.BadParameter("no expression follows the images, such as: epmvg ground photo.jpg 'the dog'")
+
+
+def _is_named_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _check_image(file: str) -> None:
+    """Reads the header, which takes a millisecond, so that a wrong file is named before a model is loaded."""
+    try:
+        Image.open(file).close()
+    except (OSError, Image.DecompressionBombError) as error:
+        raise typer.BadParameter(f"{file} is no image that can be read ({error})") from error
 
 
 def _pictures(images: list[str], save: Path | None) -> dict[str, Path]:
@@ -84,7 +88,7 @@ def _pictures(images: list[str], save: Path | None) -> dict[str, Path]:
     if len(images) > 1 or save.is_dir():
         save.mkdir(parents=True, exist_ok=True)
         pictures = {image: save / f"{Path(image).stem}.png" for image in images}
-    elif save.suffix.lower() not in SUFFIXES:
+    elif not _is_named_image(save):
         raise typer.BadParameter(f"--save {save} must end in one of {', '.join(SUFFIXES)}")
     if len(set(pictures.values())) < len(images):
         raise typer.BadParameter("two of the images have the same name, and their pictures in --save would, too")

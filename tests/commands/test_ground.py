@@ -66,6 +66,13 @@ def test_what_is_not_found_has_no_box(folder, tmp_path):
     assert json.loads(output)["box"] is None
 
 
+def test_an_expression_may_be_the_name_of_a_folder_without_images(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog").mkdir()
+    status, output, _ = run("a.png", "dog", "--model", folder)
+    assert status == 0 and output.startswith("a.png: dog: [")
+
+
 def test_pictures_have_the_size_of_the_images(folder, tmp_path):
     status, _, errors = run(tmp_path / "a.png", *TEXTS, "--model", folder, "--save", tmp_path / "boxes.png")
     assert status == 0 and "drawn in" in errors and Image.open(tmp_path / "boxes.png").size == (40, 20)
