@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .data.image_groups import ImageGroups
     from .data.loading import load_grounding_dataset
     from .distillation.clip_teacher import ClipTeacher, TeacherOutput
-    from .distillation.teacher_boxes import add_teacher_boxes
+    from .distillation.teacher_boxes import add_teacher_boxes, confirm_boxes
     from .evaluation.accuracy import GroundingAccuracy
     from .model.configuration_epmvg import EpmVGConfig
     from .model.image_processing_epmvg import EpmVGImageProcessor
@@ -48,6 +48,7 @@ _LAZY = {
     "VisualGroundingPipeline": "model.pipeline_visual_grounding",
     "add_teacher_boxes": "distillation.teacher_boxes",
     "as_grounding_dataset": "data.hf_dataset",
+    "confirm_boxes": "distillation.teacher_boxes",
     "load_grounding_dataset": "data.loading",
 }
 
@@ -70,6 +71,7 @@ __all__ = [
     "VisualGroundingPipeline",
     "add_teacher_boxes",
     "as_grounding_dataset",
+    "confirm_boxes",
     "load_grounding_dataset",
     "register_for_hub",
 ]

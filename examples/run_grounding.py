@@ -39,6 +39,7 @@ from epmvg_hf import (
     EpmVGTrainer,
     EpmVGTrainingArguments,
     add_teacher_boxes,
+    confirm_boxes,
     load_grounding_dataset,
     register_for_hub,
 )
@@ -170,6 +171,13 @@ class DataArguments:
         metadata={
             "help": "Train on a box that the teacher draws wherever the data has none. With num_labelled_images 0 it "
             "draws all: a first stage, which needs no box of yours."
+        },
+    )
+    confirmed_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a model of the labelled images. Its boxes for the others are learned too, where "
+            "the teacher draws nearly the same (confirm_boxes)."
         },
     )
     num_train_images: int | None = field(
@@ -318,6 +326,16 @@ def split_labelled(
     return dataset.select([row for row, has_box in enumerate(chosen) if has_box]), captioned
 
 
+def confirmed_rows(folder: str, dataset: Dataset, teacher: ClipTeacher, arguments: EpmVGTrainingArguments) -> Dataset:
+    """Rows without boxes for which a saved model and the teacher find nearly the same one, with the model's boxes."""
+    model = EpmVGForVisualGrounding.from_pretrained(folder)
+    processor = EpmVGProcessor.from_pretrained(folder)
+    predictor = EpmVGTrainer(model=model, args=arguments, processing_class=processor)
+    confirmed = confirm_boxes(dataset, predictor.predict(dataset).predictions, teacher)
+    logger.info("of %d expressions without a box, the teacher confirms %d boxes", len(dataset), len(confirmed))
+    return confirmed
+
+
 def main(command_line: list[str] | None = None) -> None:
     default_file = HERE / "configs" / "shapes.yaml"
     model_arguments, data_arguments, training_arguments, card_arguments = parse_arguments(
@@ -368,18 +386,26 @@ def main(command_line: list[str] | None = None) -> None:
     teacher = None
     has_teacher = model_arguments.teacher_name not in (None, "none")
     draws_boxes = data_arguments.teacher_boxes and training_arguments.do_train
-    if has_teacher and training_arguments.do_train and (training_arguments.distils or draws_boxes):
+    confirms_boxes = data_arguments.confirmed_model is not None and training_arguments.do_train
+    if confirms_boxes and (caption_dataset is None or draws_boxes):
+        raise ValueError("confirmed_model needs num_labelled_images, and goes without teacher_boxes")
+    if has_teacher and training_arguments.do_train and (training_arguments.distils or draws_boxes or confirms_boxes):
         pretrained = model_arguments.teacher_pretrained
         teacher = ClipTeacher.from_pretrained(
             model_arguments.teacher_name, None if pretrained == "none" else pretrained
         )
-    if draws_boxes:
+    if draws_boxes or confirms_boxes:
         if teacher is None:
-            raise ValueError("teacher_boxes is true, but there is no teacher: name one with teacher_name")
+            name = "teacher_boxes is true" if draws_boxes else "confirmed_model is given"
+            raise ValueError(f"{name}, but there is no teacher: name one with teacher_name")
         teacher.to(training_arguments.device)
-        parts = [part for part in (train_dataset, caption_dataset) if part is not None and len(part) > 0]
-        train_dataset = concatenate_datasets([add_teacher_boxes(part, teacher) for part in parts])
-        caption_dataset = None
+        if draws_boxes:
+            parts = [part for part in (train_dataset, caption_dataset) if part is not None and len(part) > 0]
+            train_dataset = concatenate_datasets([add_teacher_boxes(part, teacher) for part in parts])
+            caption_dataset = None
+        else:
+            model_folder = data_arguments.confirmed_model
+            caption_dataset = confirmed_rows(model_folder, caption_dataset, teacher, training_arguments)
     projected = teacher.embed_dim if teacher is not None and training_arguments.distils_embeddings else None
     model, processor = make_model(model_arguments, expressions, projected)
     if data_arguments.calibrate_scores and not model.config.score_head:

@@ -313,6 +313,7 @@ print(json.dumps({
         "ImageGroups": f"ImageGroups needs datasets: {train}",
         "add_teacher_boxes": f"add_teacher_boxes needs datasets: {train}",
         "as_grounding_dataset": f"as_grounding_dataset needs datasets: {train}",
+        "confirm_boxes": f"confirm_boxes needs datasets: {train}",
     }
     assert found["plots"] == f"draw_grid needs matplotlib: {train}"
     assert found["ground"] == 0 and found["check"] == f"Error: ImportError: epmvg check-data needs datasets: {train}\n"

@@ -1,4 +1,4 @@
-"""Labelled images mixed with images that have captions alone."""
+"""Labelled images mixed with images that have captions alone, or boxes that no person drew."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +14,11 @@ class CaptionedGroups(Dataset):
     """
     Labelled images, and `ratio` captioned images for each of them, as one dataset of [`ImageGroup`]s. An epoch shows
     every labelled image once. The captioned images take turns in an order of their own, and each epoch goes on where
-    the one before stopped. Their expressions have no boxes.
+    the one before stopped.
 
     Args:
         labelled ([`ImageGroups`]): images with boxes.
-        captioned ([`ImageGroups`]): images with expressions or sentences; their boxes, if any, are not read.
+        captioned ([`ImageGroups`]): images with expressions or sentences, and boxes of those that have one.
         ratio (`float`): how many captioned images there are for each labelled image.
         seed (`int`): decides the order of the captioned images.
 
@@ -64,9 +64,9 @@ class CaptionedGroups(Dataset):
         turn = self.epoch.item() * self.num_captioned + index - len(self.labelled)
         captioned_index = self.order[turn % len(self.order)]
         group = self.captioned[captioned_index]
-        no_boxes = np.full((len(group), 4), np.nan, np.float32)
+        boxes = np.full((len(group), 4), np.nan, np.float32) if group.boxes is None else group.boxes
         number = None if group.index is None else len(self.labelled) + captioned_index
-        return replace(group, boxes=no_boxes, index=number)
+        return replace(group, boxes=boxes, index=number)
 
     def __getitems__(self, indices: Sequence[int]) -> list[ImageGroup]:
         """

@@ -4,9 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
 
+from ..data.image_groups import is_transformed
+from ..data.row_checks import read_boxes
 from ..model.configuration_epmvg import EpmVGConfig
 from ..model.image_processing_epmvg import EpmVGImageProcessor
 from ..model.modeling_epmvg import EpmVGGroundingOutput
@@ -170,17 +173,27 @@ def check_captions(
     weights: DistillationWeights,
 ) -> None:
     """
-    Raises a `ValueError` if expressions without boxes cannot be mixed into training.
+    Raises a `ValueError` if further rows cannot be mixed into training, or would teach nothing there.
 
     Args:
-        caption_dataset (`datasets.Dataset`): the rows without boxes.
+        caption_dataset (`datasets.Dataset`): these rows, of which some or all have no box.
         train_dataset (`datasets.Dataset`): the rows with boxes.
-        teacher ([`ClipTeacher`]): the teacher, without which such rows cannot train anything.
+        teacher ([`ClipTeacher`]): the teacher, without which rows without a box cannot train anything.
         weights ([`~distillation_loss.DistillationWeights`]): the weights of the loss terms.
     """
+    if isinstance(caption_dataset, datasets.IterableDataset) or isinstance(train_dataset, datasets.IterableDataset):
+        raise ValueError("caption_dataset cannot be mixed in when it, or train_dataset, is streamed")
+    if _has_boxes(caption_dataset):
+        return
     if teacher is None:
         raise ValueError("caption_dataset needs a teacher: without one, expressions without boxes teach nothing")
     if not weights.teaches:
         raise ValueError("caption_dataset needs a term of the distillation: all their weights are 0")
-    if isinstance(caption_dataset, datasets.IterableDataset) or isinstance(train_dataset, datasets.IterableDataset):
-        raise ValueError("caption_dataset cannot be mixed in when it, or train_dataset, is streamed")
+
+
+def _has_boxes(dataset: datasets.Dataset) -> bool:
+    """Whether a row has a box; of a dataset with a transform, whether it has such a column."""
+    if is_transformed(dataset) or "box" not in dataset.column_names:
+        return "box" in dataset.column_names
+    boxes = read_boxes(dataset.select_columns(["box"]).with_format("arrow")[:].column("box"))
+    return not np.isnan(boxes).all()

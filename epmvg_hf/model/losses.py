@@ -185,7 +185,7 @@ def score_loss(score_logits: torch.Tensor, pred_boxes: torch.Tensor, labels: tor
     boxes, labels = pred_boxes.detach().float(), labels.float()
     with_box = has_box(labels)
     boxes, targets = (torch.where(with_box[:, None], rows, 0.5) for rows in (boxes, labels))
-    iou = _paired_iou(center_to_corners_format(boxes), center_to_corners_format(targets))
+    iou = paired_iou(center_to_corners_format(boxes), center_to_corners_format(targets))
     losses = nn.functional.binary_cross_entropy_with_logits(
         score_logits.float(), torch.where(with_box, iou, 0), reduction="none"
     )
@@ -280,7 +280,8 @@ def _generalized_iou_loss(boxes: torch.Tensor, others: torch.Tensor) -> torch.Te
     return 1 - (intersection / (union + 1e-7) - (hull - union) / (hull + 1e-7))
 
 
-def _paired_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def paired_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The intersection over union `(N,)` of N pairs of boxes (x0, y0, x1, y1) in the same unit."""
     intersection, union = _intersection_and_union(boxes, others)
     return intersection / (union + 1e-7)
 

@@ -71,8 +71,7 @@ class EpmVGTrainer(StudentTrainer):
 
     With a teacher, training adds the terms of [`~distillation_loss.DistillationLoss`]. The teacher is not part of the
     model: it is not wrapped, not optimised and not saved. Its outputs are computed once where the data is not
-    augmented (`args.cache_teacher`). Rows whose `box` is `None`, and all of `caption_dataset`, take part in these
-    terms alone.
+    augmented (`args.cache_teacher`). Rows whose `box` is `None` take part in these terms alone.
 
     A run that is resumed is bit-equal to one that was not interrupted, also within an epoch: what is drawn for an
     image, its augmentation and the choice of its expressions, depends on seed, epoch and row alone.
@@ -92,7 +91,8 @@ class EpmVGTrainer(StudentTrainer):
             Teaches its image-text consistency, with the weights and temperatures in `args`. The relation and feature
             terms need a model with `config.teacher_projection_dim`, the feature term one of the teacher's `embed_dim`.
         caption_dataset (`datasets.Dataset`, *optional*):
-            Rows with `image`, `image_id` and `expression` (a caption), mixed into training at `args.caption_ratio`.
+            Rows with `image`, `image_id` and `expression` (a caption), mixed into training at `args.caption_ratio`. A
+            column `box` is learned too, such as boxes that [`add_teacher_boxes`] or [`confirm_boxes`] gave.
         kwargs: further arguments of `transformers.Trainer`; examples/TRAINER.md says which of them work.
 
     Raises:
@@ -552,7 +552,8 @@ class EpmVGTrainer(StudentTrainer):
         data = f"{rows} of {name or 'data of its own'}"
         if self.caption_dataset is None:
             return data
-        return f"{data}, and on {len(self.caption_dataset):,} expressions or captions without boxes"
+        further = "with boxes that a model drew" if "box" in self.caption_dataset.column_names else "without boxes"
+        return f"{data}, and on {len(self.caption_dataset):,} expressions or captions {further}"
 
     def _describe_teacher(self, name: str | None) -> str | None:
         if self.teaching is None:

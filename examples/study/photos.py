@@ -16,7 +16,7 @@ import multiprocessing
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from epmvg_hf import (
     EpmVGTrainingArguments,
     ImageGroups,
     add_teacher_boxes,
+    confirm_boxes,
     load_grounding_dataset,
 )
 from epmvg_hf.training.hardware import choose_compute
@@ -60,6 +61,9 @@ class Setting:
         captions: whether other photos without boxes take part.
         first: weights of the teacher's terms in a stage before, which has all captions and no boxes.
         teacher_boxes: whether a second stage before has boxes that the teacher draws for the phrases of all photos.
+        predictor: name of a setting of which a student is trained first, with the same labels, whose boxes for the
+            phrases of the other photos are learned beside the labels.
+        confirmed: whether only those of them are learned that the teacher confirms.
         keeps_first: whether what stands before fusion stays after that stage as it is.
         teacher_towers: whether the towers are those of the teacher.
         extra_steps: whether the boxes have as many steps as all three stages together.
@@ -71,6 +75,8 @@ class Setting:
     captions: bool = False
     first: dict[str, float] = field(default_factory=dict)
     teacher_boxes: bool = False
+    predictor: str | None = None
+    confirmed: bool = False
     keeps_first: bool = False
     teacher_towers: bool = False
     extra_steps: bool = False
@@ -105,6 +111,13 @@ SETTINGS = {
         first=TEACHER_MAP,
         teacher_boxes=True,
         terms=TEACHER_MAP,
+    ),
+    "own_boxes": Setting("no teacher, boxes of such a student for other photos", predictor="box_map"),
+    "confirmed": Setting(
+        "teacher's map first, boxes after and those of such a student for other photos that the teacher confirms",
+        first=TEACHER_MAP,
+        predictor="first_then_map",
+        confirmed=True,
     ),
     "teacher_towers": Setting("no teacher, the towers are the teacher's own (the rival)", teacher_towers=True),
 }
@@ -154,6 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--teacher_box_steps", type=int, default=2_400, help="steps of the stage with the teacher's boxes"
     )
+    parser.add_argument("--predictor_steps", type=int, default=800, help="steps of the student that draws boxes")
     parser.add_argument("--evaluate_on", choices=["validation", "held_back"], default="validation")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/photo_study"))
@@ -177,9 +191,13 @@ def main() -> None:
     second = {
         run.second_folder: run for run in missing if run.setting.teacher_boxes and not run.second_folder.exists()
     }
+    predictors = {
+        run.predictions_file: run for run in missing if run.setting.predictor and not run.predictions_file.exists()
+    }
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
         pool.map(distil_first, list(first.values()), chunksize=1)
         pool.map(learn_teacher_boxes, list(second.values()), chunksize=1)
+        pool.map(predict_others, list(predictors.values()), chunksize=1)
         pool.map(train_boxes, missing, chunksize=1)
 
 
@@ -226,6 +244,12 @@ class Run:
     def second_folder(self) -> Path:
         """Where the student is kept that has then learned the teacher's boxes."""
         return self.first_folder.with_name(f"{self.first_folder.name}-boxes-{self.arguments.teacher_box_steps}")
+
+    @property
+    def predictions_file(self) -> Path:
+        """Where the boxes are kept that a student of the labels predicts for the other photos."""
+        name = f"{self.setting.predictor}-{self.labelled}-{self.arguments.predictor_steps}-{self.seed}.npy"
+        return self.arguments.output_dir / "predicted" / name
 
 
 def distil_first(run: Run) -> None:
@@ -277,6 +301,38 @@ def learn_teacher_boxes(run: Run) -> None:
     save_stage(run.second_folder, model, trainer, start)
 
 
+def predict_others(run: Run) -> None:
+    """Trains the student of another setting, and keeps its boxes for the phrases of the photos that have no labels."""
+    start = time.time()
+    torch.set_num_threads(1)
+    set_seed(run.seed)
+    assert run.setting.predictor is not None
+    predictor = Run(run.arguments, run.setting.predictor, run.labelled, run.arguments.predictor_steps, run.seed)
+    trainer = make_student_trainer(predictor)
+    trainer.train()
+    boxes = trainer.predict(load_others(run)).predictions
+    run.predictions_file.parent.mkdir(parents=True, exist_ok=True)
+    part = run.predictions_file.with_suffix(".part.npy")
+    np.save(part, boxes)
+    part.replace(run.predictions_file)
+    print(f"{run.predictions_file.name}: {round(time.time() - start)} s", flush=True)
+
+
+def load_others(run: Run) -> Dataset:
+    """The phrases of the photos that have no labels in a run, without their boxes."""
+    phrases = load_phrases(run.arguments).remove_columns("sentence")
+    labelled = set(load_labelled(run.arguments, run.labelled, run.seed)["image_id"])
+    return phrases.select([row for row, name in enumerate(phrases["image_id"]) if name not in labelled])
+
+
+def load_predicted(run: Run) -> Dataset:
+    """The same with predicted boxes: all, or those that the teacher confirms."""
+    others, boxes = load_others(run), np.load(run.predictions_file)
+    if not run.setting.confirmed:
+        return others.add_column("box", boxes.tolist(), feature=List(Value("float32"), length=4))
+    return confirm_boxes(others, boxes, ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}"))
+
+
 def save_stage(folder: Path, model: EpmVGForVisualGrounding, trainer: EpmVGTrainer, start: float) -> None:
     """Saves under another name first, so that a killed run leaves no part of a stage that looks finished."""
     part = folder.with_name(folder.name + ".part")
@@ -287,36 +343,47 @@ def save_stage(folder: Path, model: EpmVGForVisualGrounding, trainer: EpmVGTrain
     print(f"{folder.name}: {log['seconds']} s", flush=True)
 
 
-def train_boxes(run: Run) -> None:
-    start = time.time()
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    set_seed(run.seed)
+def make_student_trainer(run: Run, eval_dataset: Dataset | None = None) -> EpmVGTrainer:
+    """The trainer of a setting's last stage, in which labelled boxes are learned."""
     setting = run.setting
     model, processor = make_student(run)
     if setting.first:
         stage = run.second_folder if setting.teacher_boxes else run.first_folder
         model.load_state_dict(EpmVGForVisualGrounding.from_pretrained(stage).state_dict())
-    teacher = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}") if setting.terms else None
-    test = load_test(run.arguments)
-    before = measure_gap(model, processor, test)
-    frozen = HALVES[run.arguments.half]["frozen_parameters"] + (BEFORE_FUSION if setting.keeps_first else [])
-    trainer = make_trainer(
+    further = None
+    if setting.predictor:
+        further = load_predicted(run)
+    elif setting.captions:
+        further = load_captions(run.arguments)
+    return make_trainer(
         run,
         model,
         processor,
         load_labelled(run.arguments, run.labelled, run.seed) if run.labelled else None,
-        teacher=teacher,
+        teacher=ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}") if setting.terms else None,
         terms=setting.terms,
         half=run.arguments.half,
         max_steps=run.total_steps,
-        frozen_parameters=frozen,
-        caption_dataset=load_captions(run.arguments) if setting.captions else None,
-        eval_dataset=test.select(range(min(800, len(test)))),
-        eval_strategy="steps" if run.seed == 0 and run.labelled else "no",  # one seed is enough for a curve
+        frozen_parameters=HALVES[run.arguments.half]["frozen_parameters"]
+        + (BEFORE_FUSION if setting.keeps_first else []),
+        caption_dataset=further,
+        eval_dataset=eval_dataset,
+        # One seed is enough for a curve.
+        eval_strategy="steps" if run.seed == 0 and run.labelled and eval_dataset is not None else "no",
         eval_steps=max(1, run.total_steps // 4),
-        per_device_train_batch_size=8 * (2 if setting.captions else 1),
+        per_device_train_batch_size=8 * (1 if further is None else 2),
     )
+
+
+def train_boxes(run: Run) -> None:
+    start = time.time()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    set_seed(run.seed)
+    test = load_test(run.arguments)
+    trainer = make_student_trainer(run, test.select(range(min(800, len(test)))))
+    model, processor = cast(EpmVGForVisualGrounding, trainer.model), trainer.processing_class
+    before = measure_gap(model, processor, test)
     if run.labelled:
         trainer.train()
     output = trainer.predict(test)

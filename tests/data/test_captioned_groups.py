@@ -28,6 +28,13 @@ def test_captioned_images_take_turns_and_labelled_ones_come_once_an_epoch():
         CaptionedGroups(labelled, ImageGroups(coloured_rows(["a"]).select([])), ratio=1, seed=0)
 
 
+def test_boxes_of_the_further_images_are_kept():
+    further = coloured_rows(["x", "y"])
+    mixed = CaptionedGroups(ImageGroups(coloured_rows(["a"])), ImageGroups(further), ratio=2, seed=0)
+    shown = {mixed[index].image_id: mixed[index].boxes.tolist() for index in (1, 2)}
+    assert shown == {row["image_id"]: [row["box"]] for row in further}
+
+
 def test_a_batch_has_its_labelled_images_first():
     """Runs with a seed give other numbers in another order, because augmentation and dropout draw in it."""
     labelled = ImageGroups(coloured_rows(["a", "b", "c"]))

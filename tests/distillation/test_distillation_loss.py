@@ -143,19 +143,24 @@ def test_augmented_images_are_shown_to_the_teacher_as_the_student_sees_them(tmp_
     assert teacher.calls == 3 and np.isfinite(log["loss"])
 
 
-def test_captions_teach_without_boxes(tmp_path, processor, dataset):
-    """Boxes of captioned images must not matter, and their rows must not dilute the mean over boxes."""
+def test_captions_teach_without_boxes_and_boxes_that_they_have_are_learned(tmp_path, processor, dataset):
+    """Rows without a box must not dilute the mean over boxes."""
     captioned = load_grounding_dataset("shapes", split="validation", num_images=12)
     arguments = {"teacher": TinyTeacher(), "per_device_train_batch_size": 24}
     plain = _first_log(_trainer(tmp_path, processor, dataset, teacher=TinyTeacher()))
-    logs = [
+    without, boxed = (
         _first_log(_trainer(tmp_path, processor, dataset, caption_dataset=captions, **arguments))
-        for captions in (captioned, captioned.remove_columns("box"))
-    ]
+        for captions in (captioned.remove_columns("box"), captioned)
+    )
+    # As many images are labelled as are captioned; the mean is over all expressions with a box.
+    both = concatenate_datasets([dataset, captioned.select_columns(dataset.column_names)])
+    together = _first_log(_trainer(tmp_path, processor, both, **arguments))
     for name in ("loss_bbox", "loss_giou", "loss_map"):
-        assert logs[0][name] == logs[1][name] == pytest.approx(plain[name], rel=1e-5)
-    assert logs[1]["loss_feature"] != pytest.approx(plain["loss_feature"], rel=1e-3)
-    assert logs[1]["loss_relation"] > plain["loss_relation"] * 0.5
+        assert without[name] == pytest.approx(plain[name], rel=1e-5)
+        assert boxed[name] == pytest.approx(together[name], rel=1e-5)
+    assert boxed["loss_giou"] != pytest.approx(plain["loss_giou"], rel=1e-3)
+    assert without["loss_feature"] != pytest.approx(plain["loss_feature"], rel=1e-3)
+    assert without["loss_relation"] > plain["loss_relation"] * 0.5
 
 
 def test_a_batch_of_captions_alone_trains(tmp_path, processor, dataset):
@@ -191,11 +196,13 @@ def test_impossible_combinations_are_refused(tmp_path, processor, dataset):
     with pytest.raises(ValueError, match="set teacher_map_loss_coefficient to 0"):
         _trainer(tmp_path, processor, dataset, teacher=without_patches)
     with pytest.raises(ValueError, match="caption_dataset needs a teacher"):
-        _trainer(tmp_path, processor, dataset, caption_dataset=dataset)
+        _trainer(tmp_path, processor, dataset, caption_dataset=dataset.remove_columns("box"))
+    _trainer(tmp_path, processor, dataset, caption_dataset=dataset)  # its boxes teach something
     with pytest.raises(ValueError, match="has no column box"):
         _trainer(tmp_path, processor, dataset.remove_columns("box"), teacher=TinyTeacher()).train()
     with pytest.raises(ValueError, match="caption_dataset needs a term"):
-        _trainer(tmp_path, processor, dataset, teacher=TinyTeacher(), caption_dataset=dataset, **WITHOUT)
+        captions = dataset.remove_columns("box")
+        _trainer(tmp_path, processor, dataset, teacher=TinyTeacher(), caption_dataset=captions, **WITHOUT)
 
 
 def _run(folder: Path, processes: int, *options: str) -> dict:
@@ -255,7 +262,7 @@ def test_every_epoch_shows_other_captions_also_when_accelerate_hides_the_dataset
 ):
     from epmvg_hf.training import trainer as trainer_module
 
-    captioned = load_grounding_dataset("shapes", split="validation", num_images=36)
+    captioned = load_grounding_dataset("shapes", split="validation", num_images=36).remove_columns("box")
     log = {}
     _captions_of(log, trainer_module, monkeypatch)
     arguments = {"teacher": TinyTeacher(), "caption_dataset": captioned, "per_device_train_batch_size": 24}
@@ -303,7 +310,7 @@ def test_the_teacher_runs_in_the_autocast_dtype(tmp_path, processor, dataset, ca
 
 
 def test_the_map_may_be_taught_only_where_there_is_no_box(tmp_path, processor, dataset):
-    captioned = load_grounding_dataset("shapes", split="validation", num_images=12)
+    captioned = load_grounding_dataset("shapes", split="validation", num_images=12).remove_columns("box")
     arguments = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_rows": "without_box"}
     alone = _first_log(_trainer(tmp_path, processor, dataset, teacher=TinyTeacher(), **arguments))
     assert alone["loss"] == pytest.approx(alone["loss_bbox"] + alone["loss_giou"] + alone["loss_map"], rel=1e-5)

@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from torch import nn
 
-from epmvg_hf import add_teacher_boxes
+from epmvg_hf import add_teacher_boxes, confirm_boxes
 from epmvg_hf.distillation.teacher_boxes import boxes_of_maps
 from epmvg_hf.model.letterbox import Letterbox
 from tests.fixtures.tiny_teacher import TinyTeacher
@@ -73,6 +73,21 @@ def test_captions_get_a_column_of_boxes(rows, tmp_path):
     again = add_teacher_boxes(captions, ColourTeacher(), cache_dir=tmp_path, disable_tqdm=True)
     assert again["box"][:] == drawn["box"][:] and again._fingerprint == drawn._fingerprint
     assert add_teacher_boxes(drawn, ColourTeacher())["box"][:] == drawn["box"][:]
+
+
+def test_boxes_are_confirmed_where_student_and_teacher_agree(rows, tmp_path):
+    # Of the first image about the red rectangle, far from the green one, and half of the blue one.
+    predicted = np.array([[42, 22, 118, 98], [0, 0, 20, 20], [200, 60, 250, 140], [0, 0, 320, 160]], np.float32)
+    rows = rows.select([3, 0, 1, 2]).select([1, 2, 3])
+    kept = confirm_boxes(rows, predicted[:3], ColourTeacher(), cache_dir=tmp_path, disable_tqdm=True)
+    assert kept.column_names == ["image", "image_id", "expression", "box"] and kept["expression"][:] == ["red"]
+    assert kept["box"][:] == [[42, 22, 118, 98]]
+    both = confirm_boxes(rows, predicted[:3], ColourTeacher(), min_iou=0.3, cache_dir=tmp_path, disable_tqdm=True)
+    assert both["expression"][:] == ["red", "blue"] and both["box"][1] == [200, 60, 250, 140]
+    none = confirm_boxes(rows, predicted[:3], ColourTeacher(), min_iou=1.0, cache_dir=tmp_path, disable_tqdm=True)
+    assert len(none) == 0 and none.features["box"] == kept.features["box"]
+    with pytest.raises(ValueError, match="there are 4 boxes for 3 rows"):
+        confirm_boxes(rows, predicted, ColourTeacher())
 
 
 @pytest.mark.parametrize("size", [(100, 100), (90, 160), (200, 120)])

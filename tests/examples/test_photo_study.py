@@ -51,6 +51,7 @@ def arguments(tmp_path, monkeypatch) -> Namespace:
         half="frozen",
         first_steps=2,
         teacher_box_steps=3,
+        predictor_steps=2,
         evaluate_on="validation",
         output_dir=tmp_path / "study",
     )
@@ -88,13 +89,20 @@ def towers(arguments, tmp_path, monkeypatch) -> Namespace:
 def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monkeypatch):
     for half in ("frozen", "tuned"):
         towers.half = half
-        others = ("all_captions", "first_boxes", "teacher_towers") if half == "frozen" else ()
+        others = (
+            ("all_captions", "first_boxes", "own_boxes", "confirmed", "teacher_towers") if half == "frozen" else ()
+        )
         for name in ("box_map", "first_all", *others):
             run = Run(towers, name, labelled=3, steps=4, seed=0)
-            if run.setting.first and half == "frozen":  # both halves start from it
+            if run.setting.first and not run.first_folder.exists():  # both halves start from it
                 photos.distil_first(run)
             if run.setting.teacher_boxes and half == "frozen":
                 photos.learn_teacher_boxes(run)
+            if run.setting.predictor:
+                photos.predict_others(run)
+                others = photos.load_others(run)
+                assert len(photos.load_predicted(run)) == len(others) or run.setting.confirmed
+                assert not set(others["image_id"]) & set(photos.load_labelled(towers, 3, seed=0)["image_id"])
             photos.train_boxes(run)
             result = json.loads(run.result_file.read_text())
             assert result["setting"] == name and 0 <= result["acc@0.5"] <= 1

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 from transformers.trainer_utils import PredictionOutput
 
-from epmvg_hf import EpmVGForVisualGrounding, EpmVGTrainer, load_grounding_dataset
+from epmvg_hf import EpmVGForVisualGrounding, EpmVGTrainer, confirm_boxes, load_grounding_dataset
 from epmvg_hf.evaluation.accuracy_by_group import GroupAccuracy
 from tests.fixtures.models import tiny_model
 from tests.fixtures.paths import EXAMPLES
@@ -146,6 +146,32 @@ def test_a_teacher_draws_the_boxes_of_a_first_stage(tmp_path, monkeypatch):
     assert EpmVGForVisualGrounding.from_pretrained(tmp_path / "out").config.box_head == "map"
     with pytest.raises(ValueError, match="teacher_boxes is true, but there is no teacher"):
         example.main([*command, "--teacher_name", "none", "--output_dir", str(tmp_path / "other")])
+
+
+def test_boxes_of_a_model_that_the_teacher_confirms_are_learned(tmp_path, processor, monkeypatch, caplog):
+    tiny_model(box_head="map").save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    kept = []
+
+    def confirm(dataset, boxes, teacher):
+        kept.append(confirm_boxes(dataset, boxes, teacher, min_iou=0.1, cache_dir=tmp_path / "cache"))
+        return kept[-1]
+
+    monkeypatch.setattr(example, "confirm_boxes", confirm)
+    monkeypatch.setattr(example.ClipTeacher, "from_pretrained", lambda *args: TinyTeacher())
+    command = [
+        "--output_dir", str(tmp_path / "out"), "--num_train_images", "8", "--max_steps", "2", "--do_eval", "false",
+        "--do_predict", "false", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--use_cpu", "true",
+        "--confirmed_model", str(tmp_path / "model"), *UNCALIBRATED,
+    ]  # fmt: skip
+    example.main([*command, "--num_labelled_images", "2"])
+    (confirmed,) = kept
+    assert len(confirmed) > 0 and len(set(confirmed["image_id"])) <= 6
+    assert f"expressions without a box, the teacher confirms {len(confirmed)} boxes" in caplog.text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"and on {len(confirmed)} expressions or captions with boxes that a model drew" in card
+    with pytest.raises(ValueError, match="confirmed_model needs num_labelled_images"):
+        example.main([*command, "--output_dir", str(tmp_path / "other")])
 
 
 def test_expressions_that_describe_nothing_are_no_captions():
