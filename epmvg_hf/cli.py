@@ -7,8 +7,10 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .commands.check_data import check_data
+from .commands.convert import convert
 from .commands.demo import demo
 from .commands.exclude_images import exclude_images
+from .commands.export import export
 from .commands.ground import ground
 from .commands.info import info
 from .utils import in_short
@@ -31,7 +33,7 @@ class ShortErrors(TyperGroup):
 
 # Without rich, an error is one line, and the lines of an example stay apart.
 app = typer.Typer(cls=ShortErrors, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for command in (ground, demo, check_data, exclude_images, info):
+for command in (ground, demo, convert, export, check_data, exclude_images, info):
     app.command()(command)
 
 

@@ -9,14 +9,15 @@ import json
 import shutil
 from pathlib import Path
 
-import convert_original_checkpoint
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 from transformers import AutoProcessor, BertConfig
+from typer.testing import CliRunner
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGImageProcessor, EpmVGProcessor
+from epmvg_hf.cli import app
 from epmvg_hf.model.convert_transvg import convert_transvg, read_transvg_checkpoint
 from tests.fixtures.models import tiny_tokenizer
 from tests.fixtures.original_transvg import Original, original
@@ -76,7 +77,10 @@ def save(tmp_path, content):
 
 
 def convert(checkpoint, output_dir, *options):
-    convert_original_checkpoint.main(["--checkpoint", checkpoint, "--output_dir", str(output_dir), *options])
+    result = CliRunner().invoke(app, ["--debug", "convert", checkpoint, str(output_dir), *options])
+    if isinstance(result.exception, ValueError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
     return EpmVGForVisualGrounding.from_pretrained(output_dir).eval()
 
 
@@ -359,5 +363,5 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path):
     checkpoint = save(tmp_path, {"model": original().state_dict()})
     (tmp_path / "out").mkdir()
     convert(checkpoint, tmp_path / "out", "--tokenizer", "none")
-    with pytest.raises(ValueError, match="out is not empty: expected a new folder"):
-        convert(checkpoint, tmp_path / "out", "--tokenizer", "none")
+    result = CliRunner().invoke(app, ["convert", checkpoint, str(tmp_path / "out"), "--tokenizer", "none"])
+    assert result.exit_code == 2 and "out is not empty: expected a new folder" in " ".join(result.output.split())

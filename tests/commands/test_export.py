@@ -1,16 +1,18 @@
-"""The script that exports a model as two programs, one for images and one for expressions."""
+"""`epmvg export`, which makes two programs of a model: one for images and one for expressions."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-import export_model as example
 import numpy as np
 import pytest
 import torch
 from transformers.exporters import ExportedModel
+from typer.testing import CliRunner
 
 from epmvg_hf import EpmVGForVisualGrounding, EpmVGProcessor
+from epmvg_hf.cli import app
+from epmvg_hf.commands.exported_programs import IMAGE_INPUTS, make_inputs
 from tests.fixtures.models import tiny_model
 
 
@@ -40,21 +42,22 @@ def _with_plain_onnxruntime(folder: Path) -> dict[str, Callable]:
 
 
 @pytest.mark.parametrize(("output_format", "load"), [("torch", _with_torch), ("onnx", _with_plain_onnxruntime)])
-def test_two_programs_give_the_boxes_of_the_model(tmp_path, folder, capsys, output_format, load):
+def test_two_programs_give_the_boxes_of_the_model(tmp_path, folder, output_format, load):
     if output_format == "onnx":
         pytest.importorskip("onnxscript")
     output = tmp_path / "out"
-    example.main([str(folder), str(output), "--format", output_format])
-    differences = re.findall(r"^B \d, N \d, L \d+: largest difference of a box (.+)$", capsys.readouterr().out, re.M)
+    result = CliRunner().invoke(app, ["export", str(folder), str(output), "--format", output_format])
+    assert result.exit_code == 0, result.output
+    differences = re.findall(r"^B \d, N \d, L \d+: largest difference of a box (.+)$", result.stdout, re.M)
     assert len(differences) == 3 and all(float(difference) < 1e-5 for difference in differences)
 
     # Four images are encoded once. Then their expressions come one after the other.
     programs, processor = load(output), EpmVGProcessor.from_pretrained(output)
-    inputs = example.make_inputs(processor, num_images=4, num_expressions=6)
+    inputs = make_inputs(processor, num_images=4, num_expressions=6)
     with torch.no_grad():
         boxes = EpmVGForVisualGrounding.from_pretrained(folder)(**inputs).pred_boxes
     assert (boxes.amax(0) - boxes.amin(0)).min() > 1e-3
-    seen = programs["image"](**{name: inputs[name] for name in example.IMAGE_INPUTS})
+    seen = programs["image"](**{name: inputs[name] for name in IMAGE_INPUTS})
     for row, box in enumerate(boxes):
         tokens = int(inputs["attention_mask"][row].sum())  # those that are not padding
         found = programs["expression"](

@@ -1,18 +1,15 @@
-#!/usr/bin/env python
-"""Exports a model as two programs of ONNX or torch.export: one encodes an image, the other grounds expressions in it.
-
-python examples/export_model.py outputs/demo outputs/onnx                   # image.onnx and expression.onnx
-python examples/export_model.py outputs/demo outputs/pt2 --format torch     # image.pt2 and expression.pt2
+"""
+A model as two programs of ONNX or torch.export: one encodes an image, the other grounds expressions in it.
 
     pixel_values, pixel_mask                                             -> image      -> visual_tokens, visual_mask
     visual_tokens, visual_mask, input_ids, attention_mask, image_index   -> expression -> pred_boxes
 
 An image is encoded once, however many expressions it has and whenever they are given. The programs take any number of
 images B, expressions N and tokens L (2 to `max_text_length`), on the canvas of the processor, which is saved beside
-them. The script runs them with other numbers than they were exported with and compares the boxes with the model's.
+them.
 """
 
-import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +18,9 @@ from PIL import Image
 from torch.export import Dim
 from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, OnnxConfig, OnnxExporter
 
-from epmvg_hf import EpmVGForVisualGrounding, EpmVGProcessor
-from epmvg_hf.utils import needs_extra
+from ..model.modeling_epmvg import EpmVGForVisualGrounding
+from ..model.processing_epmvg import EpmVGProcessor
+from ..utils import needs_extra
 
 TOLERANCE = 1e-4  # largest difference of a box coordinate, as a share of the canvas
 IMAGE_INPUTS = ("pixel_values", "pixel_mask")
@@ -44,10 +42,10 @@ class ExpressionHalf(EpmVGForVisualGrounding):
         return {"pred_boxes": super().forward(**inputs, return_dict=True).pred_boxes}
 
 
-def export(folder: str, output_format: str) -> ExportedModel:
+def export_halves(folder: str, output_format: str) -> ExportedModel:
     """Export the model in a folder to "onnx" or "torch", with the components "image" and "expression"."""
     if output_format == "onnx":
-        with needs_extra("The export", "onnx"):
+        with needs_extra("epmvg export", "onnx"):
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
         exporter, config_class = OnnxExporter(), OnnxConfig
@@ -98,32 +96,27 @@ def run(exported: ExportedModel, inputs: dict[str, torch.Tensor]) -> torch.Tenso
     return torch.as_tensor(found["pred_boxes"])
 
 
-def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Folder or Hub id of a trained model.")
-    parser.add_argument("output", type=Path, help="Folder for the two programs.")
-    parser.add_argument(
-        "--format", choices=["onnx", "torch"], default="onnx", help="ONNX, or a program of torch.export."
-    )
-    arguments = parser.parse_args(command_line)
+def compare(model_folder: str, programs_folder: Path) -> Iterator[str]:
+    """
+    Runs the programs of a folder with other numbers of images, expressions and tokens than they were exported with.
 
-    export(arguments.model, arguments.format).save_pretrained(arguments.output)
-    processor = EpmVGProcessor.from_pretrained(arguments.model)
-    processor.save_pretrained(arguments.output)
+    Returns:
+        `Iterator[str]`: a sentence for each of them with the largest difference from the boxes of the model.
+
+    Raises:
+        ValueError: a difference is larger than `TOLERANCE`.
+    """
+    processor = EpmVGProcessor.from_pretrained(programs_folder)
     # Programs of torch are pickled, so transformers 5.24 loads them only for those who trust them, as we do here.
-    exported = ExportedModel.from_pretrained(arguments.output, trust_remote_code=True)
-    model = EpmVGForVisualGrounding.from_pretrained(arguments.model)
+    exported = ExportedModel.from_pretrained(programs_folder, trust_remote_code=True)
+    model = EpmVGForVisualGrounding.from_pretrained(model_folder)
     for num_images, num_expressions in ((1, 1), (2, 3), (3, 7)):
         inputs = make_inputs(processor, num_images, num_expressions)
         with torch.no_grad():
             difference = (run(exported, inputs) - model(**inputs).pred_boxes).abs().max().item()
         length = inputs["input_ids"].shape[1]
-        print(f"B {num_images}, N {num_expressions}, L {length}: largest difference of a box {difference:.1e}")
+        yield f"B {num_images}, N {num_expressions}, L {length}: largest difference of a box {difference:.1e}"
         if difference > TOLERANCE:
-            raise SystemExit(
+            raise ValueError(
                 f"the boxes of the programs differ from those of the model by more than {TOLERANCE} of the canvas"
             )
-
-
-if __name__ == "__main__":
-    main()
