@@ -260,7 +260,7 @@ class ImageGroups(Dataset):
         >>> from epmvg_hf import ImageGroups
 
         >>> list(ImageGroups(dataset).measure("dataset"))[3]
-        (160, 160)
+        (100, 128)
         ```
         """
         encoded = self.images.cast_column("image", datasets.Image(decode=False))
