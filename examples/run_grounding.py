@@ -332,6 +332,8 @@ def confirmed_rows(folder: str, dataset: Dataset, teacher: ClipTeacher, argument
     processor = EpmVGProcessor.from_pretrained(folder)
     predictor = EpmVGTrainer(model=model, args=arguments, processing_class=processor)
     confirmed = confirm_boxes(dataset, predictor.predict(dataset).predictions, teacher)
+    if len(confirmed) == 0:
+        raise ValueError(f"the teacher confirms no box of {folder} for the {len(dataset)} expressions without one")
     logger.info("of %d expressions without a box, the teacher confirms %d boxes", len(dataset), len(confirmed))
     return confirmed
 

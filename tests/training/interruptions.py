@@ -1,6 +1,7 @@
 """
-Trainings that are killed (SIGKILL) and resumed until they end, compared with ones that were not. A process forks for
-each, so that a training begins within milliseconds.
+Trainings that are killed (SIGKILL) and resumed until they end, compared with ones that were not. Each has a process
+that is forked from a server which has imported everything, so that it begins within milliseconds. A fork of this
+process could not train once this process has: autograd's threads do not survive it.
 
 python tests/training/interruptions.py 40      # that many kills at random moments of each kind of training
 """
@@ -60,6 +61,11 @@ class KillAt(TrainerCallback):
     on_step_begin = on_pre_optimizer_step = on_step_end = on_prediction_step = on_evaluate = on_save = _pass
 
 
+def kill_at(moment: int, folder: Path) -> list[TrainerCallback]:
+    """Kills the training in a folder at the n-th moment of [`KillAt`]."""
+    return [KillAt(moment)]
+
+
 def count_writes_and_kill(moment: int, folder: Path) -> None:
     """Kills this process when it is about to make the n-th change among the files below a folder."""
     left = moment
@@ -97,7 +103,11 @@ def make_trainer(
     )
 
 
-def train(kind: str, folder: Path, prepare: Preparation = lambda folder: None, max_steps: int = 8) -> None:
+def do_nothing(folder: Path) -> None:
+    """Lets a training run to its end."""
+
+
+def train(kind: str, folder: Path, prepare: Preparation = do_nothing, max_steps: int = 8) -> None:
     """Trains to the end, from the newest checkpoint if there is one."""
     torch.set_num_threads(1)
     trainer = make_trainer(kind, folder, prepare(folder), max_steps)
@@ -108,7 +118,9 @@ def train(kind: str, folder: Path, prepare: Preparation = lambda folder: None, m
 
 
 def start(*arguments: Any) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=train, args=arguments)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.interruptions"])
+    process = context.Process(target=train, args=arguments)
     process.start()
     return process
 

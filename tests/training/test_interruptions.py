@@ -6,16 +6,16 @@ from functools import partial
 import pytest
 
 from epmvg_hf.training.checkpoint_files import describe_damage, find_checkpoint
-from tests.training.interruptions import KINDS, KillAt, count_writes_and_kill, start, train, train_with_kills
+from tests.training.interruptions import KINDS, count_writes_and_kill, kill_at, start, train, train_with_kills
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_trainings_end_bit_equal(tmp_path, kind):
     expected, _ = train_with_kills(kind, tmp_path / "straight", [])
     moments = (3, 14)  # within the second of four epochs, in an evaluation or a save
-    in_steps = [lambda folder, moment=moment: [KillAt(moment)] for moment in moments]
+    in_steps = [partial(kill_at, moment) for moment in moments]
     # Among the files of the prepared data, of the caches or the first checkpoint, and of a checkpoint.
-    in_writes = [lambda folder, moment=moment: count_writes_and_kill(moment, folder) for moment in (8, 17, 9)]
+    in_writes = [partial(count_writes_and_kill, moment) for moment in (8, 17, 9)]
     ended, killed = train_with_kills(kind, tmp_path / "killed", [*in_writes, *in_steps])
     assert ended == expected and killed >= 4
 
