@@ -8,6 +8,8 @@ import typer
 
 import epmvg_hf
 
+from .grounder import check_model
+
 
 class Format(StrEnum):
     """The kinds of programs."""
@@ -33,6 +35,7 @@ def export(
         epmvg export outputs/demo outputs/onnx                   # image.onnx and expression.onnx
         epmvg export outputs/demo outputs/pt2 --format torch     # image.pt2 and expression.pt2
     """
+    check_model(model)
     epmvg_hf.register()
     from ..model.processing_epmvg import EpmVGProcessor
     from .exported_programs import compare, export_halves

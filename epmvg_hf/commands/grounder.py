@@ -31,7 +31,7 @@ def load_grounder(model: str | None, device: str | None) -> "VisualGroundingPipe
                 "name a model: a folder or a Hub id (of a checkout of the repository, its small one is the default)"
             )
         model = str(SHIPPED_MODEL)
-    _check_model(model)
+    check_model(model)
     epmvg_hf.register()
     from transformers import pipeline
     from transformers.utils import logging
@@ -40,7 +40,7 @@ def load_grounder(model: str | None, device: str | None) -> "VisualGroundingPipe
     return pipeline("visual-grounding", model=model, device=device)
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
     """
     Says in a moment that there is no such model. Otherwise each of its files is sought on the Hub, which takes minutes
     where there is no network.

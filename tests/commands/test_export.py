@@ -41,6 +41,11 @@ def _with_plain_onnxruntime(folder: Path) -> dict[str, Callable]:
     return {name: load(name) for name in ("image", "expression")}
 
 
+def test_a_folder_that_is_not_there_is_named_at_once(tmp_path):
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "none"), str(tmp_path / "out")])
+    assert result.exit_code == 2 and "there is no folder" in result.output and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("output_format", "load"), [("torch", _with_torch), ("onnx", _with_plain_onnxruntime)])
 def test_two_programs_give_the_boxes_of_the_model(tmp_path, folder, output_format, load):
     if output_format == "onnx":
