@@ -10,8 +10,7 @@ demo: $(VENV)/.train
 	mkdir -p outputs
 	$(BIN)/epmvg ground examples/images/astronaut.jpg "the woman in the orange suit" "a dog" --threshold 0.3 \
 		--save outputs/photo.png
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/run_grounding.py
+	$(BIN)/epmvg train examples/configs/shapes.yaml
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -13,6 +13,7 @@ from .commands.exclude_images import exclude_images
 from .commands.export import export
 from .commands.ground import ground
 from .commands.info import info
+from .commands.train import train
 from .utils import in_short
 
 
@@ -35,6 +36,8 @@ class ShortErrors(TyperGroup):
 app = typer.Typer(cls=ShortErrors, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in (ground, demo, convert, export, check_data, exclude_images, info):
     app.command()(command)
+# What typer does not know is an argument of the training.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 
 def _show_version(wanted: bool) -> None:

@@ -8,7 +8,6 @@ python examples/train_teacher.py examples/configs/teachers/flickr30k_towers.yaml
 """
 
 import json
-import logging
 import random
 import sys
 from collections import defaultdict
@@ -18,21 +17,12 @@ from typing import Any
 
 import timm
 import torch
-from command_line import (
-    check_output_dir,
-    checkpoint_to_resume,
-    config_file,
-    parse_arguments,
-    show_own_messages,
-    use_hardware,
-)
 from datasets import Dataset
 from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
-from trained_tokenizer import train_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -41,10 +31,18 @@ from epmvg_hf.data.shapes import GENERIC_NOUNS
 from epmvg_hf.distillation.patch_embeddings import pooled_and_patches
 from epmvg_hf.distillation.teacher_boxes import boxes_of_maps
 from epmvg_hf.evaluation.accuracy import paired_iou
+from epmvg_hf.runs.command_line import (
+    check_output_dir,
+    checkpoint_to_resume,
+    parse_arguments,
+    short_errors,
+    show_own_messages,
+    use_hardware,
+)
+from epmvg_hf.runs.trained_tokenizer import train_tokenizer
 from epmvg_hf.training.optimization import freeze_parameters
 
-CONFIGS = Path(__file__).parent / "configs" / "teachers"
-logger = logging.getLogger("train_teacher")
+DEFAULT_FILE = Path(__file__).parent / "configs" / "teachers" / "shapes.yaml"
 MAX_OBJECTS_IN_LIST = 4
 LISTS_PER_SCENE, PHRASES_PER_OBJECT = 8, 4
 TEXT_PARTS = 4
@@ -54,7 +52,7 @@ TEXT_PARTS = 4
 class TeacherArguments:
     """The teacher to train, and its data."""
 
-    config_name: str = field(default="clip_tiny.json", metadata={"help": "JSON file with open_clip's model config."})
+    config_name: str | None = field(default=None, metadata={"help": "JSON file with open_clip's model config."})
     dataset_name: str = field(default="shapes", metadata={"help": "shapes or flickr30k_entities."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the benchmark's files."})
     missing_images: str = field(default="error", metadata={"help": "error or skip."})
@@ -376,19 +374,22 @@ def pointing_accuracy(
 
 
 def main() -> None:
-    teacher_arguments, training_arguments = parse_arguments(
-        (TeacherArguments, TrainingArguments), __doc__, CONFIGS / "shapes.yaml", sys.argv[1:]
-    )
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("-"):
+        arguments = [str(DEFAULT_FILE), *arguments]
+    teacher_arguments, training_arguments = parse_arguments((TeacherArguments, TrainingArguments), __doc__, arguments)
+    if teacher_arguments.config_name is None:
+        raise ValueError("config_name is missing, the JSON file with open_clip's model config")
     check_output_dir(training_arguments)
     if training_arguments.world_size > 1:
         raise ValueError("train_teacher.py runs in one process only: its loss compares the pairs within one batch")
     vision, text = teacher_arguments.vision_name_or_path, teacher_arguments.text_name_or_path
     if vision is None and teacher_arguments.used_image_size is not None:
         raise ValueError("used_image_size is for teachers of pretrained towers, which take images of any size")
-    show_own_messages(logger.name)
+    show_own_messages()
     use_hardware(training_arguments)
     set_seed(training_arguments.seed)
-    config = json.loads(config_file(teacher_arguments.config_name, CONFIGS).read_text())
+    config = json.loads(Path(teacher_arguments.config_name).read_text())
     model_config = config.get("model_cfg", config)
     settings = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic"}
     settings |= config.get("preprocess_cfg", {})
@@ -434,4 +435,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with short_errors():
+        main()

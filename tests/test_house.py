@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "evaluation": ("utils", "model.rgb_images", "data.files"),
     "distillation": ("utils", "model", "data"),
     "training": ("utils", "model", "data", "evaluation", "distillation"),
+    "runs": ("utils", "model", "data", "data.readers", "evaluation", "distillation", "training"),
 }
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import run_grounding
 import train_teacher
-from command_line import parse_arguments
 from transformers import TrainingArguments
 
 from epmvg_hf import cli
+from epmvg_hf.runs.arguments import ARGUMENTS
+from epmvg_hf.runs.command_line import parse_arguments
 from tests.fixtures.paths import EXAMPLES, ROOT
 
 PAGES = [path for pattern in ("*.md", "examples/*.md", "model_cards/**/*.md") for path in sorted(ROOT.glob(pattern))]
@@ -67,7 +67,7 @@ def _commands(page: Path) -> Iterator[list[str]]:
 
 # The scripts whose arguments are dataclasses, with those and the file that has their defaults.
 TRAINING_SCRIPTS = {
-    "examples/run_grounding.py": (run_grounding.ARGUMENTS, "shapes.yaml"),
+    "examples/run_grounding.py": (ARGUMENTS, "shapes.yaml"),
     "examples/train_teacher.py": ((train_teacher.TeacherArguments, TrainingArguments), "teachers/shapes.yaml"),
 }
 
@@ -81,6 +81,8 @@ def test_commands_can_be_parsed(page, tmp_path, monkeypatch):
     for words in _commands(page):
         if words[0] == "epmvg":
             assert callable(getattr(cli, words[1].replace("-", "_")))
+            if words[1] == "train":
+                _check_arguments("examples/run_grounding.py", words[2:])
         elif words[0] == "pytest":
             _check_selection(words[1:])
         elif words[1] != "-c":
@@ -93,7 +95,9 @@ def _check_arguments(script: str, arguments: list[str]) -> None:
         types, defaults = TRAINING_SCRIPTS[script]
         arguments = ["RECIPE.yaml" if word == "RECIPE" else word for word in arguments]
         # Not every processor has instructions for bfloat16, which transformers would refuse.
-        parse_arguments(types, "", EXAMPLES / "configs" / defaults, [*arguments, "--bf16", "false"])
+        if not arguments or arguments[0].startswith("-"):
+            arguments = [str(EXAMPLES / "configs" / defaults), *arguments]
+        parse_arguments(types, "", [*arguments, "--bf16", "false"])
     else:
         source = (ROOT / script).read_text()
         assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in source] == [], script

@@ -197,9 +197,11 @@ def training_command(argv: Sequence[str], world_size: int) -> str | None:
         world_size (`int`): the number of processes.
 
     Returns:
-        `str`: the command, or `None` if it did not run a Python file, such as in a notebook.
+        `str`: the command, or `None` if it ran neither `epmvg` nor a Python file, such as in a notebook.
     """
-    if Path(argv[0]).suffix != ".py":
+    program = Path(argv[0])
+    is_epmvg = program.stem == "epmvg" or program.parts[-2:] == ("epmvg_hf", "__main__.py")
+    if program.suffix != ".py" and not is_epmvg:
         return None
     arguments = []
     is_secret = False
@@ -214,6 +216,9 @@ def training_command(argv: Sequence[str], world_size: int) -> str | None:
             is_secret = not equals
             continue
         arguments.append(strip_private_paths(argument))
+    if is_epmvg:
+        processes = [] if world_size == 1 else ["--num_processes", str(world_size)]
+        return shlex.join(["epmvg", *arguments, *processes])
     launcher = "python" if world_size == 1 else f"accelerate launch --num_processes {world_size}"
     return f"{launcher} {shlex.join([strip_private_paths(argv[0]), *arguments])}"
 

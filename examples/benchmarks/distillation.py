@@ -4,7 +4,6 @@ It is measured with the demo's model, data and teacher on the CPU.
 The three trainings take turns, step by step, on the same batches, so other work of the machine slows them down alike.
 """
 
-import sys
 import tempfile
 import threading
 import time
@@ -16,14 +15,13 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the modules that all examples share
-
-from run_grounding import ModelArguments, make_model
-
 from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
+from epmvg_hf.runs.arguments import ModelArguments
+from epmvg_hf.runs.student import make_model
 from epmvg_hf.training.hardware import choose_compute
 
 EXAMPLES = Path(__file__).parents[1]
+CONFIG = EXAMPLES / "configs" / "tiny.json"
 TEACHER = f"local-dir:{EXAMPLES.parent / 'model_cards' / 'clip-tiny-shapes'}"
 # The modes in the order of their turns. The one after "on the fly" finds the processor's caches filled by the teacher,
 # which may slow it down. That should be "cached", whose speed is in question, and not the baseline.
@@ -93,7 +91,7 @@ def make_trainer(
 ) -> EpmVGTrainer:
     torch.manual_seed(0)
     compute = choose_compute(torch.device("cpu"))
-    model_arguments = ModelArguments(attn_implementation=compute.attn_implementation)
+    model_arguments = ModelArguments(config_name=str(CONFIG), attn_implementation=compute.attn_implementation)
     model, processor = make_model(model_arguments, dataset["expression"], None)
     args = EpmVGTrainingArguments(
         output_dir=folder,

@@ -29,13 +29,12 @@ from PIL import Image as PilImage
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the modules that all examples share
-
-from run_grounding import ModelArguments, make_model
-
 from epmvg_hf import ClipTeacher, EpmVGImageProcessor, EpmVGTrainer, EpmVGTrainingArguments, ImageGroups
 from epmvg_hf.distillation.teacher_cache import TeacherCache
+from epmvg_hf.runs.arguments import ModelArguments
+from epmvg_hf.runs.student import make_model
 
+CONFIG = Path(__file__).parents[1] / "configs" / "tiny.json"
 TEACHER = f"local-dir:{Path(__file__).parents[2] / 'model_cards' / 'clip-tiny-shapes'}"
 EXPRESSIONS_A_PICTURE = 7  # of the synthetic rows; RefCOCO has about as many
 ROWS = [1_000, 10_000, 100_000, 1_000_000]
@@ -126,7 +125,7 @@ def make_trainer(
 ) -> EpmVGTrainer:
     """A quiet trainer of the demo's model on the CPU, in batches of 4 pictures."""
     torch.manual_seed(0)
-    arguments = ModelArguments(image_size=image_size)
+    arguments = ModelArguments(config_name=str(CONFIG), image_size=image_size)
     model, processor = make_model(arguments, dataset[: 100 * EXPRESSIONS_A_PICTURE]["expression"], None)
     settings: dict[str, Any] = {
         "output_dir": str(folder),

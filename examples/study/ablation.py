@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,6 @@ from teacher_towers import STRIDE, load_towers, tower_configs
 from transformers import set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the modules that all examples share
-
-from trained_tokenizer import train_tokenizer
-
 from epmvg_hf import (
     ClipTeacher,
     EpmVGConfig,
@@ -44,6 +39,7 @@ from epmvg_hf import (
 )
 from epmvg_hf.data.shapes import KINDS
 from epmvg_hf.evaluation.accuracy import paired_iou
+from epmvg_hf.runs.trained_tokenizer import train_tokenizer
 from epmvg_hf.training.hardware import choose_compute
 
 EXAMPLES = Path(__file__).parents[1]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import run_grounding
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -13,6 +12,8 @@ from safetensors.torch import load_file
 
 from epmvg_hf import EpmVGConfig, EpmVGProcessor, load_grounding_dataset
 from epmvg_hf.data.benchmarks import BENCHMARKS
+from epmvg_hf.runs import training_run
+from epmvg_hf.runs.training_run import run_training
 from tests.fixtures import flickr30k_files, refer_files, referit_files
 from tests.fixtures.models import tiny_model, tiny_processor
 from tests.fixtures.paths import EXAMPLES
@@ -60,7 +61,7 @@ def _train(recipe: str, folder: Path, data_dir: Path, vision: str, text: str, *f
 
 def _run_recipe(recipe: str, folder: Path, data_dir: Path, *further: str) -> dict:
     """Run the recipe for two steps, and return what it logged."""
-    run_grounding.main([
+    run_training([
         str(EXAMPLES / "configs" / f"{recipe}.yaml"), "--data_dir", str(data_dir), "--output_dir", str(folder),
         "--max_steps", "2", "--logging_steps", "1", "--dataloader_num_workers", "0",
         "--dataloader_pin_memory", "false", "--use_cpu", "true", "--disable_tqdm", "true", *further,
@@ -70,7 +71,7 @@ def _run_recipe(recipe: str, folder: Path, data_dir: Path, *further: str) -> dic
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    monkeypatch.setattr(run_grounding, "use_hardware", lambda arguments: None)
+    monkeypatch.setattr(training_run, "use_hardware", lambda arguments: None)
 
 
 @pytest.mark.parametrize("kind", ["student", "transvg"])
@@ -169,7 +170,7 @@ def test_two_steps_on_own_data(tmp_path):
                 line = {"image": f"{row['image_id']}.png", "expression": row["expression"], "box": row["box"]}
                 file.write(json.dumps(line) + "\n")
     output = tmp_path / "output"
-    run_grounding.main([
+    run_training([
         str(EXAMPLES / "configs" / "custom.yaml"), "--data_dir", str(tmp_path / "data"), "--use_cpu", "true",
         "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(output), "--max_steps", "2",
         "--warmup_steps", "0", "--disable_tqdm", "true",

@@ -14,10 +14,10 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from train_teacher import CaptionCollator, CaptionedImages, ContrastiveModel
-from trained_tokenizer import train_tokenizer
 from transformers import TrainingArguments
 
 from epmvg_hf import ClipTeacher, load_grounding_dataset
+from epmvg_hf.runs.trained_tokenizer import train_tokenizer
 from tests.fixtures.towers import save_text_tower
 
 MODEL_CONFIG = {

@@ -1,4 +1,4 @@
-from trained_tokenizer import SPECIAL, train_tokenizer
+from epmvg_hf.runs.trained_tokenizer import SPECIAL, train_tokenizer
 
 TEXTS = ["the red dog", "The dog", "a red cat, left"]
 

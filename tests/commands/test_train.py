@@ -1,0 +1,84 @@
+"""`epmvg train` starts a training in this process or in several, and says in one line what is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from epmvg_hf import load_grounding_dataset
+from epmvg_hf.cli import app
+from tests.fixtures.models import tiny_model
+from tests.fixtures.paths import EXAMPLES
+
+FEW_STEPS = (
+    "--teacher_name", "none", "--num_train_images", "4", "--max_eval_rows", "4", "--max_steps", "2", "--do_predict",
+    "false", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--bf16", "false",
+    "--use_cpu", "true", "--calibrate_scores", "false", "--disable_tqdm", "true",
+)  # fmt: skip
+
+
+def _run(
+    *arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "epmvg_hf", "train")
+) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "home")}
+    command = [sys.executable, *program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_in_one_process_and_in_two_from_any_folder(tmp_path, processes):
+    file = str(EXAMPLES / "configs" / "shapes.yaml")
+    several = () if processes == 1 else ("--num_processes", str(processes))
+    result = _run(file, "--output_dir", "out", *FEW_STEPS, *several, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "out" / "model.safetensors").exists() and "train_loss" in result.stdout
+    further = "" if processes == 1 else " --num_processes 2"
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert "epmvg train shapes.yaml --output_dir out " in text and f"--disable_tqdm true{further}\n" in text
+
+
+def test_the_script_is_the_same_command(tmp_path):
+    program = (str(EXAMPLES / "run_grounding.py"),)
+    result = _run("--output_dir", "out", "--learnin_rate", "1", cwd=tmp_path, program=program)
+    (line,) = [line for line in result.stderr.splitlines() if "rror" in line]
+    assert result.returncode == 2
+    assert line == "run_grounding.py: error: unknown argument --learnin_rate, did you mean --learning_rate?"
+
+
+def test_what_cannot_be_trained_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["train", "mine.yaml", "--num_processes", "1"])
+    assert result.exit_code == 1
+    assert result.stderr == "Error: FileNotFoundError: there is no file mine.yaml\n"
+
+
+def test_the_help_is_short_and_names_the_way_to_all_arguments():
+    result = CliRunner().invoke(app, ["train", "--help"])
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) < 40 and "--help_all" in result.stdout
+    result = CliRunner().invoke(app, ["train", "--help_all"])
+    assert result.exit_code == 0
+    for argument in ("--model_name_or_path", "--dataset_name", "--license", "--ema_decay", "--learning_rate"):
+        assert f"  {argument} " in result.stdout
+
+
+def test_a_test_split_that_is_not_asked_for_is_named(tmp_path, caplog, processor):
+    """Of your own data, the default file evaluates the validation split only."""
+    tiny_model(box_head="map").save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    row = load_grounding_dataset("shapes", split="validation", num_images=1)[0]
+    (tmp_path / "data").mkdir()
+    row["image"].save(tmp_path / "data" / "a.png")
+    for split in ("train", "validation", "test"):
+        line = f'{{"image": "a.png", "expression": "the circle", "box": {row["box"]}}}\n'
+        (tmp_path / "data" / f"{split}.jsonl").write_text(line)
+    result = CliRunner().invoke(app, [
+        "train", str(EXAMPLES / "configs" / "custom.yaml"), "--data_dir", str(tmp_path / "data"), "--use_cpu", "true",
+        "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1",
+        "--bf16", "false", "--num_processes", "1",
+    ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "there is also a split test, which is evaluated with --do_predict true" in caplog.text
