@@ -8,6 +8,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from epmvg_hf import EpmVGConfig, EpmVGProcessor, load_grounding_dataset
@@ -99,6 +100,12 @@ def test_two_steps(tmp_path, data, towers, benchmark, kind):
     assert config.box_head == ("map" if kind == "student" else "reg")
     assert (config.encoder_layers, config.fusion_layers, config.fusion_ffn_dim) == (2, 6, 2048)
     assert EpmVGProcessor.from_pretrained(tmp_path).image_processor.size == {"height": 64, "width": 64}
+
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "zero-shot-object-detection" and card.data.library_name == "transformers"
+    assert card.data.language == "en" and len(card.data.datasets) == 1
+    assert {result.metric_type for result in card.data.eval_results} >= {"accuracy", "mean_iou"}
+    assert "pip install" in card.text and str(tmp_path) not in card.text
 
 
 def test_two_steps_of_clip_vg(tmp_path, data, towers):
