@@ -1,6 +1,7 @@
 """Visual grounding for transformers: one image and one expression in, one box out."""
 
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+@cache
 def register() -> None:
     """
     Tells the Auto classes and `pipeline` of transformers about the classes of this package. Importing the package does

@@ -9,6 +9,7 @@ from . import __version__
 from .commands.check_data import check_data
 from .commands.convert import convert
 from .commands.demo import demo
+from .commands.evaluate import evaluate
 from .commands.exclude_images import exclude_images
 from .commands.export import export
 from .commands.ground import ground
@@ -36,8 +37,10 @@ class ShortErrors(TyperGroup):
 app = typer.Typer(cls=ShortErrors, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in (ground, demo, convert, export, check_data, exclude_images, info):
     app.command()(command)
-# What typer does not know is an argument of the training.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+# What typer does not know is an argument of the training, or of the evaluation, which has its own help.
+PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=PASSES_ON)(train)
+app.command(context_settings=PASSES_ON, add_help_option=False)(evaluate)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,7 +1,5 @@
 """`epmvg train`: a training from a file of arguments, on all accelerators of the machine."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +8,7 @@ import typer
 import epmvg_hf
 
 from ..utils import needs_extra
+from .launcher import launch
 
 
 def train(
@@ -38,34 +37,10 @@ def train(
         epmvg train my.yaml --learning_rate 3e-4 --num_processes 2
         epmvg train my.yaml --resume_from_checkpoint true
     """
-    if not help_all and not _is_launched():
-        launcher = _launcher(num_processes, accelerate_config)
-        if launcher:
-            assert context.parent is not None
-            debug = ["--debug"] if context.parent.params["debug"] else []
-            # This process becomes the launcher, which passes signals on to the processes of the training.
-            command = [sys.executable, "-m", *launcher, "-m", "epmvg_hf", *debug, "train", *context.args]
-            os.execv(sys.executable, command)
+    if not help_all:
+        debug = ["--debug"] if context.find_root().params["debug"] else []
+        launch([*debug, "train", *context.args], num_processes, accelerate_config)
     with needs_extra("epmvg train", "train"):
         epmvg_hf.register()
         from ..runs.training_run import run_training
     run_training(["--help"] if help_all else context.args)
-
-
-def _is_launched() -> bool:
-    """Whether `torchrun` or `accelerate launch` started this process."""
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def _launcher(num_processes: int | None, accelerate_config: Path | None) -> list[str]:
-    """The module that starts several processes, with its arguments; nothing for one process."""
-    if accelerate_config is not None:
-        count = [] if num_processes is None else ["--num_processes", str(num_processes)]
-        return ["accelerate.commands.launch", "--quiet", "--config_file", str(accelerate_config), *count]
-    if num_processes is None:
-        import torch
-
-        num_processes = max(1, torch.accelerator.device_count())
-    if num_processes == 1:
-        return []
-    return ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]

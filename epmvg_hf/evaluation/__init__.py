@@ -1,5 +1,6 @@
 """
-Measures of a model: accuracy with its uncertainty, blind baselines, the modality gap, and plots of predicted boxes.
+Measures of a model: accuracy with its uncertainty, blind baselines, the modality gap, plots of predicted boxes,
+and a report of the errors.
 
 May use `utils`.
 """

@@ -55,7 +55,7 @@ def make_model(
         "teacher_projection_dim": teacher_projection_dim,
     }
     settings |= {name: value for name, value in asked.items() if value is not None}
-    if vision is not None:
+    if vision is not None and text is not None:
         settings.pop("text_config", None)
         if settings.pop("backbone_config", None) is not None:
             settings.pop("backbone_stride", None)

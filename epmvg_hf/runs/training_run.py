@@ -13,6 +13,7 @@ from ..data.readers.custom import SUFFIXES
 from ..distillation.clip_teacher import ClipTeacher
 from ..distillation.teacher_boxes import add_teacher_boxes
 from ..evaluation.blind_baselines import blind_accuracy
+from ..evaluation.training_curves import draw_training_curves
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
 from ..training.trainer import EpmVGTrainer
 from ..training.training_args import EpmVGTrainingArguments
@@ -183,7 +184,7 @@ def choose_rows(
 
 
 def train(trainer: EpmVGTrainer, calibrate_scores: bool) -> None:
-    """Trains, and saves the model (the best checkpoint, with `load_best_model_at_end`), its metrics and its state."""
+    """Trains, and saves the model (the best checkpoint, with `load_best_model_at_end`), metrics, state and curves."""
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
     trainer.save_model()
     if calibrate_scores:
@@ -193,6 +194,9 @@ def train(trainer: EpmVGTrainer, calibrate_scores: bool) -> None:
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    history = trainer.state.log_history
+    if trainer.is_world_process_zero() and any("loss" in entry or "eval_loss" in entry for entry in history):
+        draw_training_curves(history, Path(trainer.args.output_dir) / "curves.png")
 
 
 def test(trainer: EpmVGTrainer, train_dataset: Dataset, test_dataset: Dataset, data_arguments: DataArguments) -> None:

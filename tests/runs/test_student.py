@@ -75,7 +75,5 @@ def test_a_saved_model_gets_another_canvas_and_new_parts(tmp_path, processor):
 
 
 def test_a_model_must_be_named():
-    with pytest.raises(
-        ValueError, match="no model is named: give model_name_or_path, or for a new one config_name"
-    ):
+    with pytest.raises(ValueError, match="no model is named: give model_name_or_path, or for a new one config_name"):
         make_model(ModelArguments(), [], None)

@@ -1,0 +1,21 @@
+"""`epmvg evaluate`: a model on splits of benchmarks, or on your own data."""
+
+import typer
+
+import epmvg_hf
+
+from ..utils import needs_extra
+from .launcher import launch
+
+
+def evaluate(context: typer.Context) -> None:
+    """Evaluate a model on benchmarks or on your own data, and write a table, all boxes and the worst errors."""
+    from ..runs.evaluation_arguments import parse_arguments
+
+    arguments = parse_arguments(context.args, context.command_path)
+    debug = ["--debug"] if context.find_root().params["debug"] else []
+    launch([*debug, "evaluate", *context.args], arguments.num_processes)
+    with needs_extra("epmvg evaluate", "train"):
+        epmvg_hf.register()
+        from ..runs.benchmark_evaluation import run_evaluation
+    run_evaluation(arguments)

@@ -1,0 +1,204 @@
+"""An evaluation from the command line: a model on all splits that are asked for, and the files that it leaves."""
+
+import argparse
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..evaluation.accuracy import evaluate_boxes, find_boxes, paired_iou
+from ..evaluation.accuracy_by_group import accuracy_by_group, size_of_box
+from ..evaluation.error_kinds import worst_first
+from ..evaluation.error_report import make_error_report
+from ..evaluation.score_quality import draw_scores, evaluate_scores
+from ..evaluation.visualization import draw_grid
+from ..model.modeling_epmvg import EpmVGForVisualGrounding
+from ..model.processing_epmvg import EpmVGProcessor
+from ..training.trainer import EpmVGTrainer
+from ..training.training_args import EpmVGTrainingArguments
+from ..utils import in_short
+from .command_line import show_own_messages
+from .evaluated_splits import EvaluatedSplit, load_splits
+from .evaluation_table import make_table
+
+logger = logging.getLogger(__name__)
+
+
+def run_evaluation(arguments: argparse.Namespace) -> None:
+    """
+    Evaluates a model on splits of benchmarks, prints the results as a table, and writes them after each split.
+
+    Args:
+        arguments (`argparse.Namespace`): what [`~evaluation_arguments.parse_arguments`] gives.
+
+    Raises:
+        ValueError, OSError: data or model cannot be used, which is found before the evaluation begins, or a split
+            cannot be evaluated. The message then says where the results of the splits before it are.
+    """
+    training_arguments = EpmVGTrainingArguments(
+        str(arguments.output_dir),
+        per_device_eval_batch_size=arguments.batch_size,
+        bf16=arguments.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+    if training_arguments.should_log:
+        show_own_messages()
+    splits = load_splits(arguments, training_arguments)
+    trainer = EpmVGTrainer(
+        EpmVGForVisualGrounding.from_pretrained(arguments.model),
+        training_arguments,
+        processing_class=EpmVGProcessor.from_pretrained(arguments.model),
+    )
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    try:
+        for split in splits:
+            try:
+                results.append(evaluate_split(trainer, split, arguments))
+            except (
+                OSError,
+                RuntimeError,
+                ValueError,
+            ) as error:  # torch raises RuntimeError if memory does not suffice
+                raise ValueError(_describe_failure(split, results, arguments.output_dir, error)) from error
+            if trainer.is_world_process_zero():
+                write_results(arguments.output_dir, arguments.model, results)
+    finally:
+        if results and trainer.is_world_process_zero():
+            print(make_table(results))
+
+
+def _describe_failure(split: EvaluatedSplit, results: list[dict[str, Any]], folder: Path, error: Exception) -> str:
+    """One sentence that begins with what is finished, because the message of the error may be long."""
+    failed = f"{split.benchmark} {split.split} failed: {in_short(error)}"
+    if not results:
+        return failed
+    first = "the split before it is" if len(results) == 1 else f"the {len(results)} splits before it are"
+    return f"{first} finished, see {folder / 'evaluation.md'}, but {failed}"
+
+
+def evaluate_split(trainer: EpmVGTrainer, split: EvaluatedSplit, arguments: argparse.Namespace) -> dict[str, Any]:
+    """
+    Measures the boxes, the scores and the speed on a split, and writes its predictions, pictures and report.
+
+    Returns:
+        `dict`: `benchmark`, `split` and `folder`; what [`~accuracy.evaluate_boxes`] gives; `expressions_per_second`;
+        `groups`, which has a list of [`GroupAccuracy`] as dictionaries for each way to tell expressions apart; and of
+        a model with scores `scores`, what [`~score_quality.evaluate_scores`] gives.
+    """
+    dataset = split.dataset
+    output = trainer.predict(dataset)
+    predictions, scores = output.predictions, trainer.scores
+    every_box = dataset["boxes"][:] if "boxes" in dataset.column_names else None
+    boxes, has_box = find_boxes(dataset["box"][:], "the split")
+    rows = np.flatnonzero(has_box)
+    is_right = paired_iou(predictions[rows], boxes[rows]) >= 0.5
+    groups = {title: accuracy_by_group(is_right, names) for title, names in name_groups(dataset, rows).items()}
+    result: dict[str, Any] = {
+        "benchmark": split.benchmark,
+        "split": split.split,
+        "folder": split.folder,
+        **evaluate_boxes(predictions, boxes, dataset["image_id"][:], every_box),
+        "expressions_per_second": output.metrics["test_samples_per_second"],
+        "groups": {title: [asdict(group) for group in named] for title, named in groups.items()},
+    }
+    if scores is not None:
+        is_absent = np.array(dataset["absent"][:]) if "absent" in dataset.column_names else np.zeros(len(boxes), bool)
+        result["scores"] = evaluate_scores(scores, predictions, boxes, is_absent if is_absent.any() else None)
+    if not trainer.is_world_process_zero():
+        return result
+
+    folder = arguments.output_dir
+    write_predictions(folder / f"predictions_{split.label}.jsonl", dataset, predictions, boxes, scores)
+    if scores is not None:
+        draw_scores(folder / f"scores_{split.label}.png", scores[rows], is_right)
+    for word, chosen in (("successes", rows[is_right]), ("failures", rows[~is_right])):
+        if arguments.pictures and len(chosen):
+            drawn = np.sort(np.random.default_rng(0).permutation(chosen)[: arguments.pictures])
+            draw_rows(folder / f"{word}_{split.label}.png", dataset, drawn, predictions, boxes)
+    if arguments.report:
+        page = make_error_report(
+            f"{Path(arguments.model).name} on {split.benchmark} {split.split}",
+            images=dataset["image"],
+            image_ids=dataset["image_id"][:],
+            expressions=dataset["expression"][:],
+            boxes=predictions,
+            true_boxes=boxes,
+            scores=scores,
+            groups=groups,
+        )
+        _write(folder / f"errors_{split.label}.html", page)
+    return result
+
+
+def name_groups(dataset: Dataset, rows: np.ndarray) -> dict[str, list]:
+    """What groups these rows, which have boxes, belong to, as far as the dataset tells."""
+    some = dataset.select(rows)
+    groups = {name: some[name][:] for name in ("kind", "phrase_types") if name in dataset.column_names}
+    if "num_boxes" in dataset.column_names:
+        groups["num_boxes"] = [str(count) if count < 3 else "3 or more" for count in some["num_boxes"]]
+    sizes: dict[str, tuple[int, int]] = {}
+    for row, image_id in enumerate(some["image_id"]):
+        if image_id not in sizes:
+            sizes[image_id] = some[row]["image"].size
+    named = zip(some["box"][:], some["image_id"][:], strict=True)
+    return {**groups, "size": [size_of_box(box, *sizes[image_id]) for box, image_id in named]}
+
+
+def draw_rows(path: Path, dataset: Dataset, rows: np.ndarray, predictions: np.ndarray, boxes: np.ndarray) -> None:
+    """Draws the predicted and the true boxes of these rows."""
+    chosen = [dataset[int(row)] for row in rows]
+    draw_grid(
+        path,
+        images=[row["image"] for row in chosen],
+        expressions=[row["expression"] for row in chosen],
+        boxes=predictions[rows],
+        true_boxes=boxes[rows],
+        columns=6,
+    )
+
+
+def write_predictions(
+    path: Path, dataset: Dataset, predictions: np.ndarray, boxes: np.ndarray, scores: np.ndarray | None
+) -> None:
+    """
+    Writes a line of JSON for each row, those with the lowest IoU first: `image_id`, `expression`, `box` and `true_box`
+    (xyxy pixels), `iou` and `score`. What there is not, such as the true box of an absent expression, is null; rows
+    without a true box come last.
+    """
+    image_ids, expressions = dataset["image_id"][:], dataset["expression"][:]
+    has_box = ~np.isnan(boxes).any(-1)
+    iou = np.full(len(boxes), np.nan)
+    iou[has_box] = paired_iou(predictions[has_box], boxes[has_box])
+    lines = []
+    for row in worst_first(iou, scores):
+        line = {
+            "image_id": image_ids[row],
+            "expression": expressions[row],
+            "box": predictions[row].tolist(),
+            "true_box": boxes[row].tolist() if has_box[row] else None,
+            "iou": float(iou[row]) if has_box[row] else None,
+            "score": None if scores is None else float(scores[row]),
+        }
+        lines.append(json.dumps(line, ensure_ascii=False))
+    _write(path, "\n".join(lines) + "\n")
+
+
+def write_results(folder: Path, model: str, results: list[dict[str, Any]]) -> None:
+    """Writes the results of the splits that are finished as `evaluation.json` and `evaluation.md`."""
+    _write(folder / "evaluation.json", json.dumps({"model": model, "results": results}, indent=2) + "\n")
+    _write(folder / "evaluation.md", make_table(results))
+    logger.info("%s %s is in %s", results[-1]["benchmark"], results[-1]["split"], folder / "evaluation.md")
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a whole file or leaves the one that is there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
