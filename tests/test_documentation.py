@@ -1,4 +1,7 @@
-"""Every example of the docstrings and every Python block of the Markdown pages, run as a user would run them."""
+"""
+Every example of the docstrings and every Python block of the Markdown pages, and the short ones of their commands, run
+as a user would run them. `tests/test_pages.py` parses all commands.
+"""
 
 import dataclasses
 import doctest
@@ -20,13 +23,15 @@ from PIL import Image
 from transformers import pipeline
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import PushToHubMixin
+from typer.testing import CliRunner
 
 import epmvg_hf
-from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
+from epmvg_hf import ClipTeacher, EpmVGTrainer, EpmVGTrainingArguments, cli, load_grounding_dataset
 from epmvg_hf.model.card_mixin import general_card
 from tests.fixtures import flickr30k_files, index_files, original_transvg, refer_files
 from tests.fixtures.hub import FakeHub
 from tests.fixtures.models import ONE_STEP, tiny_model, tiny_processor
+from tests.fixtures.pages import PAGES, code_blocks, commands, page_name
 from tests.fixtures.paths import ROOT
 from tests.fixtures.towers import save_clip, save_text_tower, save_vision_tower
 
@@ -65,6 +70,8 @@ ALSO_PUBLIC = {
     "data.captioned_groups": ["CaptionedGroups"],
     "data.readers.custom": ["CustomData"],
     "evaluation.accuracy": ["bootstrap_interval", "evaluate_boxes", "find_boxes", "paired_iou"],
+    "evaluation.error_kinds": ["name_kinds", "worst_first"],
+    "evaluation.error_report": ["make_error_report"],
     "model.letterbox": ["Letterbox"],
     "model.losses": ["box_loss", "box_map_target", "grounding_loss", "has_box", "map_loss"],
     "distillation.losses": ["feature_loss", "relation_loss", "teacher_map_target"],
@@ -79,6 +86,7 @@ ALSO_PUBLIC = {
         "presence_auroc",
     ],
     "model.card_mixin": ["general_card"],
+    "evaluation.training_curves": ["draw_training_curves"],
     "training.model_card": ["Evaluation", "make_card"],
     "model.patch_backbone": ["PatchBackbone", "PatchBackboneConfig"],
     "distillation.patch_embeddings": ["pooled_and_patches"],
@@ -124,6 +132,9 @@ def folder(tmp_path_factory) -> Path:
         shard.add(root / "a.jpg", "000001.jpg")
         (root / "000001.json").write_text(json.dumps({"expression": ["a star"], "box": [1.0, 2.0, 30.5, 40.0]}))
         shard.add(root / "000001.json", "000001.json")
+
+    # What examples/images/README.md makes smaller.
+    Image.new("RGB", (600, 400)).save(root / "horse.webp")
 
     towers = {
         "facebook/detr-resnet-50": lambda path: save_vision_tower("detr", path),
@@ -383,6 +394,18 @@ def test_arguments_of_the_trainer():
     _check_page("examples/TRAINER.md", values, {"model_init=": "trainer.train().global_step == 3"})
 
 
+def test_smaller_pictures():
+    _check_page("examples/images/README.md", {}, {"thumbnail": "small.size == (480, 320)"})
+
+
+def test_card_of_the_model_for_photos():
+    blocks = {
+        "grounder(": "grounder.model.config.score_head",
+        "parameter.data.zero_()": "EpmVGForVisualGrounding.from_pretrained('outputs/one_look').config.box_refinement",
+    }
+    _check_page("model_cards/epmvg-small-flickr30k/README.md", {}, blocks)
+
+
 @pytest.mark.parametrize("name", ["clip-tiny-shapes", "of a model"])
 def test_model_card(name):
     if name == "of a model":
@@ -392,3 +415,44 @@ def test_model_card(name):
     values = {}
     assert list(_run_blocks(text, values))
     assert len(values["boxes"]) == 2 if name == "of a model" else values["teacher"].embed_dim == 128
+
+
+def test_no_python_block_of_a_page_goes_unrun():
+    pages = {page_name(page) for page in PAGES if code_blocks(page, "python")}
+    cards = {f"model_cards/{name}/README.md" for name in ("clip-tiny-shapes", "epmvg-small-flickr30k")}
+    assert pages == {"README.md", "examples/README.md", "examples/TRAINER.md", *cards}
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
+def test_rows_of_own_data_are_read(tmp_path, page):
+    (block,) = code_blocks(ROOT / page, "json")
+    rows = [json.loads(line) for line in block.splitlines()]
+    (tmp_path / "images").mkdir()
+    for row in rows:
+        Image.new("RGB", (640, 480)).save(tmp_path / row["image"])
+    (tmp_path / "train.jsonl").write_text(block)
+    dataset = load_grounding_dataset("custom", data_dir=tmp_path, box_format="xyxy")
+    assert dataset["image_id"][:] == sorted(dataset["image_id"]) and dataset[0]["box"] == rows[0]["box"]
+    assert {rows[0]["expression"], *rows[1]["expression"]} <= {*dataset["expression"]}
+
+
+# The commands that end within seconds, by their beginnings, with their exit status and a part of what they print. The
+# folder has a few rows of RefCOCO instead of the official number, for which the status is 1.
+SHORT_COMMANDS = {
+    "epmvg ground": (0, "the woman in the orange suit"),
+    "epmvg check-data refcoco": (1, "found (official)"),
+    "epmvg check-data custom": (0, "| train | custom | 2 |"),
+    "epmvg exclude-images": (0, ""),
+    "epmvg convert": (0, ""),
+}
+
+
+@pytest.mark.parametrize("beginning", SHORT_COMMANDS)
+def test_command(beginning):
+    status, printed = SHORT_COMMANDS[beginning]
+    found = {" ".join(words): words for page in PAGES for words in commands(page)}
+    chosen = [words for command, words in found.items() if command.startswith(beginning)]
+    assert chosen
+    for words in chosen:
+        result = CliRunner().invoke(cli.app, words[1:])
+        assert result.exit_code == status and printed in result.output, result.output

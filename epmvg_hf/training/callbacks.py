@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from ..data.captioned_groups import CaptionedGroups
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
@@ -88,6 +88,29 @@ class FreezeBackbonesCallback(EpochCallback):
     def _set_trained(self, trained: bool) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(trained)
+
+
+class LastStepLog(TrainerCallback):
+    """
+    Logs the loss and its terms also after the last step, however many steps `logging_steps` asks for. transformers
+    leaves out what comes after the last multiple of them, which may be the whole training.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Here rather than at the end of the epoch, so that the last checkpoint has this line of the log too.
+        self._log_if_last(args, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # An evaluation that stops the training, or the end of a stream, comes after the step. A step is logged once.
+        self._log_if_last(args, control)
+
+    def _log_if_last(self, args: TrainingArguments, control: TrainerControl) -> None:
+        if control.should_training_stop and args.logging_strategy == IntervalStrategy.STEPS:
+            control.should_log = True
 
 
 class BestCheckpointCallback(TrainerCallback):

@@ -35,13 +35,14 @@ from ..model.modeling_epmvg import MODEL_INPUTS, EpmVGForVisualGrounding
 from ..model.outputs_epmvg import EpmVGGroundingOutput
 from ..model.processing_epmvg import EpmVGProcessor
 from .augmentation import GroundingAugmentation
-from .callbacks import DataEpochCallback
+from .callbacks import DataEpochCallback, LastStepLog
 from .data_collator import EpmVGDataCollator
 from .even_shares import EvenShares
 from .finite_steps import FiniteSteps
 from .frozen_towers import TowerImageGroups
 from .loss_terms import LossTerms
 from .model_card import strip_private_paths
+from .prediction_pictures import PredictionPictures
 from .row_draws import RowDraws
 from .score_calibration import calibrate_across, calibrate_scores
 from .student_trainer import StudentTrainer
@@ -151,6 +152,9 @@ class EpmVGTrainer(StudentTrainer):
         self.add_callback(self._finite_steps)
         self._data_epoch = DataEpochCallback(self._draws)
         self.add_callback(self._data_epoch)
+        self.add_callback(LastStepLog)
+        self._pictures = PredictionPictures(self.callback_handler)
+        self.add_callback(self._pictures)
         self._prepare_run()
 
     def _prepare_run(self) -> None:
@@ -473,6 +477,7 @@ class EpmVGTrainer(StudentTrainer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         rows = EvaluatedRows.merge(gather_object(self._evaluated))
         self._evaluated = []
+        self._pictures.hold(dataloader.dataset, rows, metric_key_prefix)
 
         metrics: dict[str, Any] = dict(rows.losses)
         loss_only = self.args.prediction_loss_only

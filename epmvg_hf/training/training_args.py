@@ -109,6 +109,10 @@ class EpmVGTrainingArguments(TrainingArguments):
         nonfinite_steps (`str`, *optional*, defaults to `"stop"`):
             What happens at an optimiser step in which a loss term or the gradient is NaN or infinite: `"stop"` ends
             the training with an error that names terms and rows, `"skip"` warns of it and goes on with the next step.
+        report_pictures (`int`, *optional*, defaults to 4):
+            Number of rows of which pictures with the predicted and the true box are logged at each evaluation, if
+            `report_to` names `"tensorboard"`, `"wandb"` or `"trackio"`. They are always the same rows, see
+            [`~prediction_pictures.PredictionPictures`].
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
             Whether to leave losses that are not finite out of the log, for which a GPU is waited for in every step.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
@@ -215,6 +219,10 @@ class EpmVGTrainingArguments(TrainingArguments):
     nonfinite_steps: str = field(
         default="stop", metadata={"help": "At a step that is NaN or infinite: stop the training, or skip the step."}
     )
+    report_pictures: int = field(
+        default=4,
+        metadata={"help": "Log so many pictures of predictions at each evaluation, to tensorboard, wandb or trackio."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Leave losses that are not finite out of the log. A GPU is then waited for in every step."},
@@ -310,6 +318,7 @@ class EpmVGTrainingArguments(TrainingArguments):
             "encoder_learning_rate",
             "text_learning_rate",
             "freeze_backbone_epochs",
+            "report_pictures",
             "relation_loss_coefficient",
             "feature_loss_coefficient",
             "teacher_map_loss_coefficient",

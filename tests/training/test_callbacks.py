@@ -1,4 +1,5 @@
 import copy
+import json
 import shutil
 
 import pytest
@@ -123,3 +124,54 @@ def test_the_best_average_is_loaded_at_the_end(tmp_path, processor, dataset):
     best = EpmVGForVisualGrounding.from_pretrained(trainer.state.best_model_checkpoint)
     assert trainer.state.best_global_step < 4 and _equal(trainer.model, best)
     assert trainer.evaluate()["eval_mean_iou"] == pytest.approx(trainer.state.best_metric)
+
+
+def _losses(log_history) -> dict[int, dict]:
+    """The lines of a log with a loss of training, by their steps, none of which comes twice."""
+    lines = [line for line in log_history if "loss" in line]
+    by_step = {line["step"]: line for line in lines}
+    assert len(by_step) == len(lines)
+    return by_step
+
+
+def test_a_run_that_is_shorter_than_logging_steps_shows_its_loss(tmp_path, processor, dataset):
+    arguments = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    trainer, _ = _trainer(tmp_path, processor, dataset, logging_steps=10, **arguments)
+    trainer.train()
+    (line,) = _losses(trainer.state.log_history).values()
+    single, _ = _trainer(tmp_path / "single", processor, dataset)
+    single.train()
+    steps = _losses(single.state.log_history).values()
+    for name in ("loss", "loss_bbox", "loss_giou", "loss_map"):
+        assert line[name] == pytest.approx(sum(step[name] for step in steps) / 4, rel=1e-5), name
+    # It stands before the evaluation, and in the last checkpoint.
+    assert trainer.state.log_history[0] is line and "eval_loss" in trainer.state.log_history[1]
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert _losses(saved["log_history"]) == {4: line}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"logging_steps": 2, "max_steps": 5}, [2, 4, 5]),
+        ({"logging_steps": 2, "max_steps": 4}, [2, 4]),
+        ({"logging_steps": 10, "max_steps": -1, "num_train_epochs": 2}, [8]),
+        ({"logging_strategy": "epoch", "max_steps": 6}, [4, 6]),
+        ({"logging_strategy": "no"}, []),
+    ],
+)
+def test_the_last_step_is_logged_once(tmp_path, processor, dataset, arguments, expected):
+    trainer, _ = _trainer(tmp_path, processor, dataset, **arguments)
+    trainer.train()
+    assert list(_losses(trainer.state.log_history)) == expected
+
+
+def test_an_evaluation_that_stops_the_training_leaves_no_step_out(tmp_path, processor, dataset):
+    class Stop(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer, _ = _trainer(tmp_path, processor, dataset, logging_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.add_callback(Stop)
+    trainer.train()
+    assert list(_losses(trainer.state.log_history)) == [2, 3]
