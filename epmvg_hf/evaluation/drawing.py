@@ -1,13 +1,18 @@
-"""Boxes with their labels drawn into an image of any size."""
+"""Boxes with their labels, and maps, drawn into an image of any size."""
 
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ..model.rgb_images import as_rgb
 
 # Okabe and Ito (2008), colours that people with any colour vision tell apart; the brightest first.
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
+
+# From little to much, each brighter than the one before, so that people with any colour vision see the same order.
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
+HEAT_ALPHA = 0.6
 
 Rectangle = tuple[float, float, float, float]
 
@@ -45,7 +50,8 @@ def draw_boxes(
     draw = ImageDraw.Draw(image)
     side = min(image.size)
     line = max(1, round(side / 160))
-    font = ImageFont.load_default(max(11, side / 28))
+    # On a phone a picture is shown as wide as the screen, however low it is, and its letters must be legible there.
+    font = ImageFont.load_default(max(11, min(max(image.size) / 28, side / 14)))
     taken: list[Rectangle] = []
     numbered = list(enumerate(zip(boxes, labels, strict=True)))
     for number, (box, _) in numbered:
@@ -63,6 +69,44 @@ def draw_boxes(
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
         draw.text((x + line - left, y + line - top), text, fill=_readable_on(colour), font=font)
     return image
+
+
+def draw_map(image: Image.Image, values: np.ndarray) -> Image.Image:
+    """
+    Lays a map over an image as heat, dark where it is 0 and bright where it is highest. The image shows through in
+    gray, so that all colours are those of the map.
+
+    Args:
+        image (`PIL.Image.Image`): the image, of any mode, which stays as it is.
+        values (`np.ndarray` of shape `(rows, columns)`): a map of numbers from 0, whose cells divide the whole image
+            evenly, such as the `map` of [`VisualGroundingPipeline`]. Only their shares of the highest one count.
+
+    Returns:
+        `PIL.Image.Image`: an RGB image of the same size.
+
+    Raises:
+        ValueError: the map has other axes than rows and columns, no cells, or numbers that are negative or not finite.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from epmvg_hf.evaluation.drawing import draw_map
+
+    >>> draw_map(image, np.array([[0.1, 0.9], [0.0, 0.0]])).size == image.size  # the right upper quarter glows
+    True
+    ```
+    """
+    values = np.asarray(values, np.float32)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"a map must have rows and columns, but its shape is {values.shape}")
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError(f"a map must have finite numbers from 0, but it has {values.min()} to {values.max()}")
+    gray = as_rgb(image).convert("L").convert("RGB")
+    shares = Image.fromarray(values / (values.max() or 1)).resize(image.size, Image.Resampling.BILINEAR)
+    steps = np.linspace(0, 1, len(HEAT))
+    heat = np.stack([np.interp(np.asarray(shares), steps, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
+    return Image.blend(gray, Image.fromarray(heat.round().astype(np.uint8)), HEAT_ALPHA)
 
 
 def _within(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:

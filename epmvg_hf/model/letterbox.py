@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.image_transforms import center_to_corners_format, corners_to_center_format
 
 # How many pixels a box may stick out of its image: some annotators round boxes outwards or include the last pixel.
@@ -208,10 +209,69 @@ class Letterbox:
         width, height = self.image_width, self.image_height
         return corners.clamp(min=0).minimum(torch.stack([width, height, width, height], dim=1).to(boxes))
 
+    def to_picture_maps(self, maps: torch.Tensor, visual_mask: torch.Tensor) -> list[torch.Tensor]:
+        """
+        Turns maps over the canvas into maps over the pictures. The edges of a picture seldom lie between two cells of
+        the canvas, so the cells of its map are interpolated between those of the canvas that show the picture.
+
+        Args:
+            maps (`torch.FloatTensor` of shape `(B, grid_height, grid_width)`): one map over the canvas for each image.
+            visual_mask (`torch.BoolTensor` of shape `(B, grid_height, grid_width)`): False on padding, whose values
+                are not read.
+
+        Returns:
+            `list[torch.FloatTensor]`: for each image a map `(rows, columns)` that divides the whole picture evenly
+            into cells about as large as those of the canvas.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from epmvg_hf.model.letterbox import Letterbox
+
+        >>> letterbox = Letterbox.place([(480, 640)], canvas=320)  # the picture has the canvas rows 40 to 280
+        >>> on_picture = torch.zeros(1, 8, 8, dtype=torch.bool)
+        >>> on_picture[:, 1:7] = True
+        >>> canvas_map = torch.arange(8.0)[None, :, None].expand(1, 8, 8)
+        >>> (picture_map,) = letterbox.to_picture_maps(canvas_map, on_picture)
+        >>> picture_map.shape, picture_map[:, 0]
+        (torch.Size([6, 8]), tensor([1., 2., 3., 4., 5., 6.]))
+        ```
+        """
+        return [
+            _interpolate(canvas_map, on_picture, window, self.canvas)
+            for canvas_map, on_picture, window in zip(maps, visual_mask, self.windows(), strict=True)
+        ]
+
     def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale (B, 1) and offset (B, 4) from image to canvas pixels, in the dtype and on the device of `like`."""
         offset = torch.stack([self.left, self.top, self.left, self.top], dim=1)
         return self.ratio[:, None].to(like), offset.to(like)
+
+
+def _interpolate(
+    canvas_map: torch.Tensor, on_picture: torch.Tensor, window: tuple[int, int, int, int], canvas: int
+) -> torch.Tensor:
+    """The part of a map `(grid_height, grid_width)` that lies in a window (top, left, height, width) of the canvas."""
+    points, parts = [], []
+    for axis in (0, 1):
+        # In cells of the canvas: where the picture begins, how long it is, and which of them show it.
+        begin, length = (side * canvas_map.shape[axis] / canvas for side in (window[axis], window[axis + 2]))
+        cells = on_picture.any(dim=1 - axis).nonzero()
+        first, end = int(cells.min()), int(cells.max()) + 1
+        parts.append(slice(first, end))
+        count = max(1, round(length))
+        centres = begin + (torch.arange(count) + 0.5) * length / count
+        # grid_sample wants points from -1 to 1 between the outer edges of these cells.
+        points.append((centres - first) / (end - first) * 2 - 1)
+    y, x = torch.meshgrid(*points, indexing="ij")
+    # Those beyond the centres of the outermost cells have the values of these, not of the padding beside them.
+    return nn.functional.grid_sample(
+        canvas_map[tuple(parts)][None, None],
+        torch.stack([x, y], dim=-1)[None].to(canvas_map),
+        padding_mode="border",
+        align_corners=False,
+    )[0, 0]
 
 
 def _to_rows(placements: Sequence[tuple[int, float, float]] | np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -44,9 +44,9 @@ class VisualGroundingPipeline(Pipeline):
         processor ([`EpmVGProcessor`]): the processor of the model.
         kwargs: `device`; `batch_size`, the images per forward pass (default 1); `num_workers`, the processes that read
             and prepare images (default 0, which is this process); `timeout`, the seconds to wait for an image from
-            the web; and `threshold`, the lowest score of a box, below which it is `None` (by default every expression
-            gets its box). All but `device` can also be given to a call. `dtype` is an argument of `pipeline(...)`,
-            which loads the model in it.
+            the web; `threshold`, the lowest score of a box, below which it is `None` (by default every expression
+            gets its box); and `return_maps`, whether results have a `map` (default `False`). All but `device` can also
+            be given to a call. `dtype` is an argument of `pipeline(...)`, which loads the model in it.
 
     Example:
 
@@ -93,6 +93,7 @@ class VisualGroundingPipeline(Pipeline):
         batch_size: int | None = None,
         num_workers: int | None = None,
         threshold: float | None = None,
+        return_maps: bool | None = None,
     ) -> Any:
         r"""
         Args:
@@ -103,7 +104,7 @@ class VisualGroundingPipeline(Pipeline):
             text (`str` or `list`, *optional*):
                 An expression or a list of expressions. For a list of images it is one expression for all of them, or a
                 list with one item (an expression or a list of expressions) for each image.
-            timeout, batch_size, num_workers, threshold:
+            timeout, batch_size, num_workers, threshold, return_maps:
                 See [`VisualGroundingPipeline`].
 
         Returns:
@@ -111,12 +112,17 @@ class VisualGroundingPipeline(Pipeline):
             expression}`. The score lies in [0, 1]; it is `None` for a model without a score head. The box is `None` if
             the score is below `threshold`, so that what the expression names was not found. Else it is in pixels
             (`float`, 0-based, half-open) of the image **as displayed**, that is, after its EXIF orientation is
-            applied, and lies inside it. Results are nested like the input: an expression gives a
-            dictionary, a list of expressions a list, and a list of images or rows a list of these. A generator or
-            dataset gives an iterable that computes them while it is read.
+            applied, and lies inside it. With `return_maps` there is also `"map"`, a float32 `np.ndarray` of shape
+            `(rows, columns)` that sums to 1: how probable it is that the expression names what is in each of these
+            parts, into which the image as displayed is divided evenly. The map is there whatever the score is.
+
+            Results are nested like the input: an expression gives a dictionary, a list of expressions a list, and a
+            list of images or rows a list of these. A generator or dataset gives an iterable that computes them while
+            it is read.
 
         Raises:
-            ValueError: images and texts do not match, an expression has no words, or an image cannot be read.
+            ValueError: images and texts do not match, an expression has no words, an image cannot be read, or
+                `return_maps` is true for a model without `config.box_head="map"`.
 
         Example:
 
@@ -132,7 +138,12 @@ class VisualGroundingPipeline(Pipeline):
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(
-            inputs, timeout=timeout, batch_size=batch_size, num_workers=num_workers, threshold=threshold
+            inputs,
+            timeout=timeout,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            threshold=threshold,
+            return_maps=return_maps,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -159,12 +170,23 @@ class VisualGroundingPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(
-        self, timeout: float | None = None, threshold: float | None = None, **kwargs: Any
+        self,
+        timeout: float | None = None,
+        threshold: float | None = None,
+        return_maps: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
+        # Other models compute such numbers, too, but nothing has taught them to show what the expression names.
+        if return_maps and self.model.config.box_head != "map":
+            raise ValueError(
+                '`return_maps` needs a model with config.box_head="map", but that of this one is '
+                f'"{self.model.config.box_head}".'
+            )
+        maps = {} if return_maps is None else {"return_maps": return_maps}
         return (
             {} if timeout is None else {"timeout": timeout},
-            {},
-            {} if threshold is None else {"threshold": threshold},
+            maps,
+            maps | ({} if threshold is None else {"threshold": threshold}),
         )
 
     def get_iterator(
@@ -228,21 +250,24 @@ class VisualGroundingPipeline(Pipeline):
         inputs = self.processor(images=[row["image"] for row in rows], text=groups, return_tensors="pt")
         return {"inputs": inputs, "text": texts}
 
-    def _forward(self, input_tensors: dict[str, Any]) -> dict[str, Any]:
+    def _forward(self, input_tensors: dict[str, Any], return_maps: bool = False) -> dict[str, Any]:
         inputs: BatchFeature = input_tensors["inputs"]
         outputs = self.model(**inputs)
-        # Pipeline copies all that is returned here from the device, so this is only what the boxes need.
+        # Pipeline copies all that is returned here from the device, so this is only what the results need.
+        maps = {"consistency_map": outputs.consistency_map, "visual_mask": outputs.visual_mask} if return_maps else {}
         return {
-            "outputs": ModelOutput(pred_boxes=outputs.pred_boxes, scores=outputs.scores),
+            "outputs": ModelOutput(pred_boxes=outputs.pred_boxes, scores=outputs.scores, **maps),
             "inputs": {name: inputs[name] for name in ("original_sizes", "letterbox", "image_index")},
             "text": input_tensors["text"],
         }
 
-    def postprocess(self, model_outputs: dict[str, Any], threshold: float | None = None) -> list[dict | list[dict]]:
+    def postprocess(
+        self, model_outputs: dict[str, Any], threshold: float | None = None, return_maps: bool = False
+    ) -> list[dict | list[dict]]:
         """Makes the results of a batch: one item for each image, nested like its text."""
         grounded = iter(
             self.processor.post_process_grounding(
-                model_outputs["outputs"], model_outputs["inputs"], threshold=threshold
+                model_outputs["outputs"], model_outputs["inputs"], threshold=threshold, return_maps=return_maps
             )
         )
         return [
@@ -329,11 +354,12 @@ def _read_image(image: Any, timeout: float | None) -> Image.Image:
 def _as_result(expression: str, grounded: dict[str, Any]) -> dict[str, Any]:
     """The result for an expression, of its item from [`~EpmVGProcessor.post_process_grounding`]."""
     box, score = grounded["box"], grounded["score"]
-    return {
+    result = {
         "score": None if score is None else score.item(),
         "box": None if box is None else dict(zip(("xmin", "ymin", "xmax", "ymax"), box.tolist(), strict=True)),
         "text": expression,
     }
+    return result | {"map": grounded["map"].numpy()} if "map" in grounded else result
 
 
 def is_named(value: Any, name: str) -> bool:

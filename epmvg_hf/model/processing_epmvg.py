@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput, is_torchvision_available, logging
 
 from .card_mixin import ModelCardMixin
 from .configuration_epmvg import EpmVGConfig
+from .feature_grid import only_on_picture
 from .image_processing_epmvg import EpmVGImageProcessor
 from .image_processing_pil_epmvg import EpmVGImageProcessorPil
 from .letterbox import Letterbox
@@ -249,13 +250,15 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         inputs: BatchFeature | None = None,
         target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         threshold: float | None = None,
+        return_maps: bool = False,
     ) -> list[dict[str, Any]]:
         r"""
-        Turns predicted boxes into boxes of the images.
+        Turns predicted boxes, and if asked consistency maps, into those of the images.
 
         Args:
             outputs ([`ModelOutput`]): has `pred_boxes` (N, 4), (centre x, centre y, width, height) in [0, 1] of the
-                padded canvas, and `scores` (N,) if the model has a score head.
+                padded canvas, and `scores` (N,) if the model has a score head; for `return_maps` also
+                `consistency_map` (N, V) and `visual_mask` (B, grid_height, grid_width).
             inputs ([`BatchFeature`], *optional*): what this processor returned, which says where it placed the
                 pictures; `letterbox`, `original_sizes` and `image_index` are used. Without `image_index`, each image
                 has one expression.
@@ -265,16 +268,20 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
                 a single call.
             threshold (`float`, *optional*): the lowest score of a box. The box of an expression with a lower score is
                 `None`: what it names was not found.
+            return_maps (`bool`, *optional*, defaults to `False`): also give the consistency maps, which needs
+                `inputs`. Only training with `config.box_head="map"` makes a map that shows what its expression names.
 
         Returns:
             `list[dict]`: for each expression `box`, a `torch.FloatTensor` of shape `(4,)`, (x0, y0, x1, y1) in pixels
-            of the image as given, clipped to it, and `score`, a scalar in [0, 1], or `None` for a model without a
-            score head.
+            of the image as given, clipped to it; `score`, a scalar in [0, 1], or `None` for a model without a
+            score head; and with `return_maps` `map`, a `torch.FloatTensor` of shape `(rows, columns)`: the softmax of
+            the consistency map over the cells on the picture, without the padding. Its cells divide the whole image
+            evenly, and it sums to 1.
 
         Raises:
             ValueError: not exactly one of `inputs` and `target_sizes` is given, or it does not match `pred_boxes`, or
                 `inputs` is not what the processor returned, or there is a `threshold` but no score, or a predicted
-                box is not made of finite numbers.
+                box is not made of finite numbers, or `return_maps` has no `inputs` or no maps.
 
         Example:
 
@@ -290,7 +297,10 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         """
         if (inputs is None) == (target_sizes is None):
             raise ValueError("Expected exactly one of `inputs` and `target_sizes`.")
+        if return_maps and (inputs is None or outputs.get("consistency_map") is None):
+            raise ValueError("`return_maps` needs `inputs`, and `outputs` with `consistency_map` and `visual_mask`.")
         pred_boxes = outputs.pred_boxes.float()
+        image_index = None
 
         if inputs is None:
             image_sizes = torch.as_tensor(target_sizes)
@@ -308,7 +318,8 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
                     )
             letterbox = Letterbox.from_tensor(inputs["letterbox"], inputs["original_sizes"])
             if "image_index" in inputs:
-                letterbox = letterbox.select(torch.as_tensor(inputs["image_index"]).cpu())
+                image_index = torch.as_tensor(inputs["image_index"]).cpu()
+                letterbox = letterbox.select(image_index)
             if len(letterbox) != len(pred_boxes):
                 raise ValueError(
                     f"{len(pred_boxes)} boxes were predicted, but `inputs` has {len(letterbox)} expressions."
@@ -324,11 +335,16 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
         if scores is None:
             if threshold is not None:
                 raise ValueError("`threshold` needs scores, and this model has no score head (config.score_head).")
-            return [{"box": box, "score": None} for box in boxes]
-        scores = scores.float().cpu()
+            scores = [None] * len(boxes)
+        else:
+            scores = scores.float().cpu()
         if threshold is not None:
             boxes = [box if score >= threshold else None for box, score in zip(boxes, scores, strict=True)]
-        return [{"box": box, "score": score} for box, score in zip(boxes, scores, strict=True)]
+        results = [{"box": box, "score": score} for box, score in zip(boxes, scores, strict=True)]
+        if return_maps:
+            maps = _picture_maps(outputs, letterbox, image_index)
+            results = [result | {"map": picture_map} for result, picture_map in zip(results, maps, strict=True)]
+        return results
 
     def _loaded_from(self) -> str:
         return self.tokenizer.name_or_path
@@ -345,6 +361,15 @@ class EpmVGProcessor(ModelCardMixin, ProcessorMixin):
                 "`max_text_length` of the processor and of the model."
             )
         return {name: values for name, values in encoded.items() if name not in self.unused_input_names}
+
+
+def _picture_maps(outputs: ModelOutput, letterbox: Letterbox, image_index: torch.Tensor | None) -> list[torch.Tensor]:
+    """The distribution of each of N expressions over its picture. The letterbox has an entry for each of them."""
+    mask = outputs.visual_mask.bool().cpu()
+    mask = mask if image_index is None else mask[image_index]
+    logits = only_on_picture(outputs.consistency_map.float().cpu(), mask.flatten(1))
+    maps = letterbox.to_picture_maps(logits.softmax(dim=-1).view(mask.shape), mask)
+    return [picture_map / picture_map.sum() for picture_map in maps]  # interpolation moves the sum a little
 
 
 def _is_single_image(images: ImageInput | None) -> bool:

@@ -4,9 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image, ImageColor
 
-from epmvg_hf.evaluation.drawing import COLOURS, draw_boxes
+from epmvg_hf.evaluation.drawing import COLOURS, HEAT, HEAT_ALPHA, draw_boxes, draw_map
 
 GRAY = (128, 128, 128)
 
@@ -53,3 +54,52 @@ def test_labels_of_one_box_do_not_cover_each_other():
 def test_a_label_for_each_box():
     with pytest.raises(ValueError):
         drawn((10, 10), [[0, 0, 5, 5]], [])
+
+
+# Maps
+
+
+def test_each_cell_glows_in_its_part_of_the_picture():
+    values = np.zeros((2, 5))
+    values[1, 3] = 0.4
+    picture = np.asarray(draw_map(Image.new("RGB", (500, 80), GRAY), values)).astype(int)
+    # In the middle of a cell there is its own colour, and the gray of the image.
+    lit, dark = ((1 - HEAT_ALPHA) * 128 + HEAT_ALPHA * np.array(colour) for colour in (HEAT[-1], HEAT[0]))
+    assert np.abs(picture[60, 350] - lit).max() < 4
+    for row, column in ((20, 350), (60, 250), (60, 450), (20, 50)):
+        assert np.abs(picture[row, column] - dark).max() < 4
+    brightness = picture.sum(axis=2)
+    rows, columns = np.nonzero(brightness == brightness.max())
+    assert (rows.mean(), columns.mean()) == pytest.approx((60, 350), abs=25)
+    assert not (brightness[:, :250] > brightness.min()).any()
+
+
+def test_heat_is_in_order_and_between_its_steps():
+    shares = np.linspace(0, 1, 256)[None]
+    heat = np.asarray(draw_map(Image.new("RGB", (256, 8)), shares * 3))[4] / HEAT_ALPHA
+    assert (np.diff(heat @ [0.299, 0.587, 0.114]) > -1.5).all()
+    expected = colormaps["inferno"](shares[0])[:, :3] * 255
+    assert np.abs(heat - expected).mean() < 12 and np.abs(heat[::64] - expected[::64]).max() < 6
+
+
+def test_a_map_of_nothing_leaves_a_dark_image_of_any_mode():
+    image = Image.effect_noise((30, 20), 80)
+    for given in (image, image.convert("RGBA"), image.convert("P")):
+        picture = draw_map(given, np.zeros((1, 1)))
+        assert picture.mode == "RGB" and picture.size == (30, 20)
+        expected = (1 - HEAT_ALPHA) * np.asarray(image)[..., None] + HEAT_ALPHA * np.array(HEAT[0])
+        assert np.abs(np.asarray(picture) - expected).max() < 2.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros(3), r"a map must have rows and columns, but its shape is \(3,\)"),
+        (np.zeros((0, 3)), r"rows and columns, but its shape is \(0, 3\)"),
+        (np.array([[0.5, np.nan]]), "finite numbers from 0, but it has nan to nan"),
+        (np.array([[0.5, -0.5]]), "finite numbers from 0, but it has -0.5 to 0.5"),
+    ],
+)
+def test_what_is_no_map(values, message):
+    with pytest.raises(ValueError, match=message):
+        draw_map(Image.new("RGB", (30, 20)), values)

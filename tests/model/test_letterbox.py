@@ -97,6 +97,33 @@ def test_select():
     assert selected.canvas == 40
 
 
+def test_maps_whose_cells_fit_the_picture_are_cut_out():
+    letterbox = Letterbox.place([(40, 80), (64, 64)], 64)
+    maps, mask = torch.rand(2, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0, 2:6] = mask[1] = True
+    maps[0, :2] = float("nan")  # padding is not read
+    wide, square = letterbox.to_picture_maps(maps, mask)
+    torch.testing.assert_close(wide, maps[0, 2:6])
+    torch.testing.assert_close(square, maps[1])
+
+
+@pytest.mark.parametrize("size", [(480, 640), (427, 640), (640, 100), (3, 2000)])
+def test_the_cells_of_a_map_lie_at_their_parts_of_the_picture(size):
+    # A map that says where each of its cells lies on the canvas must say the same where the picture is.
+    letterbox = Letterbox.place([size], 320, pad_offset=0.3)
+    ((top, left, height, width),) = letterbox.windows()
+    y, x = torch.meshgrid(*[torch.arange(20) * 16.0 + 8] * 2, indexing="ij")
+    mask = (y + 8 > top) & (y - 8 < top + height) & (x + 8 > left) & (x - 8 < left + width)
+    for values, begin, length, axis in ((y, top, height, 0), (x, left, width, 1)):
+        (found,) = letterbox.to_picture_maps(values[None], mask[None])
+        count = found.shape[axis]
+        assert count == max(1, round(length / 16))
+        expected = begin + (torch.arange(count) + 0.5) / count * length
+        # Beyond the centre of the outermost cell there is nothing to interpolate with.
+        expected = expected.clamp(values[mask].min(), values[mask].max())
+        torch.testing.assert_close(found.mean(dim=1 - axis), expected, atol=1e-3, rtol=0)
+
+
 def test_labels_are_not_clipped_but_pixels_are():
     letterbox = Letterbox.place([(10, 20)], 20)
     labels = letterbox.to_labels(torch.tensor([[-1.0, 0, 21, 10]]))

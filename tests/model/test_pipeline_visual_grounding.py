@@ -48,11 +48,11 @@ def directly(grounder, image, expressions) -> list[list[float]]:
     return [result["box"].tolist() for result in grounder.processor.post_process_grounding(outputs, inputs)]
 
 
-def check(results, expected, expressions, tolerance=1e-5):
-    """`tolerance` is in parts of the picture; boxes are in pixels of at most 100."""
+def check(results, expected, expressions, tolerance=1e-5, keys=()):
+    """`tolerance` is in parts of the picture; boxes are in pixels of at most 100. `keys` come after the usual ones."""
     assert [result["text"] for result in results] == expressions
     for result, box in zip(results, expected, strict=True):
-        assert list(result) == ["score", "box", "text"] and result["score"] is None
+        assert list(result) == ["score", "box", "text", *keys] and result["score"] is None
         assert list(result["box"]) == ["xmin", "ymin", "xmax", "ymax"]
         assert all(type(value) is float for value in result["box"].values())
         assert list(result["box"].values()) == pytest.approx(box, abs=100 * tolerance)
@@ -232,6 +232,89 @@ def test_generators_and_datasets_are_read_as_needed(grounder, images, batch_size
             check(image_results, image_boxes, [RED, GREEN])
 
 
+# Maps
+
+
+def slow_map(grounder, image, expression) -> np.ndarray:
+    """The map of an expression, cell by cell: where it lies on the canvas, and what its four neighbours there say."""
+    inputs = grounder.processor(images=image, text=expression)
+    with torch.no_grad():
+        outputs = grounder.model(**inputs)
+    mask = outputs.visual_mask[0].bool().numpy()
+    weights = np.exp(outputs.consistency_map[0].numpy().reshape(mask.shape)) * mask
+    weights /= weights.sum()
+    side, top, left, canvas = inputs["letterbox"][0].tolist()
+    sizes = [max(1, round(pixels * side / max(image.size))) for pixels in image.size[::-1]]
+    rows, columns = (max(1, round(size * len(mask) / canvas)) for size in sizes)
+    found = np.zeros((rows, columns))
+    for row, column in np.ndindex(rows, columns):
+        y = (top + (row + 0.5) / rows * sizes[0]) / canvas * len(mask) - 0.5
+        x = (left + (column + 0.5) / columns * sizes[1]) / canvas * len(mask) - 0.5
+        y = np.clip(y, np.flatnonzero(mask.any(1)).min(), np.flatnonzero(mask.any(1)).max())
+        x = np.clip(x, np.flatnonzero(mask.any(0)).min(), np.flatnonzero(mask.any(0)).max())
+        for cell in np.argwhere(mask):
+            found[row, column] += weights[tuple(cell)] * max(0, 1 - abs(cell[0] - y)) * max(0, 1 - abs(cell[1] - x))
+    return found / found.sum()
+
+
+def test_maps_are_those_of_the_model(grounder, images):
+    plain = grounder(images, [[RED, GREEN]] * 3)
+    for batch_size in (1, 2):
+        results = grounder(images, [[RED, GREEN]] * 3, return_maps=True, batch_size=batch_size)
+        for image, of_image, without in zip(images, results, plain, strict=True):
+            check(of_image, [list(result["box"].values()) for result in without], [RED, GREEN], keys=["map"])
+            for result in of_image:
+                expected = slow_map(grounder, image, result["text"])
+                assert expected.max() > 1.01 * expected.min()
+                np.testing.assert_allclose(result["map"], expected, rtol=1e-4)
+                assert result["map"].dtype == np.float32 and result["map"].sum() == pytest.approx(1)
+    assert [result[0]["map"].shape for result in results] == [(4, 8), (8, 8), (8, 3)]
+
+
+@pytest.mark.parametrize("place", [(70, 20), (12, 44), (99, 1)])
+def test_a_map_is_highest_where_the_model_points_to(grounder, images, monkeypatch, place):
+    # The picture of 100 x 50 pixels has the rows 16 to 48 of a canvas of 64 x 64, and cells of 8 x 8 canvas pixels.
+    x, y = place[0] * 0.64, place[1] * 0.64 + 16
+    rows, columns = np.mgrid[4:64:8, 4:64:8]
+    forward = grounder.model.forward
+
+    def point(**inputs):
+        outputs = forward(**inputs)
+        outputs.consistency_map = torch.tensor(-((rows - y) ** 2) - (columns - x) ** 2).reshape(1, -1) / 20
+        return outputs
+
+    monkeypatch.setattr(grounder.model, "forward", point)
+    found = grounder(images[0], RED, return_maps=True)["map"]
+    row, column = np.unravel_index(found.argmax(), found.shape)
+    assert (row, column) == (place[1] // 12.5, place[0] // 12.5)
+
+
+def test_maps_are_of_the_upright_picture(grounder, images, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    images[0].save(tmp_path / "turned.png", exif=exif)
+    result = grounder(tmp_path / "turned.png", RED, return_maps=True)
+    upright = grounder(images[0].transpose(Image.Transpose.ROTATE_270), RED, return_maps=True)
+    assert result["map"].shape == (8, 4) and np.array_equal(result["map"], upright["map"])
+
+
+def test_maps_by_default(grounder, images):
+    always = pipeline("visual-grounding", model=grounder.model, processor=grounder.processor, return_maps=True)
+    rows = ({"image": image, "text": RED} for image in images)
+    assert ["map" in result for result in always(rows, batch_size=2)] == [True] * 3
+    assert "map" not in always(images[0], RED, return_maps=False) and "map" not in grounder(images[0], RED)
+
+
+def test_maps_of_a_model_whose_box_does_not_come_from_one(processor, images):
+    message = r'`return_maps` needs a model with config.box_head="map", but that of this one is "reg"\.'
+    grounder = pipeline("visual-grounding", model=tiny_model(), processor=processor)
+    with pytest.raises(ValueError, match=message):
+        grounder(images[0], RED, return_maps=True)
+    with pytest.raises(ValueError, match=message):
+        pipeline("visual-grounding", model=tiny_model(), processor=processor, return_maps=True)
+    assert "map" not in grounder(images[0], RED, return_maps=False)
+
+
 # Models
 
 
@@ -389,6 +472,9 @@ def test_scores_and_threshold(scoring, images):
     between = (high + low) / 2
     for result, found in zip(results, grounder(image, ["a dog", "a man"], threshold=between), strict=True):
         assert found == (result if result["score"] >= between else {**result, "box": None})
+    of_map = pipeline("visual-grounding", model=tiny_model(score_head=True, box_head="map"), processor=scoring)
+    absent = of_map(image, "a dog", threshold=1.0, return_maps=True)
+    assert absent["box"] is None and absent["map"].shape == (4, 8)  # what was not found has a map
     always_strict = pipeline("visual-grounding", model=scoring, threshold=1.0)
     assert [result["box"] for result in always_strict(image, ["a dog", "a man"])] == [None, None]
 

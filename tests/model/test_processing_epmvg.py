@@ -356,6 +356,13 @@ def test_errors_of_post_processing(processor):
             ValueError, match=f"`inputs` has no `{name}`: pass what the processor returned.*target_siz"
         ):
             processor.post_process_grounding(outputs, without)
+    inputs = processor(images=blank(9, 9), text=["dog", "red", "tree"])
+    with_maps = ModelOutput(**outputs, consistency_map=torch.rand(3, 64), visual_mask=torch.ones(1, 8, 8))
+    found = processor.post_process_grounding(with_maps, inputs, return_maps=True)
+    assert [item["map"].shape for item in found] == [(8, 8)] * 3
+    for arguments in ((outputs, inputs), (with_maps, None, [(9, 9)] * 3)):
+        with pytest.raises(ValueError, match="`return_maps` needs `inputs`, and `outputs` with `consistency_map`"):
+            processor.post_process_grounding(*arguments, return_maps=True)
 
 
 # Saving
