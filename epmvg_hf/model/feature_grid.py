@@ -50,8 +50,8 @@ def resize_map(level: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 def cells_on_picture(pixel_mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """
-    Which cells show the picture: those whose left upper pixel does, as in DETR, or in a picture that is so thin that it has none
-    of these, all that it touches.
+    Which cells show the picture: those whose left upper pixel does, as in DETR, or in a picture that is so thin that
+    it has none of these, all that it touches.
 
     Args:
         pixel_mask (`torch.Tensor` of shape `(B, height, width)`): 1 on the picture, 0 on padding.
