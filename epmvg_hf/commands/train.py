@@ -33,7 +33,7 @@ def train(
 
     \b
         epmvg train examples/configs/shapes.yaml
-        epmvg train examples/configs/custom.yaml --data_dir my_data --model_name_or_path outputs/demo
+        epmvg train examples/configs/custom.yaml --data_dir my_data
         epmvg train my.yaml --learning_rate 3e-4 --num_processes 2
         epmvg train my.yaml --resume_from_checkpoint true
     """

@@ -90,10 +90,12 @@ def test_paths_in_a_file_start_in_its_folder_or_else_in_the_working_directory(tm
     assert model.text_name_or_path == "google-bert/bert-base-uncased"
 
 
-def test_the_demo_finds_its_teacher_from_any_folder(tmp_path, monkeypatch):
+def test_recipes_find_what_comes_along_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = _parse()[0].teacher_name.removeprefix("local-dir:")
     assert (Path(folder) / "open_clip_config.json").exists()
+    folder = _parse(file=CONFIGS / "custom.yaml")[0].model_name_or_path
+    assert (Path(folder) / "config.json").exists()
 
 
 def test_a_run_does_not_begin_beside_checkpoints_of_another(tmp_path):
