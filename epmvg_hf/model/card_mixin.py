@@ -42,7 +42,7 @@ from transformers import pipeline
 
 grounder = pipeline("visual-grounding", model="{{ repository }}")
 grounder("image.jpg", ["the dog on the left", "the cat"])
-# [{"box": {"xmin": ..., "ymin": ..., "xmax": ..., "ymax": ...}, "text": "the dog on the left"}, ...]
+# [{"score": ..., "box": {"xmin": ..., "ymin": ..., "xmax": ..., "ymax": ...}, "text": "the dog on the left"}, ...]
 ```
 
 Boxes are in pixels of the image as it is displayed.
@@ -66,8 +66,8 @@ boxes = [result["box"] for result in processor.post_process_grounding(model(**in
 
 ## Limits
 
-* Every expression gets exactly one box, even if the image shows no such object or several of them. There is no score
-  that would tell these cases apart.
+* Every expression gets exactly one box, even if the image shows no such object or several of them. The score
+  tells whether the box is right; a model without a score head (`score_head` in `config.json`) gives no score.
 * The processor truncates expressions to its `max_text_length` tokens.
 * Only what is listed under "Evaluation", if anything, has been measured. Other images, other kinds of expressions and
   other languages have not. The model inherits the biases of its training data and of its pretrained parts.

@@ -219,7 +219,11 @@ class CardTrainer(Trainer):
             split=None if dataset.split is None else str(dataset.split),
             expressions=None if isinstance(dataset, IterableDataset) else len(dataset),
         )
-        self._evaluations[evaluation.dataset, evaluation.split, self._step_of_present_weights()] = evaluation
+        place = (evaluation.dataset, evaluation.split, self._step_of_present_weights())
+        known = self._evaluations.get(place)
+        # What was measured on a few rows of a split, such as some to look at, does not take the place of all of them.
+        if known is None or (evaluation.expressions or 0) >= (known.expressions or 0):
+            self._evaluations[place] = evaluation
 
     def _evaluations_of_present_weights(self, training_data: str | None, config: str) -> list[Evaluation]:
         """The results of the present weights. `config` is the training data's configuration, "" if unknown."""

@@ -56,6 +56,7 @@ def test_the_card_tells_of_the_run(tmp_path, processor, rows, validation, monkey
     trainer.train()
     metrics = trainer.evaluate()
     predicted = trainer.predict(rows).metrics
+    trainer.predict(validation.select(range(2)))  # to look at; the whole split stays in the card
     trainer.create_model_card(
         license="apache-2.0", language="en", teacher=f"local-dir:{tmp_path}/clip", tags="demo", dataset_args="all"
     )
