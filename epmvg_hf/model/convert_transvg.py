@@ -162,7 +162,7 @@ def convert_transvg(
     >>> model, unused = convert_transvg(tensors, args)
     >>> model.config.box_head, model.config.max_text_length
     ('reg', 20)
-    >>> model.save_pretrained("outputs/transvg")
+    >>> model.save_pretrained("outputs/converted")
     ```
     """
     try:
