@@ -1,6 +1,7 @@
 """`epmvg train` starts a training in this process or in several, and says in one line what is wrong."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,31 +22,35 @@ FEW_STEPS = (
 )  # fmt: skip
 
 
-def _run(
-    *arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "epmvg_hf", "train")
-) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "home")}
-    command = [sys.executable, *program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
+FILE = str(EXAMPLES / "configs" / "shapes.yaml")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_training_in_one_process_and_in_two_from_any_folder(tmp_path, processes):
-    file = str(EXAMPLES / "configs" / "shapes.yaml")
-    several = () if processes == 1 else ("--num_processes", str(processes))
-    result = _run(file, "--output_dir", "out", *FEW_STEPS, *several, cwd=tmp_path)
+def test_a_training_in_this_process_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", FILE, "--output_dir", "out", *FEW_STEPS]
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/epmvg", *arguments])
+    result = CliRunner().invoke(app, [*arguments, "--num_processes", "1"])
+    assert result.exit_code == 0, result.output
+    assert {file.name for file in Path("out").iterdir()} >= {"model.safetensors", "curves.png"}
+    assert "train_loss" in result.stdout
+    assert "epmvg train shapes.yaml --output_dir out " in ModelCard.load("out/README.md").text
+
+
+def test_a_training_in_two_processes(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    arguments = ["train", FILE, "--output_dir", "out", *FEW_STEPS, "--num_processes", "2"]
+    command = [sys.executable, "-m", "epmvg_hf", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "out" / "model.safetensors").exists() and "train_loss" in result.stdout
-    further = "" if processes == 1 else " --num_processes 2"
     text = ModelCard.load(tmp_path / "out" / "README.md").text
-    assert "epmvg train shapes.yaml --output_dir out " in text and f"--disable_tqdm true{further}\n" in text
+    assert "epmvg train shapes.yaml --output_dir out " in text and "--disable_tqdm true --num_processes 2\n" in text
 
 
-def test_the_script_is_the_same_command(tmp_path):
-    program = (str(EXAMPLES / "run_grounding.py"),)
-    result = _run("--output_dir", "out", "--learnin_rate", "1", cwd=tmp_path, program=program)
-    (line,) = [line for line in result.stderr.splitlines() if "rror" in line]
-    assert result.returncode == 2
+def test_the_script_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run_grounding.py", "--output_dir", "out", "--learnin_rate", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / "run_grounding.py"), run_name="__main__")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
     assert line == "run_grounding.py: error: unknown argument --learnin_rate, did you mean --learning_rate?"
 
 

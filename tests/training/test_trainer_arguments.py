@@ -145,7 +145,8 @@ def test_values_that_cannot_work_are_refused(tmp_path, arguments, words):
 )
 def test_an_argument_works(make_trainer, arguments):
     trainer = make_trainer({"max_steps": 2, **arguments})
-    trainer.train()
+    with torch.compiler.set_stance("force_eager"):  # torchao would compile the step of its optimiser for half a minute
+        trainer.train()
     assert trainer.state.global_step == 2
     assert {"eval_loss", "eval_mean_iou"} <= trainer.evaluate().keys()
     torch.use_deterministic_algorithms(False)
