@@ -5,7 +5,8 @@ import typer
 import epmvg_hf
 
 from ..utils import needs_extra
-from .launcher import launch
+from .grounder import check_model
+from .launcher import become, find_launcher
 
 
 def evaluate(context: typer.Context) -> None:
@@ -13,8 +14,10 @@ def evaluate(context: typer.Context) -> None:
     from ..runs.evaluation_arguments import parse_arguments
 
     arguments = parse_arguments(context.args, context.command_path)
-    debug = ["--debug"] if context.find_root().params["debug"] else []
-    launch([*debug, "evaluate", *context.args], arguments.num_processes)
+    check_model(arguments.model)
+    if launcher := find_launcher(arguments.num_processes):
+        debug = ["--debug"] if context.find_root().params["debug"] else []
+        become(launcher, [*debug, "evaluate", *context.args])
     with needs_extra("epmvg evaluate", "train"):
         epmvg_hf.register()
         from ..runs.benchmark_evaluation import run_evaluation

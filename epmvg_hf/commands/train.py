@@ -8,7 +8,7 @@ import typer
 import epmvg_hf
 
 from ..utils import needs_extra
-from .launcher import launch
+from .launcher import become, find_launcher
 
 
 def train(
@@ -19,7 +19,10 @@ def train(
     accelerate_config: Annotated[
         Path | None,
         typer.Option(
-            "--accelerate_config", help="What `accelerate config` wrote, such as for several machines.", dir_okay=False
+            "--accelerate_config",
+            help="What `accelerate config` wrote, such as for several machines.",
+            dir_okay=False,
+            exists=True,
         ),
     ] = None,
     help_all: Annotated[
@@ -37,10 +40,12 @@ def train(
         epmvg train my.yaml --learning_rate 3e-4 --num_processes 2
         epmvg train my.yaml --resume_from_checkpoint true
     """
-    if not help_all:
-        debug = ["--debug"] if context.find_root().params["debug"] else []
-        launch([*debug, "train", *context.args], num_processes, accelerate_config)
+    launcher = [] if help_all else find_launcher(num_processes, accelerate_config)
     with needs_extra("epmvg train", "train"):
         epmvg_hf.register()
-        from ..runs.training_run import run_training
+        from ..runs.training_run import parse, run_training
+    if launcher:
+        parse(context.args)  # so that a mistake is one line, and not one of each process
+        debug = ["--debug"] if context.find_root().params["debug"] else []
+        become(launcher, [*debug, "train", *context.args])
     run_training(["--help"] if help_all else context.args)

@@ -49,13 +49,13 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
     )
     if training_arguments.should_log:
         show_own_messages()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     splits = load_splits(arguments, training_arguments)
     trainer = EpmVGTrainer(
         EpmVGForVisualGrounding.from_pretrained(arguments.model),
         training_arguments,
         processing_class=EpmVGProcessor.from_pretrained(arguments.model),
     )
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     try:
         for split in splits:
@@ -124,7 +124,7 @@ def evaluate_split(trainer: EpmVGTrainer, split: EvaluatedSplit, arguments: argp
             draw_rows(folder / f"{word}_{split.label}.png", dataset, drawn, predictions, boxes)
     if arguments.report:
         page = make_error_report(
-            f"{Path(arguments.model).name} on {split.benchmark} {split.split}",
+            f"{Path(arguments.model).resolve().name} on {split.benchmark} {split.split}",
             images=dataset["image"],
             image_ids=dataset["image_id"][:],
             expressions=dataset["expression"][:],

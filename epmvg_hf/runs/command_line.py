@@ -1,10 +1,12 @@
 """The command line of a training: a file of arguments, then flags. And what every training does with them first."""
 
 import difflib
+import json
 import logging
 import os
+import re
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -39,6 +41,18 @@ INPUTS = (
 FOLDER_OF_A_TEACHER = "local-dir:"
 
 
+class Loader(yaml.SafeLoader):
+    """Reads YAML as its version 1.2 does: `no` is a word, such as for `eval_strategy`, and only `false` is false."""
+
+
+BOOL = "tag:yaml.org,2002:bool"
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 class ArgumentParser(HfArgumentParser):
     """A parser whose errors are one line. Those of `argparse` begin with a list of all 200 arguments."""
 
@@ -47,7 +61,9 @@ class ArgumentParser(HfArgumentParser):
         raise SystemExit(2)
 
 
-def parse_arguments(types: tuple[type, ...], description: str, arguments: list[str]) -> tuple:
+def parse_arguments(
+    types: tuple[type, ...], description: str, arguments: list[str], program: str | None = None
+) -> tuple:
     """
     Parse a command line that begins with a YAML or JSON file of arguments, which flags override.
 
@@ -59,6 +75,7 @@ def parse_arguments(types: tuple[type, ...], description: str, arguments: list[s
         types (`tuple[type, ...]`): dataclasses whose fields are the arguments.
         description (`str`): text for `--help`.
         arguments (`list[str]`): the command line.
+        program (`str`, *optional*): what the help and errors call the command; by default the name of the script.
 
     Returns:
         `tuple`: one instance of each of the `types`.
@@ -70,6 +87,7 @@ def parse_arguments(types: tuple[type, ...], description: str, arguments: list[s
     """
     parser = ArgumentParser(
         types,
+        prog=program,
         description=description,
         usage="%(prog)s FILE [--NAME VALUE ...]",
         formatter_class=RawDescriptionHelpFormatter,
@@ -78,11 +96,13 @@ def parse_arguments(types: tuple[type, ...], description: str, arguments: list[s
         parser.parse_args(["--help"])
     if not arguments or not arguments[0].endswith(SUFFIXES):
         raise ValueError(f"expected a file of arguments ({', '.join(SUFFIXES)}) before all flags")
-    names = sorted(action.dest for action in parser._actions)
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    names = sorted(actions)
     file, flags = Path(arguments[0]), arguments[1:]
     # On a machine without an accelerator, transformers accepts bf16 only together with use_cpu.
     parser.set_defaults(use_cpu=not torch.accelerator.is_available(), bf16=None, fp16=None)
-    parser.set_defaults(**read_file(file, names))
+    values = read_file(file, names)
+    parser.set_defaults(**{name: _as_default(file, actions[name], value) for name, value in values.items()})
     given, unknown = parser.parse_known_args(flags)
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{_suggestion(unknown[0].lstrip('-'), names, '--')}")
@@ -93,19 +113,38 @@ def parse_arguments(types: tuple[type, ...], description: str, arguments: list[s
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
 
 
-def read_file(file: Path, names: list[str]) -> dict[str, Any]:
-    """The arguments in a file and in its base, whose keys must be among `names`. Paths are found from here."""
+def read_file(file: Path, names: list[str], read: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """
+    The arguments in a file and in its base, whose keys must be among `names`. Paths are found from here. The files
+    that were `read` on the way to this one may not be its base.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    values = yaml.safe_load(file.read_text())  # JSON is YAML
-    if not isinstance(values, dict):
+    try:
+        values = json.loads(file.read_text()) if file.suffix == ".json" else yaml.load(file.read_text(), Loader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as {file.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{file}: expected arguments as NAME: VALUE, one in a line")
     base = values.pop("base", None)
+    if base is not None and (not isinstance(base, str) or not base or file.parent / base in (file, *read)):
+        raise ValueError(f"{file}: base is {base!r}, expected the name of another file, which has no base in a circle")
     for name in values:
         if name not in names:
             raise ValueError(f"{file}: unknown argument {name}{_suggestion(name, names, '')} (--help lists all)")
     found = {name: _from_folder(values[name], file.parent) for name in INPUTS if isinstance(values.get(name), str)}
-    return (read_file(file.parent / base, names) if base is not None else {}) | values | found
+    return (read_file(file.parent / base, names, (*read, file)) if base is not None else {}) | values | found
+
+
+def _as_default(file: Path, action: Action, value: Any) -> Any:
+    """A value of a file in the form in which `argparse` checks its type, which is text."""
+    if isinstance(value, list) and action.nargs not in ("+", "*"):
+        raise ValueError(f"{file}: {action.dest} is a list, expected one value")
+    if value is None and action.default is not None:
+        raise ValueError(f"{file}: {action.dest} has no value")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _from_folder(name: str, folder: Path) -> str:

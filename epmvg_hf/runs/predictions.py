@@ -35,6 +35,8 @@ def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, 
             line = {key: row[key] for key in ("image_id", "expression")}
             true_box = true_boxes[number].tolist() if has_box[number] else None
             file.write(json.dumps({**line, "box": output.predictions[number].tolist(), "true_box": true_box}) + "\n")
+    if picture_rows == 0:
+        return
     shown = np.flatnonzero(has_box) if has_box.any() else np.arange(len(dataset))
     chosen = shown[np.linspace(0, len(shown) - 1, min(picture_rows, len(shown))).astype(int)]
     rows = [dataset[int(row)] for row in chosen]

@@ -40,9 +40,7 @@ def run_training(command_line: list[str]) -> None:
         ValueError, FileNotFoundError: arguments contradict each other, or data, teacher or model cannot be used. All
             of that is found before the training begins.
     """
-    model_arguments, data_arguments, card_arguments, arguments = parse_arguments(
-        ARGUMENTS, "Trains and evaluates a visual grounding model.", command_line
-    )
+    model_arguments, data_arguments, card_arguments, arguments = parse(command_line)
     check(data_arguments, arguments)
     if arguments.should_log:
         show_own_messages()
@@ -100,6 +98,11 @@ def run_training(command_line: list[str]) -> None:
     write_card(trainer, data_arguments, card_arguments)
 
 
+def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, CardArguments, EpmVGTrainingArguments]:
+    """The arguments of a training, see [`~command_line.parse_arguments`]."""
+    return parse_arguments(ARGUMENTS, "Trains and evaluates a visual grounding model.", command_line, "epmvg train")
+
+
 def check(data_arguments: DataArguments, arguments: EpmVGTrainingArguments) -> None:
     """Refuses what cannot end well before anything is loaded."""
     check_output_dir(arguments)
@@ -107,6 +110,10 @@ def check(data_arguments: DataArguments, arguments: EpmVGTrainingArguments) -> N
         raise ValueError(
             "calibrate_scores needs do_eval, which gives the rows for it: set it to true, or calibrate_scores to false"
         )
+    if data_arguments.picture_rows < 0:
+        raise ValueError(f"picture_rows is {data_arguments.picture_rows}, expected 0 or more")
+    if data_arguments.max_eval_rows is not None and data_arguments.max_eval_rows < 1:
+        raise ValueError(f"max_eval_rows is {data_arguments.max_eval_rows}, expected at least 1")
     without_labels = data_arguments.num_labelled_images is None
     if data_arguments.confirmed_model is not None and (without_labels or data_arguments.teacher_boxes):
         raise ValueError("confirmed_model needs num_labelled_images, and goes without teacher_boxes")

@@ -53,7 +53,7 @@ def test_an_argument_that_is_unknown_is_named():
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line_before_the_model_is_loaded(tmp_path):
-    status, _, errors = run("no-model", "--benchmarks", "shapes:test", f"custom={tmp_path}", "--limit", 1)
+    status, _, errors = run(tmp_path, "--benchmarks", "shapes:test", f"custom={tmp_path}", "--limit", 1)
     (line,) = errors.splitlines()
     assert status == 1
     assert line == (
@@ -75,3 +75,8 @@ def test_a_split_that_fails_is_one_line_after_the_table_of_those_before_it(tmp_p
         f"Error: ValueError: the split before it is finished, see {place}, but shapes validation failed: "
         "OSError: No space left on device"
     )
+
+
+def test_a_mistyped_model_is_named_at_once(tmp_path):
+    status, _, errors = run("outputs/x/nomodel", "--benchmarks", "shapes:test", "--output_dir", tmp_path)
+    assert status == 2 and "there is no folder outputs/x/nomodel" in errors

@@ -51,7 +51,19 @@ def test_the_script_is_the_same_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(EXAMPLES / "run_grounding.py"), run_name="__main__")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
-    assert line == "run_grounding.py: error: unknown argument --learnin_rate, did you mean --learning_rate?"
+    assert line == "epmvg train: error: unknown argument --learnin_rate, did you mean --learning_rate?"
+
+
+def test_a_mistake_is_one_line_before_several_processes_start():
+    result = CliRunner().invoke(app, ["train", FILE, "--num_processes", "2", "--sed", "3"])
+    assert result.exit_code == 2
+    assert result.stderr == "epmvg train: error: unknown argument --sed, did you mean --seed?\n"
+
+
+@pytest.mark.parametrize("argument", ["picture_rows", "max_eval_rows"])
+def test_numbers_of_rows_are_checked_before_the_training(argument):
+    result = CliRunner().invoke(app, ["train", FILE, "--output_dir", "none", f"--{argument}", "-1"])
+    assert result.exit_code == 1 and f"{argument} is -1, expected" in result.stderr
 
 
 def test_what_cannot_be_trained_is_one_line(tmp_path, monkeypatch):

@@ -61,6 +61,44 @@ def test_a_file_that_is_none_of_arguments_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "seed: [1", r"a\.yaml cannot be read as YAML: "),
+        ("a.json", '{"seed": 1', r"a\.json cannot be read as JSON: "),
+        ("a.yaml", "1: 2", "expected arguments as NAME: VALUE"),
+        ("a.yaml", "help: true", "unknown argument help"),
+        (
+            "a.yaml",
+            "base: a.yaml",
+            "base is 'a.yaml', expected the name of another file, which has no base in a circle",
+        ),
+        ("a.yaml", "base: [b.yaml]", r"base is \['b.yaml'\], expected the name of another file"),
+        ("a.yaml", "seed: [1]", "seed is a list, expected one value"),
+        ("a.yaml", "seed:", "seed has no value"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        _parse(file=tmp_path / name)
+
+
+def test_values_of_a_file_have_the_types_of_flags(tmp_path, capsys):
+    file = tmp_path / "a.json"
+    file.write_text('{\n\t"output_dir": "x",\n\t"max_steps": 3, "do_train": true, "learning_rate": 1e-4}')
+    training = _parse(file=file)[3]
+    assert (training.max_steps, training.do_train, training.learning_rate) == (3, True, 1e-4)
+    file = tmp_path / "a.yaml"
+    file.write_text("output_dir: x\neval_strategy: no\ndo_train: yes\nfrozen_parameters: [a, b]\n")
+    training = _parse(file=file)[3]
+    assert (training.eval_strategy, training.do_train, training.frozen_parameters) == ("no", True, ["a", "b"])
+    file.write_text("output_dir: x\nseed: 1.5\n")
+    with pytest.raises(SystemExit, match="2"):
+        _parse(file=file)
+    assert "argument --seed: invalid int value: '1.5'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--learnin_rate", "1"], "unknown argument --learnin_rate, did you mean --learning_rate?"),

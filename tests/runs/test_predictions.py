@@ -27,3 +27,5 @@ def test_pictures_show_expressions_with_a_box_and_the_file_has_all(tmp_path, mon
     with_box = [row["expression"] for row in dataset if row["box"] is not None]
     assert drawn[0]["expressions"] == with_box and len(with_box) == len(dataset) - 8
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == len(dataset)
+    write_predictions(tmp_path, dataset, output, picture_rows=0)
+    assert len(drawn) == 1
