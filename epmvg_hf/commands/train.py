@@ -8,6 +8,7 @@ import typer
 import epmvg_hf
 
 from ..utils import needs_extra
+from .grounder import check_model
 from .launcher import become, find_launcher
 
 
@@ -44,8 +45,12 @@ def train(
     with needs_extra("epmvg train", "train"):
         epmvg_hf.register()
         from ..runs.training_run import parse, run_training
+    if not help_all:
+        # Mistakes are found before data is prepared, and said once, not by each process.
+        model = parse(context.args)[0].model_name_or_path
+        if model is not None:
+            check_model(model)
     if launcher:
-        parse(context.args)  # so that a mistake is one line, and not one of each process
         debug = ["--debug"] if context.find_root().params["debug"] else []
         become(launcher, [*debug, "train", *context.args])
     run_training(["--help"] if help_all else context.args)

@@ -60,6 +60,11 @@ def test_a_mistake_is_one_line_before_several_processes_start():
     assert result.stderr == "epmvg train: error: unknown argument --sed, did you mean --seed?\n"
 
 
+def test_a_mistyped_model_is_named_at_once():
+    result = CliRunner().invoke(app, ["train", FILE, "--model_name_or_path", "outputs/x/nomodel"])
+    assert result.exit_code == 2 and "there is no folder outputs/x/nomodel" in result.stderr
+
+
 @pytest.mark.parametrize("argument", ["picture_rows", "max_eval_rows"])
 def test_numbers_of_rows_are_checked_before_the_training(argument):
     result = CliRunner().invoke(app, ["train", FILE, "--output_dir", "none", f"--{argument}", "-1"])
