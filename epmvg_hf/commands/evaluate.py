@@ -6,7 +6,7 @@ import epmvg_hf
 
 from ..utils import needs_extra
 from .grounder import check_model
-from .launcher import become, find_launcher
+from .launcher import launch
 
 
 def evaluate(context: typer.Context) -> None:
@@ -15,9 +15,7 @@ def evaluate(context: typer.Context) -> None:
 
     arguments = parse_arguments(context.args, context.command_path)
     check_model(arguments.model)
-    if launcher := find_launcher(arguments.num_processes):
-        debug = ["--debug"] if context.find_root().params["debug"] else []
-        become(launcher, [*debug, "evaluate", *context.args])
+    launch(context, arguments.num_processes)
     with needs_extra("epmvg evaluate", "train"):
         epmvg_hf.register()
         from ..runs.benchmark_evaluation import run_evaluation

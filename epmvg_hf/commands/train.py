@@ -9,7 +9,7 @@ import epmvg_hf
 
 from ..utils import needs_extra
 from .grounder import check_model
-from .launcher import become, find_launcher
+from .launcher import launch
 
 
 def train(
@@ -41,16 +41,13 @@ def train(
         epmvg train my.yaml --learning_rate 3e-4 --num_processes 2
         epmvg train my.yaml --resume_from_checkpoint true
     """
-    launcher = [] if help_all else find_launcher(num_processes, accelerate_config)
     with needs_extra("epmvg train", "train"):
         epmvg_hf.register()
         from ..runs.training_run import parse, run_training
-    if not help_all:
-        # Mistakes are found before data is prepared, and said once, not by each process.
-        model = parse(context.args)[0].model_name_or_path
-        if model is not None:
-            check_model(model)
-    if launcher:
-        debug = ["--debug"] if context.find_root().params["debug"] else []
-        become(launcher, [*debug, "train", *context.args])
-    run_training(["--help"] if help_all else context.args)
+    arguments = parse(["--help"] if help_all else context.args)
+    # Mistakes are found before data is prepared, and said once, not by each process.
+    model = arguments[0].model_name_or_path
+    if model is not None:
+        check_model(model)
+    launch(context, num_processes, accelerate_config)
+    run_training(*arguments)

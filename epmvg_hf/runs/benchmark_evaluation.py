@@ -16,7 +16,6 @@ from ..evaluation.accuracy_by_group import accuracy_by_group, size_of_box
 from ..evaluation.error_kinds import worst_first
 from ..evaluation.error_report import make_error_report
 from ..evaluation.score_quality import draw_scores, evaluate_scores
-from ..evaluation.visualization import draw_grid
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
 from ..model.processing_epmvg import EpmVGProcessor
 from ..training.trainer import EpmVGTrainer
@@ -25,6 +24,7 @@ from ..utils import in_short
 from .command_line import show_own_messages
 from .evaluated_splits import EvaluatedSplit, load_splits
 from .evaluation_table import make_table
+from .predictions import draw_rows
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def evaluate_split(trainer: EpmVGTrainer, split: EvaluatedSplit, arguments: argp
     for word, chosen in (("successes", rows[is_right]), ("failures", rows[~is_right])):
         if arguments.pictures and len(chosen):
             drawn = np.sort(np.random.default_rng(0).permutation(chosen)[: arguments.pictures])
-            draw_rows(folder / f"{word}_{split.label}.png", dataset, drawn, predictions, boxes)
+            draw_rows(folder / f"{word}_{split.label}.png", dataset, drawn, predictions, boxes, columns=6)
     if arguments.report:
         page = make_error_report(
             f"{Path(arguments.model).resolve().name} on {split.benchmark} {split.split}",
@@ -149,19 +149,6 @@ def name_groups(dataset: Dataset, rows: np.ndarray) -> dict[str, list]:
             sizes[image_id] = some[row]["image"].size
     named = zip(some["box"][:], some["image_id"][:], strict=True)
     return {**groups, "size": [size_of_box(box, *sizes[image_id]) for box, image_id in named]}
-
-
-def draw_rows(path: Path, dataset: Dataset, rows: np.ndarray, predictions: np.ndarray, boxes: np.ndarray) -> None:
-    """Draws the predicted and the true boxes of these rows."""
-    chosen = [dataset[int(row)] for row in rows]
-    draw_grid(
-        path,
-        images=[row["image"] for row in chosen],
-        expressions=[row["expression"] for row in chosen],
-        boxes=predictions[rows],
-        true_boxes=boxes[rows],
-        columns=6,
-    )
 
 
 def write_predictions(

@@ -39,12 +39,20 @@ def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, 
         return
     shown = np.flatnonzero(has_box) if has_box.any() else np.arange(len(dataset))
     chosen = shown[np.linspace(0, len(shown) - 1, min(picture_rows, len(shown))).astype(int)]
-    rows = [dataset[int(row)] for row in chosen]
-    draw_grid(
-        folder / "predictions.png",
-        images=[row["image"] for row in rows],
-        expressions=[row["expression"] for row in rows],
-        boxes=output.predictions[chosen],
-        true_boxes=true_boxes[chosen],
-    )
+    draw_rows(folder / "predictions.png", dataset, chosen, output.predictions, true_boxes)
     logger.info("wrote %s and predictions.jsonl", folder / "predictions.png")
+
+
+def draw_rows(
+    path: Path, dataset: Dataset, rows: np.ndarray, predictions: np.ndarray, true_boxes: np.ndarray, columns: int = 4
+) -> None:
+    """Draws the predicted and the true boxes of these rows of a dataset, so many beside each other."""
+    chosen = [dataset[int(row)] for row in rows]
+    draw_grid(
+        path,
+        images=[row["image"] for row in chosen],
+        expressions=[row["expression"] for row in chosen],
+        boxes=predictions[rows],
+        true_boxes=true_boxes[rows],
+        columns=columns,
+    )

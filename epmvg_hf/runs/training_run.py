@@ -29,18 +29,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run_training(command_line: list[str]) -> None:
+def run_training(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    card_arguments: CardArguments,
+    arguments: EpmVGTrainingArguments,
+) -> None:
     """
     Trains and evaluates a model, draws its predictions and writes its model card.
 
     Args:
-        command_line (`list[str]`): a file of arguments and flags, see [`~command_line.parse_arguments`].
+        model_arguments, data_arguments, card_arguments, arguments: what [`parse`] gives.
 
     Raises:
         ValueError, FileNotFoundError: arguments contradict each other, or data, teacher or model cannot be used. All
             of that is found before the training begins.
     """
-    model_arguments, data_arguments, card_arguments, arguments = parse(command_line)
     check(data_arguments, arguments)
     if arguments.should_log:
         show_own_messages()

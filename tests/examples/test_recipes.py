@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from epmvg_hf import EpmVGConfig, EpmVGProcessor, load_grounding_dataset
 from epmvg_hf.data.benchmarks import BENCHMARKS
 from epmvg_hf.runs import training_run
-from epmvg_hf.runs.training_run import run_training
+from epmvg_hf.runs.training_run import parse, run_training
 from tests.fixtures import flickr30k_files, refer_files, referit_files
 from tests.fixtures.models import tiny_model, tiny_processor
 from tests.fixtures.paths import EXAMPLES
@@ -62,11 +62,11 @@ def _train(recipe: str, folder: Path, data_dir: Path, vision: str, text: str, *f
 
 def _run_recipe(recipe: str, folder: Path, data_dir: Path, *further: str) -> dict:
     """Run the recipe for two steps, and return what it logged."""
-    run_training([
+    run_training(*parse([
         str(EXAMPLES / "configs" / f"{recipe}.yaml"), "--data_dir", str(data_dir), "--output_dir", str(folder),
         "--max_steps", "2", "--logging_steps", "1", "--dataloader_num_workers", "0",
         "--dataloader_pin_memory", "false", "--use_cpu", "true", "--disable_tqdm", "true", *further,
-    ])  # fmt: skip
+    ]))  # fmt: skip
     return json.loads((folder / "trainer_state.json").read_text())
 
 
@@ -177,11 +177,11 @@ def test_two_steps_on_own_data(tmp_path):
                 line = {"image": f"{row['image_id']}.png", "expression": row["expression"], "box": row["box"]}
                 file.write(json.dumps(line) + "\n")
     output = tmp_path / "output"
-    run_training([
+    run_training(*parse([
         str(EXAMPLES / "configs" / "custom.yaml"), "--data_dir", str(tmp_path / "data"), "--use_cpu", "true",
         "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(output), "--max_steps", "2",
         "--warmup_steps", "0", "--disable_tqdm", "true",
-    ])  # fmt: skip
+    ]))  # fmt: skip
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and state["best_metric"] is not None
     saved = load_file(output / "model.safetensors")

@@ -15,7 +15,7 @@ from epmvg_hf import ClipTeacher, EpmVGForVisualGrounding, EpmVGTrainer, confirm
 from epmvg_hf.runs import training_rows, training_run
 from epmvg_hf.runs.arguments import ARGUMENTS
 from epmvg_hf.runs.command_line import parse_arguments
-from epmvg_hf.runs.training_run import run_training
+from epmvg_hf.runs.training_run import parse, run_training
 from tests.fixtures.models import tiny_model
 from tests.fixtures.paths import EXAMPLES
 from tests.fixtures.tiny_teacher import TinyTeacher
@@ -26,7 +26,7 @@ def _environment(tmp_path) -> dict[str, str]:
 
 
 def _train(*flags: str) -> None:
-    run_training([str(EXAMPLES / "configs" / "shapes.yaml"), *flags])
+    run_training(*parse([str(EXAMPLES / "configs" / "shapes.yaml"), *flags]))
 
 
 @pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
