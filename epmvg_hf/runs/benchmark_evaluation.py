@@ -72,6 +72,8 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
     finally:
         if results and trainer.is_world_process_zero():
             print(make_table(results))
+    # Threads of gloo that are still connected when Python ends can abort an evaluation that is done.
+    trainer.accelerator.end_training()
 
 
 def _describe_failure(split: EvaluatedSplit, results: list[dict[str, Any]], folder: Path, error: Exception) -> str:

@@ -100,6 +100,8 @@ def run_training(
     if test_dataset is not None:
         test(trainer, train_dataset, test_dataset, data_arguments)
     write_card(trainer, data_arguments, card_arguments)
+    # Threads of gloo that are still connected when Python ends can abort a training that is done.
+    trainer.accelerator.end_training()
 
 
 def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, CardArguments, EpmVGTrainingArguments]:

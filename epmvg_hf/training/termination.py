@@ -59,6 +59,8 @@ class TerminationCallback(TrainerCallback):
         if self._is_ending:
             self._requested = False
             logger.warning("SIGTERM: step %d is saved, and the training ends here", state.global_step)
+            # Otherwise threads of gloo can abort the process while Python ends, with an exit code of their own.
+            self.accelerator.end_training()
             raise SystemExit(EXIT_CODE)
 
     def end(self) -> None:

@@ -232,6 +232,7 @@ def train_steps(folder: Path, steps: int) -> None:
         seconds, (_, memory, _) = statistics.median(recorder.seconds[steps // 4 :]), recorder.memory[0]
         point = Point("processes", trainer.args.world_size, "training step", seconds, memory / 1e6)
         (folder / "worker.json").write_text(json.dumps([asdict(point)]))
+    trainer.accelerator.end_training()
 
 
 def private_memory() -> int:

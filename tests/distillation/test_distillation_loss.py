@@ -1,9 +1,4 @@
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +8,8 @@ from safetensors.torch import load_file
 
 from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 from tests.fixtures.models import ONE_STEP, tiny_model
-from tests.fixtures.paths import DISTRIBUTED, ROOT
+from tests.fixtures.paths import DISTRIBUTED
+from tests.fixtures.process_groups import run_script
 from tests.fixtures.tiny_teacher import TinyTeacher
 
 WITHOUT = {"relation_loss_coefficient": 0.0, "feature_loss_coefficient": 0.0, "teacher_map_loss_coefficient": 0.0}
@@ -205,20 +201,6 @@ def test_impossible_combinations_are_refused(tmp_path, processor, dataset):
         _trainer(tmp_path, processor, dataset, teacher=TinyTeacher(), caption_dataset=captions, **WITHOUT)
 
 
-def _run(folder: Path, processes: int, *options: str) -> dict:
-    folder.mkdir()
-    script = DISTRIBUTED / "distillation.py"
-    command = [sys.executable, str(script), str(folder), str(8 // processes), *options]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        command[4:4] = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((folder / "result.json").read_text())
-
-
 def test_two_processes_equal_one(tmp_path):
     """
     Every term: 8 images of 1 to 8 expressions, half of them without boxes, as one batch or as half a batch on each of
@@ -226,7 +208,8 @@ def test_two_processes_equal_one(tmp_path):
     installed, the teacher outside.
     """
     zero2 = ["deepspeed"] if find_spec("deepspeed") else []
-    one, two = _run(tmp_path / "one", processes=1), _run(tmp_path / "two", 2, *zero2)
+    script = DISTRIBUTED / "distillation.py"
+    one, two = run_script(script, tmp_path / "one", 1, "8"), run_script(script, tmp_path / "two", 2, "4", *zero2)
     assert (one["processes"], two["processes"]) == (1, 2)
     for run, log in one["logs"].items():
         for name, value in log.items():

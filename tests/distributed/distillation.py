@@ -89,6 +89,7 @@ def main(folder: Path, batch_size: int, with_deepspeed: bool):
             save_file(gradients, folder / "all, zero2.safetensors")
     if trainer.is_world_process_zero():
         (folder / "result.json").write_text(json.dumps({"processes": processes, "logs": logs}))
+    trainer.accelerator.end_training()
 
 
 def make_trainer(folder: Path, batch_size: int, changes: dict[str, Any]) -> tuple[EpmVGTrainer, Gradients]:

@@ -35,6 +35,7 @@ def main(folder: Path, batch_size: int) -> None:
             "mean_iou": [by_shards.metrics["test_mean_iou"], whole.metrics["test_mean_iou"]],
         }
         (folder / "result.json").write_text(json.dumps(result))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

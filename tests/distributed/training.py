@@ -88,6 +88,7 @@ def main(folder: Path, batch_size: int):
             "long": long,
         }
         (folder / "result.json").write_text(json.dumps(result))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from epmvg_hf import EpmVGTrainer, EpmVGTrainingArguments, load_grounding_dataset
 from tests.fixtures.models import ONE_STEP, tiny_model, tiny_processor
 from tests.fixtures.paths import ROOT
+from tests.fixtures.process_groups import with_notice
 
 
 class Terminate(TrainerCallback):
@@ -107,10 +108,11 @@ _trainer(sys.argv[1], [OnOneProcess(step=1)]).train()
 def test_a_notice_to_one_process_ends_all_at_the_same_step(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = with_notice({**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, tmp_path)
     result = subprocess.run(
         [*command, str(tmp_path / "train.py"), str(tmp_path / "run")], env=environment, capture_output=True, text=True
     )
     assert result.returncode != 0 and "exitcode  : 75" in result.stderr, result.stderr[-3000:]
+    assert "still open" not in result.stderr
     saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert saved[-1] == "checkpoint-2", saved  # the request of step 1 is known to both after step 2

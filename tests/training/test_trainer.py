@@ -1,9 +1,4 @@
 import io
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +19,8 @@ from epmvg_hf import (
 from epmvg_hf.evaluation.accuracy import paired_iou
 from epmvg_hf.evaluation.score_quality import measure_calibration
 from tests.fixtures.models import ONE_STEP, tiny_model
-from tests.fixtures.paths import DISTRIBUTED, ROOT
+from tests.fixtures.paths import DISTRIBUTED
+from tests.fixtures.process_groups import run_script
 from tests.fixtures.tiny_teacher import TinyTeacher
 
 
@@ -518,25 +514,10 @@ def test_data_loader_workers_decode_images(processor, dataset):
     assert rows.tolist() == list(range(len(dataset)))
 
 
-def _run(script: Path, folder: Path, processes: int, batch_size: int) -> dict:
-    command = [sys.executable, str(script), str(folder), str(batch_size)]
-    if processes > 1:
-        command[:1] = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        command[3:3] = ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((folder / "result.json").read_text())
-
-
 def test_two_processes_equal_one(tmp_path):
     """Half the images on each of two processes, with other numbers of expressions: same loss, gradients, boxes."""
     script = DISTRIBUTED / "training.py"
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
-    single, double = _run(script, one, processes=1, batch_size=4), _run(script, two, processes=2, batch_size=2)
+    single, double = run_script(script, tmp_path / "one", 1, "4"), run_script(script, tmp_path / "two", 2, "2")
     assert double["processes"] == 2
     for name in single["log"]:
         assert double["log"][name] == pytest.approx(single["log"][name], rel=1e-4), name
@@ -558,7 +539,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_two_processes_read_shards_of_a_stream_each(tmp_path):
     """One process has more rows than the other: no row is lost, and neither waits for the other in training."""
-    result = _run(DISTRIBUTED / "stream.py", tmp_path, processes=2, batch_size=2)
+    result = run_script(DISTRIBUTED / "stream.py", tmp_path / "run", 2, "2")
     assert result["step"] == 8
     assert result["rows"] == [17, 17]
     assert result["mean_iou"][0] == pytest.approx(result["mean_iou"][1], rel=1e-5)
