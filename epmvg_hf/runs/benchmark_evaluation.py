@@ -13,7 +13,6 @@ from datasets import Dataset
 
 from ..evaluation.accuracy import evaluate_boxes, find_boxes, paired_iou
 from ..evaluation.accuracy_by_group import accuracy_by_group, size_of_box
-from ..evaluation.error_kinds import worst_first
 from ..evaluation.error_report import make_error_report
 from ..evaluation.score_quality import draw_scores, evaluate_scores
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
@@ -24,7 +23,7 @@ from ..utils import in_short
 from .command_line import show_own_messages
 from .evaluated_splits import EvaluatedSplit, load_splits
 from .evaluation_table import make_table
-from .predictions import draw_rows
+from .predictions import draw_rows, write_predictions, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def evaluate_split(trainer: EpmVGTrainer, split: EvaluatedSplit, arguments: argp
             scores=scores,
             groups=groups,
         )
-        _write(folder / f"errors_{split.label}.html", page)
+        write_whole(folder / f"errors_{split.label}.html", page)
     return result
 
 
@@ -153,41 +152,8 @@ def name_groups(dataset: Dataset, rows: np.ndarray) -> dict[str, list]:
     return {**groups, "size": [size_of_box(box, *sizes[image_id]) for box, image_id in named]}
 
 
-def write_predictions(
-    path: Path, dataset: Dataset, predictions: np.ndarray, boxes: np.ndarray, scores: np.ndarray | None
-) -> None:
-    """
-    Writes a line of JSON for each row, those with the lowest IoU first: `image_id`, `expression`, `box` and `true_box`
-    (xyxy pixels), `iou` and `score`. What there is not, such as the true box of an absent expression, is null; rows
-    without a true box come last.
-    """
-    image_ids, expressions = dataset["image_id"][:], dataset["expression"][:]
-    has_box = ~np.isnan(boxes).any(-1)
-    iou = np.full(len(boxes), np.nan)
-    iou[has_box] = paired_iou(predictions[has_box], boxes[has_box])
-    lines = []
-    for row in worst_first(iou, scores):
-        line = {
-            "image_id": image_ids[row],
-            "expression": expressions[row],
-            "box": predictions[row].tolist(),
-            "true_box": boxes[row].tolist() if has_box[row] else None,
-            "iou": float(iou[row]) if has_box[row] else None,
-            "score": None if scores is None else float(scores[row]),
-        }
-        lines.append(json.dumps(line, ensure_ascii=False))
-    _write(path, "\n".join(lines) + "\n")
-
-
 def write_results(folder: Path, model: str, results: list[dict[str, Any]]) -> None:
     """Writes the results of the splits that are finished as `evaluation.json` and `evaluation.md`."""
-    _write(folder / "evaluation.json", json.dumps({"model": model, "results": results}, indent=2) + "\n")
-    _write(folder / "evaluation.md", make_table(results))
+    write_whole(folder / "evaluation.json", json.dumps({"model": model, "results": results}, indent=2) + "\n")
+    write_whole(folder / "evaluation.md", make_table(results))
     logger.info("%s %s is in %s", results[-1]["benchmark"], results[-1]["split"], folder / "evaluation.md")
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the one that is there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

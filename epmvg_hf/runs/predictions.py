@@ -1,18 +1,15 @@
 """What a run leaves of its predictions: the accuracy by kind of expression, a file with all boxes, and pictures."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from transformers.trainer_utils import PredictionOutput
 
 from ..evaluation.accuracy import find_boxes, paired_iou
 from ..evaluation.accuracy_by_group import GroupAccuracy, accuracy_by_group
+from ..evaluation.error_kinds import worst_first
 from ..evaluation.visualization import draw_grid
-
-logger = logging.getLogger(__name__)
 
 
 def accuracy_by_kind(dataset: Dataset, predictions: np.ndarray) -> list[GroupAccuracy]:
@@ -24,23 +21,44 @@ def accuracy_by_kind(dataset: Dataset, predictions: np.ndarray) -> list[GroupAcc
     return accuracy_by_group(is_right, np.array(dataset["kind"])[has_box].tolist())
 
 
-def write_predictions(folder: Path, dataset: Dataset, output: PredictionOutput, picture_rows: int) -> None:
+def write_predictions(
+    path: Path, dataset: Dataset, predictions: np.ndarray, boxes: np.ndarray, scores: np.ndarray | None
+) -> None:
     """
-    Write `predictions.jsonl` with every row, and `predictions.png` with some at even distances, of those with a box if
-    there are any.
+    Writes a line of JSON for each row, those with the lowest IoU first: `image_id`, `expression`, `box` and `true_box`
+    (xyxy pixels), `iou` and `score`. What there is not, such as the true box of an absent expression, is null; rows
+    without a true box come last.
     """
-    true_boxes, has_box = find_boxes(dataset["box"], "test data")
-    with (folder / "predictions.jsonl").open("w") as file:
-        for number, row in enumerate(dataset.remove_columns("image")):
-            line = {key: row[key] for key in ("image_id", "expression")}
-            true_box = true_boxes[number].tolist() if has_box[number] else None
-            file.write(json.dumps({**line, "box": output.predictions[number].tolist(), "true_box": true_box}) + "\n")
-    if picture_rows == 0:
-        return
-    shown = np.flatnonzero(has_box) if has_box.any() else np.arange(len(dataset))
-    chosen = shown[np.linspace(0, len(shown) - 1, min(picture_rows, len(shown))).astype(int)]
-    draw_rows(folder / "predictions.png", dataset, chosen, output.predictions, true_boxes)
-    logger.info("wrote %s and predictions.jsonl", folder / "predictions.png")
+    image_ids, expressions = dataset["image_id"][:], dataset["expression"][:]
+    has_box = ~np.isnan(boxes).any(-1)
+    iou = np.full(len(boxes), np.nan)
+    iou[has_box] = paired_iou(predictions[has_box], boxes[has_box])
+    lines = []
+    for row in worst_first(iou, scores):
+        line = {
+            "image_id": image_ids[row],
+            "expression": expressions[row],
+            "box": predictions[row].tolist(),
+            "true_box": boxes[row].tolist() if has_box[row] else None,
+            "iou": float(iou[row]) if has_box[row] else None,
+            "score": None if scores is None else float(scores[row]),
+        }
+        lines.append(json.dumps(line, ensure_ascii=False))
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a whole file or leaves the one that is there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def draw_some(path: Path, dataset: Dataset, predictions: np.ndarray, boxes: np.ndarray, count: int) -> None:
+    """Draws so many of the rows that have a box, at even distances."""
+    rows = np.flatnonzero(~np.isnan(boxes).any(-1))
+    chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    draw_rows(path, dataset, chosen, predictions, boxes)
 
 
 def draw_rows(

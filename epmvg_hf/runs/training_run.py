@@ -12,6 +12,7 @@ from ..data.loading import load_grounding_dataset
 from ..data.readers.custom import SUFFIXES
 from ..distillation.clip_teacher import ClipTeacher
 from ..distillation.teacher_boxes import add_teacher_boxes
+from ..evaluation.accuracy import find_boxes
 from ..evaluation.blind_baselines import blind_accuracy
 from ..evaluation.training_curves import draw_training_curves
 from ..model.modeling_epmvg import EpmVGForVisualGrounding
@@ -19,7 +20,7 @@ from ..training.trainer import EpmVGTrainer
 from ..training.training_args import EpmVGTrainingArguments
 from .arguments import ARGUMENTS, CardArguments, DataArguments, ModelArguments
 from .command_line import check_output_dir, checkpoint_to_resume, parse_arguments, show_own_messages, use_hardware
-from .predictions import accuracy_by_kind, write_predictions
+from .predictions import accuracy_by_kind, draw_some, write_predictions
 from .student import make_model, with_lora
 from .training_rows import confirmed_rows, split_labelled
 
@@ -221,7 +222,12 @@ def test(trainer: EpmVGTrainer, train_dataset: Dataset, test_dataset: Dataset, d
         by_kind = accuracy_by_kind(test_dataset, output.predictions)
         metrics.update({f"test_acc@0.5_{group.name}": group.accuracy for group in by_kind})
         metrics.update({f"test_blind_{name}": value for name, value in blind.items()})
-        write_predictions(Path(trainer.args.output_dir), test_dataset, output, data_arguments.picture_rows)
+        folder = Path(trainer.args.output_dir)
+        boxes, _ = find_boxes(test_dataset["box"][:], "test data")
+        write_predictions(folder / "predictions.jsonl", test_dataset, output.predictions, boxes, trainer.scores)
+        logger.info("wrote %s, the worst first", folder / "predictions.jsonl")
+        if data_arguments.picture_rows:
+            draw_some(folder / "predictions.png", test_dataset, output.predictions, boxes, data_arguments.picture_rows)
         print(f"\nAcc@0.5 on {data_arguments.dataset_name} {data_arguments.test_split}")
         print(f"{output.metrics['test_acc@0.5']:8.3f}  this model")
         for place, group in enumerate(by_kind):

@@ -38,6 +38,9 @@ def main() -> None:
     halves = {half: results for half, results in halves.items() if results}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     report = "\n\n".join(part for half, results in halves.items() for part in sections(half, results))
+    teacher = arguments.runs / f"teacher-{arguments.evaluated_on}.json"
+    if teacher.exists():
+        report += "\n\n" + teacher_section(digits(json.loads(teacher.read_text())["right"]), halves)
     report += "\n\n" + correlation_section(halves) + "\n"
     (arguments.output_dir / "photos.md").write_text(report)
     plot_both_halves(arguments.output_dir / "photos.png", halves)
@@ -96,6 +99,37 @@ def difference_table(descriptions: Mapping[str, str], labelled: Sequence[int], r
             cells.append(f"{statistics.mean(points):+.1f}{spread}" if points and name != CONTROL else "-")
         rows.append([description, *cells])
     return markdown(["setting", *(f"{count:,} labelled" for count in labelled)], rows)
+
+
+def digits(right: str) -> np.ndarray:
+    return np.array(list(right)) == "1"
+
+
+def teacher_section(teacher: np.ndarray, halves: Mapping[str, Results]) -> str:
+    """What the teacher knows and boxes do not teach: how often a setting is right where its drawn boxes are or not."""
+    rows = []
+    for half, results in halves.items():
+        for (name, labelled), runs in results.items():
+            # The first runs of the study did not keep which rows they had right.
+            kept = [digits(run["right"]) for run in runs if "right" in run]
+            if not kept:
+                continue
+            # Over the rows of all seeds together, where one seed alone may have none of them.
+            right, teachers = np.concatenate(kept), np.tile(teacher, len(kept))
+            chosen = (right[teachers], right[~teachers], teachers[~right])
+            cells = (f"{part.mean():.1%}" if part.size else "-" for part in chosen)
+            rows.append([SETTINGS[name].description, half, f"{labelled:,}", *cells, str(len(kept))])
+    header = [
+        "setting",
+        "towers",
+        "labelled",
+        "right where the teacher is",
+        "right where it is wrong",
+        "the teacher is right where the setting is wrong",
+        "seeds",
+    ]
+    title = f"The teacher draws a right box for {teacher.mean():.1%} of the phrases (`add_teacher_boxes`)."
+    return f"## What the teacher knows\n\n{title}\n\n{markdown(header, rows)}"
 
 
 def correlation_section(halves: Mapping[str, Results]) -> str:

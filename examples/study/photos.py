@@ -37,6 +37,7 @@ from epmvg_hf import (
     confirm_boxes,
     load_grounding_dataset,
 )
+from epmvg_hf.evaluation.accuracy import paired_iou
 from epmvg_hf.training.hardware import choose_compute
 
 EXAMPLES = Path(__file__).parents[1]
@@ -195,6 +196,8 @@ def main() -> None:
         run.predictions_file: run for run in missing if run.setting.predictor and not run.predictions_file.exists()
     }
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        if missing and not teacher_file(arguments).exists():
+            pool.apply(measure_teacher, [arguments])
         pool.map(distil_first, list(first.values()), chunksize=1)
         pool.map(learn_teacher_boxes, list(second.values()), chunksize=1)
         pool.map(predict_others, list(predictors.values()), chunksize=1)
@@ -247,9 +250,31 @@ class Run:
 
     @property
     def predictions_file(self) -> Path:
-        """Where the boxes are kept that a student of the labels predicts for the other photos."""
+        """
+        Where the boxes are kept that a student of the labels predicts for the other photos.
+
+        Both halves learn from the same ones, of a student with frozen towers, which takes minutes.
+        """
         name = f"{self.setting.predictor}-{self.labelled}-{self.arguments.predictor_steps}-{self.seed}.npy"
         return self.arguments.output_dir / "predicted" / name
+
+
+def teacher_file(arguments: argparse.Namespace) -> Path:
+    """Where it is kept which rows of the test the teacher has right."""
+    return arguments.output_dir / f"teacher-{arguments.evaluate_on}.json"
+
+
+def measure_teacher(arguments: argparse.Namespace) -> None:
+    """The boxes that the teacher draws for the rows of the test, to be compared with those of the students."""
+    test = load_test(arguments)
+    teacher = ClipTeacher.from_pretrained(f"local-dir:{arguments.teacher}")
+    drawn = add_teacher_boxes(test.remove_columns("box"), teacher, disable_tqdm=True)
+    write_result(teacher_file(arguments), {"right": right_rows(np.array(drawn["box"][:]), test)})
+
+
+def right_rows(boxes: np.ndarray, test: Dataset) -> str:
+    """A digit for each row: 1 where its IoU is at least 0.5."""
+    return "".join(map(str, (paired_iou(boxes, np.array(test["box"][:])) >= 0.5).astype(int)))
 
 
 def distil_first(run: Run) -> None:
@@ -307,7 +332,8 @@ def predict_others(run: Run) -> None:
     torch.set_num_threads(1)
     set_seed(run.seed)
     assert run.setting.predictor is not None
-    predictor = Run(run.arguments, run.setting.predictor, run.labelled, run.arguments.predictor_steps, run.seed)
+    arguments = argparse.Namespace(**vars(run.arguments) | {"half": "frozen"})
+    predictor = Run(arguments, run.setting.predictor, run.labelled, run.arguments.predictor_steps, run.seed)
     trainer = make_student_trainer(predictor)
     trainer.train()
     boxes = trainer.predict(load_others(run)).predictions
@@ -396,6 +422,7 @@ def train_boxes(run: Run) -> None:
         "eval_rows": len(test),
         "acc@0.5": output.metrics["test_acc@0.5"],
         "mean_iou": output.metrics["test_mean_iou"],
+        "right": right_rows(output.predictions, test),
         "gap_before": before,
         "gap_after": measure_gap(model, processor, test),
         "seconds": round(time.time() - start),

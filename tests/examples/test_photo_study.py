@@ -109,6 +109,7 @@ def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monk
             photos.train_boxes(run)
             result = json.loads(run.result_file.read_text())
             assert result["setting"] == name and 0 <= result["acc@0.5"] <= 1
+            assert result["right"].count("1") / len(result["right"]) == pytest.approx(result["acc@0.5"])
             assert set(result["gap_after"]["tokens"]) == {"gap", "alignment", "mismatch", "probe"}
             if not run.setting.first and not run.setting.teacher_towers:
                 same = {key: round(value, 4) for key, value in result["gap_before"]["tokens"].items()}
@@ -119,13 +120,22 @@ def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monk
     photos.train_boxes(without_labels)
     assert json.loads(without_labels.result_file.read_text())["log"] == []
 
+    photos.measure_teacher(towers)
     monkeypatch.setattr("sys.argv", ["photo_report.py", str(towers.output_dir), str(tmp_path / "report")])
     photo_report.main()
     report = (tmp_path / "report" / "photos.md").read_text()
     assert "## Towers frozen" in report and "## Towers tuned" in report
-    assert report.count("| all three terms first, boxes after |") == 10
+    assert report.count("| all three terms first, boxes after |") == 12
+    assert "The teacher draws a right box for " in report
     for plot in ("photos", "gap", "curve"):
         assert (tmp_path / "report" / f"{plot}.png").stat().st_size > 5_000
+
+
+def test_rows_are_told_apart_by_whether_the_teacher_is_right():
+    teacher = photo_report.digits("1100")
+    runs = [{"right": "1000"}, {"right": "1101"}, {"seed": 2}]
+    row = photo_report.teacher_section(teacher, {"tuned": {("box_map", 9): runs}}).splitlines()[-1]
+    assert row == "| no teacher (map from the box: the control) | tuned | 9 | 75.0% | 25.0% | 25.0% | 2 |"
 
 
 def test_differences_are_between_runs_of_the_same_seed():
