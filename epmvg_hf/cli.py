@@ -17,6 +17,9 @@ from .commands.info import info
 from .commands.train import train
 from .utils import in_short
 
+# Commands of which nobody expects that `| head` ends them.
+LONG = ("train", "evaluate")
+
 
 class ShortErrors(TyperGroup):
     """Shows an error that the user can mend as one line, unless there is `--debug`."""
@@ -25,6 +28,8 @@ class ShortErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # the reader of a pipe has seen enough; typer knows what to do
+            if ctx.invoked_subcommand in LONG:
+                typer.echo(f"Error: {ctx.invoked_subcommand} stopped, because its output was closed", err=True)
             raise
         except (ImportError, OSError, ValueError) as error:
             if ctx.params["debug"]:

@@ -1,5 +1,6 @@
 """`epmvg train` starts a training in this process or in several, and says in one line what is wrong."""
 
+import errno
 import os
 import runpy
 import subprocess
@@ -46,6 +47,16 @@ def test_a_training_in_two_processes(tmp_path):
     assert result.returncode == 0 and "still open" not in result.stderr, result.stderr[-3000:]
     text = ModelCard.load(tmp_path / "out" / "README.md").text
     assert "epmvg train shapes.yaml --output_dir out " in text and "--disable_tqdm true --num_processes 2\n" in text
+
+
+def test_a_pipe_that_is_closed_does_not_end_a_training_silently(monkeypatch):
+    def print_into_it(*arguments):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("epmvg_hf.runs.training_run.run_training", print_into_it)
+    result = CliRunner().invoke(app, ["train", FILE, "--output_dir", "out", "--num_processes", "1"])
+    assert result.exit_code == 1
+    assert result.stderr == "Error: train stopped, because its output was closed\n"
 
 
 def test_the_script_is_the_same_command(monkeypatch, capsys):
