@@ -34,7 +34,6 @@ from epmvg_hf import (
     EpmVGTrainingArguments,
     ImageGroups,
     add_teacher_boxes,
-    confirm_boxes,
     load_grounding_dataset,
 )
 from epmvg_hf.evaluation.accuracy import paired_iou
@@ -198,6 +197,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
         if missing and not teacher_file(arguments).exists():
             pool.apply(measure_teacher, [arguments])
+        if any(run.needs_drawn_boxes for run in missing) and not drawn_file(arguments).exists():
+            pool.apply(draw_boxes, [arguments])
         pool.map(distil_first, list(first.values()), chunksize=1)
         pool.map(learn_teacher_boxes, list(second.values()), chunksize=1)
         pool.map(predict_others, list(predictors.values()), chunksize=1)
@@ -225,6 +226,10 @@ class Run:
             return 0
         extra = self.arguments.first_steps + self.arguments.teacher_box_steps if self.setting.extra_steps else 0
         return self.steps + extra
+
+    @property
+    def needs_drawn_boxes(self) -> bool:
+        return self.setting.teacher_boxes or self.setting.confirmed
 
     @property
     def result_file(self) -> Path:
@@ -272,6 +277,28 @@ def measure_teacher(arguments: argparse.Namespace) -> None:
     write_result(teacher_file(arguments), {"right": right_rows(np.array(drawn["box"][:]), test)})
 
 
+def drawn_file(arguments: argparse.Namespace) -> Path:
+    """Where the boxes are kept that the teacher draws for the phrases of all photos that may be trained on."""
+    return arguments.output_dir / "teacher-drawn.npy"
+
+
+def draw_boxes(arguments: argparse.Namespace) -> None:
+    """Lets the teacher see all photos once, and not again for every choice of labels."""
+    start = time.time()
+    teacher = ClipTeacher.from_pretrained(f"local-dir:{arguments.teacher}")
+    drawn = add_teacher_boxes(load_phrases(arguments), teacher, disable_tqdm=True)
+    save_boxes(drawn_file(arguments), np.array(drawn["box"][:]), start)
+
+
+def save_boxes(file: Path, boxes: np.ndarray, start: float) -> None:
+    """Saves under another name first, so that a killed run leaves no part of them that looks finished."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part.npy")
+    np.save(part, boxes)
+    part.replace(file)
+    print(f"{file.name}: {round(time.time() - start)} s", flush=True)
+
+
 def right_rows(boxes: np.ndarray, test: Dataset) -> str:
     """A digit for each row: 1 where its IoU is at least 0.5."""
     return "".join(map(str, (paired_iou(boxes, np.array(test["box"][:])) >= 0.5).astype(int)))
@@ -309,13 +336,11 @@ def learn_teacher_boxes(run: Run) -> None:
     set_seed(run.seed)
     model, processor = make_student(run)
     model.load_state_dict(EpmVGForVisualGrounding.from_pretrained(run.first_folder).state_dict())
-    teacher = ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}")
-    phrases = load_phrases(run.arguments).remove_columns("sentence")
     trainer = make_trainer(
         run,
         model,
         processor,
-        add_teacher_boxes(phrases, teacher, disable_tqdm=True),
+        with_boxes(load_phrases(run.arguments), np.load(drawn_file(run.arguments))),
         teacher=None,
         terms={},
         half="frozen",
@@ -336,27 +361,29 @@ def predict_others(run: Run) -> None:
     predictor = Run(arguments, run.setting.predictor, run.labelled, run.arguments.predictor_steps, run.seed)
     trainer = make_student_trainer(predictor)
     trainer.train()
-    boxes = trainer.predict(load_others(run)).predictions
-    run.predictions_file.parent.mkdir(parents=True, exist_ok=True)
-    part = run.predictions_file.with_suffix(".part.npy")
-    np.save(part, boxes)
-    part.replace(run.predictions_file)
-    print(f"{run.predictions_file.name}: {round(time.time() - start)} s", flush=True)
+    others = load_phrases(run.arguments).select(rows_without_labels(run))
+    save_boxes(run.predictions_file, trainer.predict(others).predictions, start)
 
 
-def load_others(run: Run) -> Dataset:
-    """The phrases of the photos that have no labels in a run, without their boxes."""
-    phrases = load_phrases(run.arguments).remove_columns("sentence")
+def rows_without_labels(run: Run) -> np.ndarray:
+    """Which phrases are of photos that have no labels in a run."""
     labelled = set(load_labelled(run.arguments, run.labelled, run.seed)["image_id"])
-    return phrases.select([row for row, name in enumerate(phrases["image_id"]) if name not in labelled])
+    return np.flatnonzero([name not in labelled for name in load_phrases(run.arguments)["image_id"]])
 
 
 def load_predicted(run: Run) -> Dataset:
-    """The same with predicted boxes: all, or those that the teacher confirms."""
-    others, boxes = load_others(run), np.load(run.predictions_file)
-    if not run.setting.confirmed:
-        return others.add_column("box", boxes.tolist(), feature=List(Value("float32"), length=4))
-    return confirm_boxes(others, boxes, ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}"))
+    """The phrases of the other photos with predicted boxes: all, or those that the teacher confirms."""
+    rows, boxes = rows_without_labels(run), np.load(run.predictions_file)
+    if run.setting.confirmed:
+        # What `confirm_boxes` does, with the boxes that the teacher has drawn already.
+        is_kept = paired_iou(boxes, np.load(drawn_file(run.arguments))[rows]) >= 0.5
+        rows, boxes = rows[is_kept], boxes[is_kept]
+    return with_boxes(load_phrases(run.arguments).select(rows), boxes)
+
+
+def with_boxes(phrases: Dataset, boxes: np.ndarray) -> Dataset:
+    rows = phrases.remove_columns("sentence")
+    return rows.add_column("box", boxes.tolist(), feature=List(Value("float32"), length=4))
 
 
 def save_stage(folder: Path, model: EpmVGForVisualGrounding, trainer: EpmVGTrainer, start: float) -> None:

@@ -1,7 +1,7 @@
 import json
 from argparse import Namespace
-from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +15,7 @@ from photos import Run
 from timm.models import save_for_hf
 from train_teacher import make_clip, save_teacher
 
-from epmvg_hf import load_grounding_dataset
+from epmvg_hf import confirm_boxes, load_grounding_dataset
 from tests.fixtures.models import tiny_tokenizer
 from tests.fixtures.towers import save_text_tower
 
@@ -87,9 +87,27 @@ def towers(arguments, tmp_path, monkeypatch) -> Namespace:
     return arguments
 
 
-def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monkeypatch):
+def _check_predicted(run: Run) -> None:
+    """Learned are the boxes of photos without labels: all, or those that the package's `confirm_boxes` keeps."""
+    rows, boxes = photos.rows_without_labels(run), np.load(run.predictions_file)
     # A student of two steps and a teacher of none agree on hardly any box.
-    monkeypatch.setattr(photos, "confirm_boxes", partial(photos.confirm_boxes, min_iou=0.0))
+    boxes[::2] = np.load(photos.drawn_file(run.arguments))[rows][::2]
+    np.save(run.predictions_file, boxes)
+    others = photos.load_phrases(run.arguments).select(rows)
+    assert not set(others["image_id"]) & set(photos.load_labelled(run.arguments, 3, seed=0)["image_id"])
+    expected, expected_boxes = others, boxes.tolist()
+    if run.setting.confirmed:
+        teacher = photos.ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}")
+        expected = confirm_boxes(others, boxes, teacher, disable_tqdm=True)
+        expected_boxes = expected["box"][:]
+        assert 0 < len(expected) < len(others)
+    predicted = photos.load_predicted(run)
+    assert predicted["expression"][:] == expected["expression"][:]
+    assert predicted["box"][:] == expected_boxes
+
+
+def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monkeypatch):
+    photos.draw_boxes(towers)
     for half in ("frozen", "tuned"):
         towers.half = half
         others = (
@@ -103,9 +121,7 @@ def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monk
                 photos.learn_teacher_boxes(run)
             if run.setting.predictor:
                 photos.predict_others(run)
-                others = photos.load_others(run)
-                assert len(photos.load_predicted(run)) == len(others) or run.setting.confirmed
-                assert not set(others["image_id"]) & set(photos.load_labelled(towers, 3, seed=0)["image_id"])
+                _check_predicted(run)
             photos.train_boxes(run)
             result = json.loads(run.result_file.read_text())
             assert result["setting"] == name and 0 <= result["acc@0.5"] <= 1
