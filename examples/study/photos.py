@@ -119,6 +119,12 @@ SETTINGS = {
         predictor="first_then_map",
         confirmed=True,
     ),
+    "confirmed_twice": Setting(
+        "teacher's map first, boxes after and those of a student of the last setting that the teacher confirms",
+        first=TEACHER_MAP,
+        predictor="confirmed",
+        confirmed=True,
+    ),
     "teacher_towers": Setting("no teacher, the towers are the teacher's own (the rival)", teacher_towers=True),
 }
 
@@ -191,9 +197,9 @@ def main() -> None:
     second = {
         run.second_folder: run for run in missing if run.setting.teacher_boxes and not run.second_folder.exists()
     }
-    predictors = {
-        run.predictions_file: run for run in missing if run.setting.predictor and not run.predictions_file.exists()
-    }
+    learners = [run for run in missing if run.predictor]
+    # A predictor may itself learn the boxes of another, which is then trained before it.
+    earlier = [run.predictor for run in learners if run.predictor and run.predictor.predictor]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
         if missing and not teacher_file(arguments).exists():
             pool.apply(measure_teacher, [arguments])
@@ -201,7 +207,9 @@ def main() -> None:
             pool.apply(draw_boxes, [arguments])
         pool.map(distil_first, list(first.values()), chunksize=1)
         pool.map(learn_teacher_boxes, list(second.values()), chunksize=1)
-        pool.map(predict_others, list(predictors.values()), chunksize=1)
+        for learning in (earlier, learners):
+            unpredicted = {run.predictions_file: run for run in learning if not run.predictions_file.exists()}
+            pool.map(predict_others, list(unpredicted.values()), chunksize=1)
         pool.map(train_boxes, missing, chunksize=1)
 
 
@@ -226,6 +234,18 @@ class Run:
             return 0
         extra = self.arguments.first_steps + self.arguments.teacher_box_steps if self.setting.extra_steps else 0
         return self.steps + extra
+
+    @property
+    def predictor(self) -> "Run | None":
+        """
+        The run whose student predicts boxes for the other photos.
+
+        Its towers are frozen in both halves, with which it takes minutes.
+        """
+        if self.setting.predictor is None:
+            return None
+        arguments = argparse.Namespace(**vars(self.arguments) | {"half": "frozen"})
+        return Run(arguments, self.setting.predictor, self.labelled, self.arguments.predictor_steps, self.seed)
 
     @property
     def needs_drawn_boxes(self) -> bool:
@@ -255,11 +275,7 @@ class Run:
 
     @property
     def predictions_file(self) -> Path:
-        """
-        Where the boxes are kept that a student of the labels predicts for the other photos.
-
-        Both halves learn from the same ones, of a student with frozen towers, which takes minutes.
-        """
+        """Where the boxes are kept that the predictor draws for the other photos. Both halves learn the same ones."""
         name = f"{self.setting.predictor}-{self.labelled}-{self.arguments.predictor_steps}-{self.seed}.npy"
         return self.arguments.output_dir / "predicted" / name
 
@@ -356,10 +372,8 @@ def predict_others(run: Run) -> None:
     start = time.time()
     torch.set_num_threads(1)
     set_seed(run.seed)
-    assert run.setting.predictor is not None
-    arguments = argparse.Namespace(**vars(run.arguments) | {"half": "frozen"})
-    predictor = Run(arguments, run.setting.predictor, run.labelled, run.arguments.predictor_steps, run.seed)
-    trainer = make_student_trainer(predictor)
+    assert run.predictor is not None
+    trainer = make_student_trainer(run.predictor)
     trainer.train()
     others = load_phrases(run.arguments).select(rows_without_labels(run))
     save_boxes(run.predictions_file, trainer.predict(others).predictions, start)

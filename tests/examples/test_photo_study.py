@@ -111,7 +111,9 @@ def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monk
     for half in ("frozen", "tuned"):
         towers.half = half
         others = (
-            ("all_captions", "first_boxes", "own_boxes", "confirmed", "teacher_towers") if half == "frozen" else ()
+            ("all_captions", "first_boxes", "own_boxes", "confirmed", "confirmed_twice", "teacher_towers")
+            if half == "frozen"
+            else ()
         )
         for name in ("box_map", "first_all", *others):
             run = Run(towers, name, labelled=3, steps=4, seed=0)
