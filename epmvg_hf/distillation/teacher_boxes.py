@@ -102,9 +102,9 @@ def confirm_boxes(
     disable_tqdm: bool = False,
 ) -> datasets.Dataset:
     """
-    Keeps the expressions for which a student, trained on few labels, and a teacher draw nearly the same box. Both are
-    often wrong, but seldom in the same place: of such boxes many more are right than of all. The student is then
-    trained again, on its labels and on these.
+    Keeps the expressions for which a student, trained on few labels, and a teacher draw nearly the same box, and gives
+    them the mean of the two. Both are often wrong, but seldom in the same place: of such boxes many more are right
+    than of all, and of their means still more. The student is then trained again, on its labels and on these.
 
     This is our reading; the paper's abstract does not name it. To learn from one's own predictions is pseudo-labelling
     (Lee, 2013), and to take those that two different views agree on is the idea of co-training (Blum and Mitchell,
@@ -119,7 +119,7 @@ def confirm_boxes(
         fraction, cache_dir, batch_size, disable_tqdm: as in [`add_teacher_boxes`].
 
     Returns:
-        `datasets.Dataset`: the rows that are kept, in their order, whose `box` is that of the student.
+        `datasets.Dataset`: the rows that are kept, in their order, whose `box` is the mean of both, xyxy pixels.
 
     Raises:
         ValueError: the number of boxes is not that of the rows, or [`add_teacher_boxes`] finds something wrong.
@@ -139,11 +139,12 @@ def confirm_boxes(
         raise ValueError(f"there are {len(boxes)} boxes for {len(dataset)} rows")
     rows = dataset.with_format(None)
     rows = rows.remove_columns([name for name in ("box", "absent") if name in rows.column_names])
-    drawn = add_teacher_boxes(rows, teacher, fraction, cache_dir, batch_size, disable_tqdm)["box"][:]
-    predicted = torch.as_tensor(boxes, dtype=torch.float32)
-    kept = paired_iou(predicted, torch.tensor(drawn).view(-1, 4)) >= min_iou
+    with_drawn = add_teacher_boxes(rows, teacher, fraction, cache_dir, batch_size, disable_tqdm)
+    predicted, drawn = torch.as_tensor(boxes, dtype=torch.float32), torch.tensor(with_drawn["box"][:]).view(-1, 4)
+    kept = paired_iou(predicted, drawn) >= min_iou
     feature = datasets.List(datasets.Value("float32"), length=4)
-    return rows.add_column("box", predicted.tolist(), feature=feature).select(kept.nonzero()[:, 0].tolist())
+    means = ((predicted + drawn) / 2).tolist()
+    return rows.add_column("box", means, feature=feature).select(kept.nonzero()[:, 0].tolist())
 
 
 def boxes_of_maps(maps: torch.Tensor, letterbox: Letterbox, fraction: float = 0.65) -> torch.Tensor:

@@ -122,8 +122,8 @@ class DataArguments:
     confirmed_model: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of a model of the labelled images. Its boxes for the others are learned too, where "
-            "the teacher draws nearly the same (confirm_boxes)."
+            "help": "Folder of a model of the labelled images. Where it and the teacher draw nearly the same box for "
+            "one of the others, the mean of the two is learned too (confirm_boxes)."
         },
     )
     num_train_images: int | None = field(

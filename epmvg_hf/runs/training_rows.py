@@ -35,7 +35,7 @@ def split_labelled(
 
 
 def confirmed_rows(folder: str, dataset: Dataset, teacher: ClipTeacher, arguments: EpmVGTrainingArguments) -> Dataset:
-    """Rows without boxes for which a saved model and the teacher find nearly the same one, with the model's boxes."""
+    """Rows without boxes for which a saved model and the teacher find nearly the same one, with the mean of both."""
     model = EpmVGForVisualGrounding.from_pretrained(folder)
     processor = EpmVGProcessor.from_pretrained(folder)
     predictor = EpmVGTrainer(model=model, args=arguments, processing_class=processor)

@@ -64,6 +64,7 @@ class Setting:
         predictor: name of a setting of which a student is trained first, with the same labels, whose boxes for the
             phrases of the other photos are learned beside the labels.
         confirmed: whether only those of them are learned that the teacher confirms.
+        averaged: whether the mean of the two boxes is learned then, instead of that of the student.
         keeps_first: whether what stands before fusion stays after that stage as it is.
         teacher_towers: whether the towers are those of the teacher.
         extra_steps: whether the boxes have as many steps as all three stages together.
@@ -77,6 +78,7 @@ class Setting:
     teacher_boxes: bool = False
     predictor: str | None = None
     confirmed: bool = False
+    averaged: bool = False
     keeps_first: bool = False
     teacher_towers: bool = False
     extra_steps: bool = False
@@ -119,8 +121,15 @@ SETTINGS = {
         predictor="first_then_map",
         confirmed=True,
     ),
+    "averaged": Setting(
+        "the same, with the mean of the student's and the teacher's box",
+        first=TEACHER_MAP,
+        predictor="first_then_map",
+        confirmed=True,
+        averaged=True,
+    ),
     "confirmed_twice": Setting(
-        "teacher's map first, boxes after and those of a student of the last setting that the teacher confirms",
+        "teacher's map first, boxes after and those that the teacher confirms of a student that learned such",
         first=TEACHER_MAP,
         predictor="confirmed",
         confirmed=True,
@@ -386,13 +395,21 @@ def rows_without_labels(run: Run) -> np.ndarray:
 
 
 def load_predicted(run: Run) -> Dataset:
-    """The phrases of the other photos with predicted boxes: all, or those that the teacher confirms."""
+    """The phrases of the other photos with the boxes that are learned for them."""
+    rows, boxes = predicted_boxes(run)
+    return with_boxes(load_phrases(run.arguments).select(rows), boxes)
+
+
+def predicted_boxes(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Which phrases get a box of the predictor, and these boxes: all, or those that the teacher confirms."""
     rows, boxes = rows_without_labels(run), np.load(run.predictions_file)
     if run.setting.confirmed:
-        # What `confirm_boxes` does, with the boxes that the teacher has drawn already.
-        is_kept = paired_iou(boxes, np.load(drawn_file(run.arguments))[rows]) >= 0.5
+        # What `confirm_boxes` does, which always gives the mean, with the boxes that the teacher has drawn already.
+        drawn = np.load(drawn_file(run.arguments))[rows]
+        is_kept = paired_iou(boxes, drawn) >= 0.5
+        boxes = (boxes + drawn) / 2 if run.setting.averaged else boxes
         rows, boxes = rows[is_kept], boxes[is_kept]
-    return with_boxes(load_phrases(run.arguments).select(rows), boxes)
+    return rows, boxes
 
 
 def with_boxes(phrases: Dataset, boxes: np.ndarray) -> Dataset:

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("open_clip")
 
+import confirmed_boxes
 import photo_report
 import photos
 import timm
@@ -88,7 +89,7 @@ def towers(arguments, tmp_path, monkeypatch) -> Namespace:
 
 
 def _check_predicted(run: Run) -> None:
-    """Learned are the boxes of photos without labels: all, or those that the package's `confirm_boxes` keeps."""
+    """Learned are the boxes of photos without labels: all, those that the teacher confirms, or the means of both."""
     rows, boxes = photos.rows_without_labels(run), np.load(run.predictions_file)
     # A student of two steps and a teacher of none agree on hardly any box.
     boxes[::2] = np.load(photos.drawn_file(run.arguments))[rows][::2]
@@ -99,8 +100,10 @@ def _check_predicted(run: Run) -> None:
     if run.setting.confirmed:
         teacher = photos.ClipTeacher.from_pretrained(f"local-dir:{run.arguments.teacher}")
         expected = confirm_boxes(others, boxes, teacher, disable_tqdm=True)
-        expected_boxes = expected["box"][:]
         assert 0 < len(expected) < len(others)
+        own = dict(zip(zip(others["image_id"], others["expression"], strict=True), boxes.tolist(), strict=True))
+        rows = zip(expected["image_id"], expected["expression"], strict=True)
+        expected_boxes = expected["box"][:] if run.setting.averaged else [own[row] for row in rows]
     predicted = photos.load_predicted(run)
     assert predicted["expression"][:] == expected["expression"][:]
     assert predicted["box"][:] == expected_boxes
@@ -111,7 +114,7 @@ def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monk
     for half in ("frozen", "tuned"):
         towers.half = half
         others = (
-            ("all_captions", "first_boxes", "own_boxes", "confirmed", "confirmed_twice", "teacher_towers")
+            ("all_captions", "first_boxes", "own_boxes", "confirmed", "confirmed_twice", "averaged", "teacher_towers")
             if half == "frozen"
             else ()
         )
@@ -137,6 +140,12 @@ def test_runs_write_results_from_which_the_report_is_made(towers, tmp_path, monk
     without_labels = Run(towers, "first_boxes", labelled=0, steps=4, seed=0)
     photos.train_boxes(without_labels)
     assert json.loads(without_labels.result_file.read_text())["log"] == []
+
+    towers.labelled, towers.seeds = 3, [0]
+    lines = confirmed_boxes.table(towers).splitlines()
+    assert len(lines) == 2 + 4  # those settings that learn predicted boxes
+    all_boxes, kept = (int(line.split("|")[2].replace(",", "")) for line in (lines[2], lines[3]))
+    assert 0 < kept < all_boxes
 
     photos.measure_teacher(towers)
     monkeypatch.setattr("sys.argv", ["photo_report.py", str(towers.output_dir), str(tmp_path / "report")])
