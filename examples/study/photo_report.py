@@ -18,7 +18,10 @@ import numpy as np
 from photos import HALVES, SETTINGS
 from report import Results, accuracy_table, gap_table, markdown, plot_accuracy, table_of_runs
 
-CONTROL, BEST = "box_map", "first_then_map"
+CONTROL = "box_map"
+
+# The line of each setting whose accuracy during training is shown.
+CURVES = {CONTROL: "--", "first_then_map": "-", "averaged": ":"}
 
 # What is measured of the two modalities before fusion.
 MEASURES: dict[str, Callable[[Mapping[str, float]], float]] = {
@@ -204,17 +207,17 @@ def plot_curves(file: Path, halves: Mapping[str, Results]) -> None:
     """Acc@0.5 of the first validation rows during training, of one seed."""
     figure, axes = plt.subplots(1, len(halves), figsize=(6 * len(halves), 5), sharey=True, squeeze=False)
     for axis, (half, results) in zip(axes[0], halves.items(), strict=True):
-        for style, name in (("--", CONTROL), ("-", BEST)):
+        for name, style in CURVES.items():
             for color, count in zip(matplotlib.color_sequences["tab10"], labels_of(results), strict=False):
                 runs: Sequence[Mapping[str, Any]] = results.get((name, count), [])
-                if runs and count > 0:
-                    log = [entry for entry in runs[0]["log"] if "eval_acc@0.5" in entry]
+                log = [entry for entry in runs[0]["log"] if "eval_acc@0.5" in entry] if runs else []
+                if log:
                     label = f"{SETTINGS[name].description}, {count:,} photos"
                     steps, accuracies = [e["step"] for e in log], [e["eval_acc@0.5"] for e in log]
                     axis.plot(steps, accuracies, style, color=color, marker=".", label=label)
         axis.set(title=f"towers {half}", xlabel="optimiser step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     axes[0, 0].set_ylabel("Acc@0.5, first 800 rows")
     figure.savefig(file, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -122,7 +122,7 @@ SETTINGS = {
         confirmed=True,
     ),
     "averaged": Setting(
-        "the same, with the mean of the student's and the teacher's box",
+        "teacher's map first, boxes after and means of the teacher's and those of such a student where they agree",
         first=TEACHER_MAP,
         predictor="first_then_map",
         confirmed=True,
