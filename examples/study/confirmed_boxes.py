@@ -10,13 +10,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from photos import SETTINGS, Run, load_labelled, predicted_boxes
+from photos import SETTINGS, Run, load_trainable, predicted_boxes
 from report import markdown
 
 from epmvg_hf.evaluation.accuracy import paired_iou
-
-# More than there are: of these, none are chosen, and the order is that of the phrases.
-ALL_PHOTOS = 1_000_000
 
 
 def main() -> None:
@@ -31,7 +28,7 @@ def main() -> None:
 
 def table(arguments: argparse.Namespace) -> str:
     """A row for each setting whose boxes are there, with means over seeds."""
-    true = np.array(load_labelled(arguments, ALL_PHOTOS, 0)["box"][:])
+    true = np.array(load_trainable(arguments)["box"][:])
     lines = []
     for name, setting in SETTINGS.items():
         runs = [Run(arguments, name, arguments.labelled, 0, seed) for seed in arguments.seeds if setting.predictor]

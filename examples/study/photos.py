@@ -582,11 +582,15 @@ def load_labelled(arguments: argparse.Namespace, count: int, seed: int) -> Datas
     return train.select(rows_of(photos))
 
 
-def load_phrases(arguments: argparse.Namespace) -> Dataset:
-    """The phrases of all photos that may be trained on, without boxes."""
+def load_trainable(arguments: argparse.Namespace) -> Dataset:
+    """The rows of all photos that may be trained on."""
     train = load_split(arguments, "train")
-    phrases = train.select(rows_of(photos_of_train(train)[:-HELD_BACK]))
-    return phrases.select_columns(["image", "image_id", "expression", "sentence"])
+    return train.select(rows_of(photos_of_train(train)[:-HELD_BACK]))
+
+
+def load_phrases(arguments: argparse.Namespace) -> Dataset:
+    """The same without boxes."""
+    return load_trainable(arguments).select_columns(["image", "image_id", "expression", "sentence"])
 
 
 def load_captions(arguments: argparse.Namespace) -> Dataset:
